@@ -1,0 +1,595 @@
+"""Images in, uint8 batches out: folders, decoding, transforms, order, loaders, mixing, demo data.
+
+  python data.py                                    # make the demo set under runs/demo and describe it
+  python data.py --data /imagenet                   # describe a folder: classes, images per split, what was ignored
+  python data.py --import-imagenet ARCHIVES --out /imagenet     # the three ILSVRC2012 tar files -> train/ and val/
+
+A data set is a folder with train/ and val/, each with a folder per class; or one folder of class folders, split by a hash
+of the file's name. Only uint8 pixels leave the workers; they are normalised on the device (resnet50.normalize).
+Order and augmentation are a pure function of (seed, epoch, index, repeat): no state lives in a worker, so the number of
+workers changes nothing and a run resumes in mid-epoch by arithmetic.
+"""
+import argparse
+import atexit
+import collections
+import hashlib
+import io
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import struct
+import sys
+import tarfile
+import warnings
+import zlib
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+from resnet50 import UserError, run_script
+
+FORMATS = ("JPEG", "PNG", "WEBP")  # what a stranger may send to a server
+TRAIN_FORMATS = FORMATS + ("BMP", "GIF", "PPM", "TIFF")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+VAL_NAMES = ("val", "valid", "validation")
+DEMO = "runs/demo"
+
+
+# --------------------------------------------------------------------------------------------------- decoding
+
+def decode(data, formats=TRAIN_FORMATS, exif=False):
+    """Encoded bytes -> PIL image, mode RGB. The content decides the format, not the file name. Alpha is dropped, 16-bit
+    grey keeps its high byte, CMYK is converted; exif=True turns the image as its orientation tag says. Raises ValueError
+    for what is damaged, cut short, or in none of `formats`; nothing is repaired in silence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged EXIF blocks warn for thousands of good ImageNet files
+            image = Image.open(io.BytesIO(data), formats=formats)
+            if image.format == "JPEG" and not jpeg_ends(data):
+                raise ValueError("cut short: no end-of-image marker")
+            image.load()
+            if exif:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") or image.mode == "F":
+                image = grey16(image)
+            return image if image.mode == "RGB" else image.convert("RGB")
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"not an image in any of {', '.join(formats)}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError, KeyError,
+            Image.DecompressionBombError, OverflowError, MemoryError) as error:
+        raise ValueError(f"damaged or cut short: {error}") from error
+
+
+def jpeg_ends(data):
+    """True if an end-of-image marker follows the first scan. A file cut short and padded with zeros decodes without an
+    error otherwise. Header segments are stepped over, so that a thumbnail's own marker does not count."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        at += 1 if data[at + 1] == 0xFF else 2 + struct.unpack(">H", data[at + 2:at + 4])[0]
+    return data.find(b"\xff\xd9", at) >= 0
+
+
+def grey16(image):
+    """Modes I;16, I and F hold 16-bit grey (PNG, TIFF); PIL's own conversion to 8 bits would saturate at 255."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F" and values.max(initial=0) <= 1:
+        values = values * 65535
+    return Image.fromarray((values.clip(0, 65535) / 256).astype(np.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+class Files:
+    """Paths and labels of a split in three arrays. A list of a million tuples would be copied into every worker, page by
+    page, as reference counts change."""
+
+    def __init__(self, root, names, labels):
+        encoded = [os.fsencode(n) for n in names]
+        self.root = root
+        self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
+        self.labels = np.asarray(labels, dtype=np.int32)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def path(self, i):
+        begin = self.ends[i - 1] if i else 0
+        return os.path.join(self.root, os.fsdecode(self.blob[begin:self.ends[i]].tobytes()))
+
+    def select(self, keep):
+        """-> the Files at the positions `keep` (int array)."""
+        names = [os.path.relpath(self.path(i), self.root) for i in keep]
+        return Files(self.root, names, self.labels[keep])
+
+
+def list_classes(root):
+    """-> sorted names of the class folders under root, and a note on the hidden ones that are left out."""
+    try:
+        entries = [e for e in os.scandir(root) if e.is_dir()]
+    except OSError as error:
+        raise UserError(f"{root}: {error.strerror}") from error
+    hidden = sorted(e.name for e in entries if e.name.startswith("."))
+    return sorted(e.name for e in entries if not e.name.startswith(".")), [f"{root}: hidden folder {h} ignored" for h in hidden]
+
+
+def class_index(classes, wnids):
+    """-> {folder name: index}; a wnid counts before a name, a name that two classes share (ImageNet has two cranes) is None."""
+    index = {}
+    for i, name in enumerate(classes):
+        index[name] = None if name in index else i
+    index.update({w: i for i, w in enumerate(wnids or ())})
+    return index
+
+
+def scan(root, index, allow_empty):
+    """Every image below root/<class>/ -> Files, labels by `index`. Sorted, so the order is the same on every machine."""
+    folders, notes = list_classes(root)
+    unknown = [f for f in folders if index.get(f) is None]
+    if unknown:
+        raise UserError(f"{root}: class folder{'s' * (len(unknown) > 1)} {', '.join(unknown[:5])}"
+                        f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} not among the {len(set(index.values()))} "
+                        "classes of the training set, checkpoint or --classes")
+    names, labels, empty = [], [], []
+    for folder in folders:
+        before = len(names)
+        for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True):
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+            names += [os.path.join(os.path.relpath(path, root), f) for f in sorted(files)
+                      if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+        labels += [index[folder]] * (len(names) - before)
+        if len(names) == before:
+            empty.append(folder)
+    if empty and not allow_empty:
+        raise UserError(f"{root}: no images in class folder{'s' * (len(empty) > 1)} {', '.join(empty[:5])}")
+    if not names:
+        raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)}) in class folders")
+    return Files(root, names, labels), notes
+
+
+def hash_split(files, fraction):
+    """True where a file belongs to validation: a hash of its path below the root, so adding files moves no other."""
+    def unit(i):
+        name = os.path.relpath(files.path(i), files.root).replace(os.sep, "/")
+        return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=4).digest(), "little") / 2**32
+    return np.array([unit(i) < fraction for i in range(len(files))])
+
+
+def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False):
+    """-> (train Files or None, val Files, classes, wnids, notes). `classes` None: taken from the training folders alone.
+    Without val/, validation is the `val_split` (default 0.1) of the images that a fixed hash picks; with eval_only and no
+    val_split all images of a folder without train/ and val/ are evaluated. Raises UserError naming the folder."""
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder")
+    train_root = os.path.join(root, "train")
+    val_root = next((os.path.join(root, v) for v in VAL_NAMES if os.path.isdir(os.path.join(root, v))), None)
+    split = os.path.isdir(train_root)
+    if val_root and val_split is not None:
+        raise UserError(f"--val-split: {root} has its own {os.path.basename(val_root)}/", code=2)
+    if val_root and not split and not eval_only:
+        raise UserError(f"{root}: has {os.path.basename(val_root)}/ but no train/")
+    notes = []
+    if classes is None:
+        classes, notes = list_classes(train_root if split else root if not val_root else val_root)
+        if not classes:
+            raise UserError(f"{root}: no class folders (expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg)")
+    index = class_index(classes, wnids)
+    if eval_only and val_root:
+        val, more = scan(val_root, index, allow_empty=True)
+        return None, val, classes, wnids, notes + more
+    train, more = scan(train_root if split else root, index, allow_empty=False)
+    notes += [n for n in more if n not in notes]
+    if val_root:
+        val, more = scan(val_root, index, allow_empty=True)
+        notes += more
+        absent = sorted(set(np.unique(train.labels)) - set(np.unique(val.labels)))
+        if absent:
+            notes.append(f"{val_root}: no image of {', '.join(classes[i] for i in absent[:5])}"
+                         f"{f' and {len(absent) - 5} more classes' if len(absent) > 5 else ''}")
+        return train, val, classes, wnids, notes
+    if eval_only and val_split is None and not split:
+        return None, train, classes, wnids, notes
+    if not 0 < (val_split or 0.1) < 1:
+        raise UserError(f"--val-split {val_split}: must lie between 0 and 1", code=2)
+    chosen = hash_split(train, val_split or 0.1)
+    if chosen.all() or not chosen.any():
+        raise UserError(f"{train.root}: {len(train)} images are too few to split, give a val/ folder")
+    notes.append(f"{root}: no val/, {chosen.sum()} of {len(train)} images held out by a hash of their names")
+    return train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen)), classes, wnids, notes
+
+
+# ------------------------------------------------------------------------------------------------- transforms
+
+def add_augment_args(parser):
+    group = parser.add_argument_group("augmentation (training only)")
+    group.add_argument("--crop-scale", type=float, default=0.08, metavar="A", help="smallest area of a random crop (default %(default)s)")
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a left-right flip (default %(default)s)")
+    group.add_argument("--color-jitter", type=float, default=0.0, metavar="S", help="brightness, contrast, saturation, up to +-S")
+    group.add_argument("--rotation", type=float, default=0.0, metavar="DEG", help="random rotation, up to +-DEG")
+    group.add_argument("--elastic", type=float, default=0.0, metavar="PX", help="elastic deformation, strength in pixels")
+    group.add_argument("--auto-augment", choices=("none", "ra", "ta_wide"), default="none", help="RandAugment or TrivialAugmentWide")
+    group.add_argument("--ra-magnitude", type=int, default=9, metavar="0..30", help="RandAugment strength (default %(default)s)")
+    group.add_argument("--ra-std", type=float, default=0.0, metavar="S", help="normal noise on that strength, same scale")
+    group.add_argument("--random-erase", type=float, default=0.0, metavar="P", help="probability of erasing a rectangle")
+    group.add_argument("--mixup-alpha", type=float, default=0.0, metavar="A", help="mixup, Beta(A, A)")
+    group.add_argument("--cutmix-alpha", type=float, default=0.0, metavar="A", help="CutMix, Beta(A, A); with mixup each batch takes one")
+    group.add_argument("--repeated-aug", type=int, default=1, metavar="N", help="each image N times per epoch, 1/N of the images")
+    group.add_argument("--balanced", action="store_true", help="draw every class equally often")
+    return group
+
+
+class RandAugmentNoise(torch.nn.Module):
+    """torchvision's RandAugment with a strength drawn anew per image (timm's mstd)."""
+
+    def __init__(self, magnitude, std, **options):
+        super().__init__()
+        from torchvision.transforms import v2
+        self.inner, self.magnitude, self.std = v2.RandAugment(magnitude=magnitude, **options), magnitude, std
+
+    def forward(self, image):
+        noisy = self.magnitude + self.std * torch.randn(()).item()
+        self.inner.magnitude = int(min(max(round(noisy), 0), self.inner.num_magnitude_bins - 1))
+        return self.inner(image)
+
+
+def train_transform(size, preprocess, args):
+    """-> callable: PIL RGB -> uint8 (size, size, 3). Random numbers come from torch's default generator."""
+    from torchvision.transforms import InterpolationMode, v2
+    mode, grey = InterpolationMode(preprocess["interpolation"]), [round(255 * m) for m in preprocess["mean"]]
+    steps = [v2.RandomResizedCrop(size, scale=(args.crop_scale, 1.0), interpolation=mode, antialias=True)]
+    if args.hflip:
+        steps.append(v2.RandomHorizontalFlip(args.hflip))
+    if args.rotation:
+        steps.append(v2.RandomRotation(args.rotation, interpolation=InterpolationMode.BILINEAR, fill=grey))
+    if args.elastic:
+        steps.append(v2.ElasticTransform(args.elastic, fill=grey))
+    if args.auto_augment == "ra":
+        steps.append(RandAugmentNoise(args.ra_magnitude, args.ra_std, interpolation=InterpolationMode.BILINEAR, fill=grey))
+    elif args.auto_augment == "ta_wide":
+        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=grey))
+    if args.color_jitter:
+        steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
+    pipeline = v2.Compose(steps)
+    erase = v2.RandomErasing(args.random_erase, value=grey) if args.random_erase else None
+
+    def apply(image):
+        pixels = torch.from_numpy(np.array(pipeline(image)))
+        return erase(pixels.permute(2, 0, 1)).permute(1, 2, 0) if erase else pixels
+    return apply
+
+
+def eval_transform(preprocess):
+    """-> callable: PIL RGB -> uint8 (crop, crop, 3): short side to `resize`, centre crop. Deterministic."""
+    from torchvision.transforms import InterpolationMode, v2
+    pipeline = v2.Compose([v2.Resize(preprocess["resize"], InterpolationMode(preprocess["interpolation"]), antialias=True),
+                           v2.CenterCrop(preprocess["crop"])])
+    return lambda image: torch.from_numpy(np.array(pipeline(image)))
+
+
+# ------------------------------------------------------------------------------------- order, loading, mixing
+
+def seed_for(*numbers):
+    """Integers -> a 63-bit seed; different tuples give unrelated seeds."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+
+
+class Images(torch.utils.data.Dataset):
+    """key (epoch, index, repeat) -> (uint8 (H, W, 3), label, complaint or None). Never raises for a bad file: the complaint
+    travels with the batch, and the reader of the batches decides (an exception would lose its one line in a worker's
+    traceback). A bad training image is replaced by the next good one, so that batches keep their size; in evaluation
+    pixels are None and the image is not counted."""
+
+    def __init__(self, files, transform_at, seed=0, exif=False, replace=False):
+        self.files, self.seed, self.exif, self.replace = files, seed, exif, replace
+        self.transform_at, self.cached = transform_at, (None, None)  # epoch -> transform
+
+    def __getitem__(self, key):
+        epoch, index, repeat = key
+        if self.cached[0] != epoch:
+            self.cached = (epoch, self.transform_at(epoch))
+        outer = torch.get_rng_state()  # without workers this is the training process's own generator
+        torch.default_generator.manual_seed(seed_for(self.seed, epoch, index, repeat))
+        try:
+            complaint = None
+            for candidate in range(index, index + (16 if self.replace else 1)):
+                path = self.files.path(candidate % len(self.files))
+                try:
+                    with open(path, "rb") as f:
+                        image = decode(f.read(), exif=self.exif)
+                    return self.cached[1](image), int(self.files.labels[candidate % len(self.files)]), complaint
+                except (OSError, ValueError) as error:
+                    complaint = complaint or f"{path}: {error}"
+            return None, -1, complaint
+        finally:
+            torch.set_rng_state(outer)
+
+
+def collate(samples):
+    """-> pixels uint8 (N, 3, H, W) channels_last, labels int64 (N,), complaints."""
+    good = [(pixels, label) for pixels, label, _ in samples if pixels is not None]
+    complaints = [c for _, _, c in samples if c]
+    if not good:
+        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), complaints
+    return torch.stack([p for p, _ in good]).permute(0, 3, 1, 2), torch.tensor([y for _, y in good]), complaints
+
+
+class Order:
+    """The training order as a batch sampler: batches of keys for process `rank` of `world`. A step uses `accumulate`
+    batches from every process. Set .epoch and .start (samples of the epoch already used, all processes together) before
+    iterating. The images of a step are the same whatever the number of processes, if the global batch is."""
+
+    def __init__(self, labels, batch_size, rank=0, world=1, accumulate=1, seed=0, repeats=1, balanced=False):
+        self.labels, self.batch_size, self.rank, self.world, self.seed = labels, batch_size, rank, world, seed
+        self.accumulate, self.repeats, self.balanced = accumulate, repeats, balanced
+        self.global_batch = batch_size * world * accumulate
+        self.steps = max(1, len(labels) // self.global_batch)  # of a whole epoch; the rest of the permutation is left out
+        self.epoch = self.start = 0
+
+    def indices(self):
+        """-> (index, repeat) arrays of the whole epoch; repeat counts the earlier uses of the index in this epoch."""
+        n, total = len(self.labels), self.steps * self.global_batch
+        generator = torch.Generator().manual_seed(seed_for(self.seed, self.epoch))
+        if self.balanced:
+            weights = 1.0 / torch.from_numpy(np.bincount(self.labels)[self.labels]).double()
+            # inverse-CDF sampling: torch.multinomial stops at 2^24 classes and is slower
+            points = torch.rand(total, generator=generator, dtype=torch.float64) * weights.sum()
+            order = torch.searchsorted(weights.cumsum(0), points).clamp_(max=n - 1).numpy()
+            position = np.argsort(order, kind="stable")
+            first = np.searchsorted(order[position], order[position])
+            repeat = np.empty(total, dtype=np.int64)
+            repeat[position] = np.arange(total) - first
+            return order, repeat
+        order = torch.randperm(n, generator=generator).numpy()
+        position = np.arange(total)
+        slot = position // self.repeats
+        return order[slot % n], position % self.repeats + slot // n * self.repeats
+
+    def __len__(self):
+        return (self.steps * self.global_batch - self.start) // self.global_batch * self.accumulate
+
+    def __iter__(self):
+        order, repeat = self.indices()
+        epoch, per_batch = self.epoch, self.batch_size * self.world
+        for begin in range(self.start, self.start + len(self) * per_batch, per_batch):
+            slots = range(begin + self.rank, begin + per_batch, self.world)  # strided: repeats of an image meet different processes
+            yield [(epoch, int(order[s]), int(repeat[s])) for s in slots]
+
+
+def eval_batches(n, batch_size, rank=0, world=1):
+    """Keys for evaluation: every image exactly once over all processes, nothing padded."""
+    mine = range(rank, n, world)
+    return [[(0, i, 0) for i in mine[b:b + batch_size]] for b in range(0, len(mine), batch_size)]
+
+
+def make_loader(dataset, batches, workers, pin):
+    """-> DataLoader over batches of keys, yielding (pixels, labels, complaints). Ctrl-C and SIGTERM reach the whole process
+    group, but only the training process may act on them; its workers leave when it does. (They cannot ignore SIGTERM for
+    good: it is what multiprocessing ends them with when the interpreter exits, waiting without a limit.)"""
+    leaving = multiprocessing.RawValue("b", 0)
+    atexit.register(setattr, leaving, "value", 1)  # runs before multiprocessing's own exit function
+
+    def start_worker(_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
+
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
+                                       persistent_workers=workers > 0, worker_init_fn=start_worker,
+                                       multiprocessing_context="fork" if workers else None)
+
+
+def make_mixer(mixup_alpha, cutmix_alpha, classes):
+    """-> callable (floats (N, 3, H, W), labels (N,)) -> (floats, probabilities (N, classes)), or None. Works on the device."""
+    from torchvision.transforms import v2
+    choices = [v2.MixUp(alpha=mixup_alpha, num_classes=classes)] if mixup_alpha else []
+    choices += [v2.CutMix(alpha=cutmix_alpha, num_classes=classes)] if cutmix_alpha else []
+    return v2.RandomChoice(choices) if choices else None
+
+
+# -------------------------------------------------------------------------------------------------- demo data
+
+DEMO_CLASSES = ("checks", "cross", "disk", "dots", "ring", "rings", "square", "stripes", "triangle", "waves")
+
+
+def draw(name, rng, side=72):
+    """One demo image (side, side, 3) uint8. The class is the shape or the texture; place, size, angle, colours, light,
+    noise, blur, clutter and an occluding bar are nuisance, so single pixels say next to nothing."""
+    y, x = np.mgrid[0:side, 0:side] / (side - 1) * 2 - 1  # -1 .. 1
+    angle, (cx, cy) = rng.uniform(0, 2 * np.pi), rng.uniform(-0.3, 0.3, 2)
+    size = rng.uniform(0.5, 0.8)
+    u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / size
+    v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / size
+    radius, wave = np.hypot(u, v), rng.uniform(5.5, 9)
+    field = {  # positive inside, about one unit per `size`
+        "disk": lambda: 1 - radius,
+        "ring": lambda: rng.uniform(0.16, 0.24) - abs(radius - 0.8),
+        "square": lambda: 0.85 - np.maximum(abs(u), abs(v)),
+        "triangle": lambda: np.minimum.reduce([v + 0.55, 0.55 - v / 2 + u * 0.866, 0.55 - v / 2 - u * 0.866]),
+        "cross": lambda: np.maximum(np.minimum(0.28 - abs(u), 1 - abs(v)), np.minimum(0.28 - abs(v), 1 - abs(u))),
+        "stripes": lambda: np.sin(wave * u) / wave,
+        "checks": lambda: np.sin(wave * u) * np.sin(wave * v) / wave,
+        "dots": lambda: (np.cos(wave * u) + np.cos(wave * v) - 0.9) / wave,
+        "rings": lambda: np.sin(wave * radius) / wave,
+        "waves": lambda: np.sin(wave * (u + rng.uniform(0.2, 0.3) * np.sin(wave * 0.6 * v))) / wave,
+    }[name]()
+    mask = np.clip(field * size * side / 2 / rng.uniform(0.7, 1.6) + 0.5, 0, 1)[..., None]
+    back, front = rng.uniform(0, 100, 3), rng.uniform(130, 255, 3)  # bright on dark; both polarities would take a longer run
+    light = 1 + rng.uniform(-0.3, 0.3) * x + rng.uniform(-0.3, 0.3) * y
+    image = Image.fromarray(((mask * front + (1 - mask) * back) * light[..., None]).clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    for _ in range(rng.integers(0, 4)):  # clutter
+        px, py = rng.uniform(0, side, 2)
+        r = rng.uniform(1.5, 5)
+        colour = tuple(int(c) for c in rng.uniform(0, 255, 3))
+        (pen.ellipse if rng.random() < 0.5 else pen.rectangle)((px - r, py - r, px + r, py + r), fill=colour)
+    ends = rng.uniform(0, side, 4)
+    if rng.random() < 0.3:  # occlusion
+        pen.line(tuple(ends), fill=tuple(int(c) for c in rng.uniform(0, 255, 3)), width=int(rng.integers(2, 5)))
+    if rng.random() < 0.4:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.8)))
+    noisy = np.asarray(image) + rng.normal(0, rng.uniform(2, 10), (side, side, 3))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def make_demo(root=DEMO, train=220, val=60):
+    """Draw the demo set once: 10 classes, `train` + `val` JPEGs each; the same bytes on every run. Appears complete or not at all."""
+    if os.path.isdir(root):
+        return root
+    temporary = f"{root}.{os.getpid()}.tmp"
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(DEMO_CLASSES):
+            folder = os.path.join(temporary, split, name)
+            os.makedirs(folder)
+            for i in range(count):
+                rng = np.random.default_rng([split == "val", label, i])
+                Image.fromarray(draw(name, rng)).save(os.path.join(folder, f"{i:04d}.jpg"), quality=90)
+    try:
+        os.rename(temporary, root)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
+    return root
+
+
+# ------------------------------------------------------------------------------------------- ImageNet archives
+
+def read_mat(buffer, at=0):
+    """Elements of a MATLAB 5 file's data section, as nested Python values: enough of the format for ILSVRC2012's meta.mat
+    (numbers, text, cells, structures). Layout: MathWorks, "MAT-File Format", 2019, chapter 1."""
+    kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
+
+    def element(at):  # -> type, payload, next
+        kind, size = struct.unpack_from("<II", buffer, at)
+        if kind >> 16:  # up to four bytes packed into the tag
+            return kind & 0xFFFF, buffer[at + 4:at + 4 + (kind >> 16)], at + 8
+        return kind, buffer[at + 8:at + 8 + size], at + 8 + size + (-size % 8 if kind != 15 else 0)
+
+    def matrix(payload):
+        parts = []
+        inner = read_mat_elements(payload)
+        flags = struct.unpack_from("<I", next(inner)[1])[0] & 0xFF
+        dims = np.frombuffer(next(inner)[1], "<i4")
+        next(inner)  # name
+        if flags == 1:  # cell
+            return [matrix(p) for _, p in inner]
+        if flags == 2:  # structure array: field names, then the fields of each element in turn
+            length = struct.unpack("<i", next(inner)[1])[0]
+            text = next(inner)[1]
+            fields = [text[i:i + length].split(b"\0")[0].decode() for i in range(0, len(text), length)]
+            parts = [matrix(p) for _, p in inner]
+            return [dict(zip(fields, parts[at:at + len(fields)])) for at in range(0, len(parts), len(fields))]
+        kind, data = next(inner, (9, b""))
+        values = np.frombuffer(data, kinds[kind])
+        return "".join(map(chr, values)) if flags == 4 else values.reshape(dims, order="F") if values.size == dims.prod() else values
+
+    def read_mat_elements(payload):
+        nonlocal buffer
+        outer, buffer = buffer, payload
+        found, at = [], 0
+        while at + 8 <= len(payload):
+            kind, data, at = element(at)
+            found.append((kind, data))
+        buffer = outer
+        return iter(found)
+
+    values = []
+    while at + 8 <= len(buffer):
+        kind, payload, at = element(at)
+        if kind == 15:  # compressed
+            values += read_mat(zlib.decompress(payload))
+        elif kind == 14:
+            values.append(matrix(payload))
+    return values
+
+
+def val_wnids(archives, labels):
+    """-> {validation file name: wnid}, from a text file with a name and a wnid per line (--val-labels; Kaggle's
+    LOC_val_solution.csv is one) or from the devkit beside the archives."""
+    if labels:
+        with open(labels, encoding="utf-8") as f:
+            rows = re.findall(r"^(ILSVRC2012_val_\d{8})\S*?[\s,]+(n\d{8})", f.read(), re.M)
+        return {name + ".JPEG": wnid for name, wnid in rows}
+    with tarfile.open(os.path.join(archives, "ILSVRC2012_devkit_t12.tar.gz")) as devkit:
+        def member(ending):
+            return devkit.extractfile(next(m for m in devkit.getmembers() if m.name.endswith(ending))).read()
+        synsets = read_mat(member("data/meta.mat"), at=128)[0]
+        wnid_of = {int(s["ILSVRC2012_ID"].item()): s["WNID"] for s in synsets}
+        truth = member("ILSVRC2012_validation_ground_truth.txt").split()
+    return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of[int(number)] for i, number in enumerate(truth, 1)}
+
+
+def extract(member_file, folder, name):
+    """Copies an open tar member to folder/name; an interrupted import never leaves a half-written image."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, os.path.basename(name))
+    if not os.path.exists(path):
+        with open(path + ".part", "wb") as f:
+            shutil.copyfileobj(member_file, f)
+        os.replace(path + ".part", path)
+
+
+def import_imagenet(archives, out, labels=None):
+    """ILSVRC2012_img_train.tar (a tar of 1000 tars) and ILSVRC2012_img_val.tar -> out/train/<wnid>/ and out/val/<wnid>/.
+    Run again after an interruption: what is there is kept. -> {split: images}."""
+    counts = collections.Counter()
+    try:
+        wnid_of = val_wnids(archives, labels)
+        with tarfile.open(os.path.join(archives, "ILSVRC2012_img_train.tar")) as outer:
+            for inner_member in outer:
+                wnid = os.path.splitext(os.path.basename(inner_member.name))[0]
+                with tarfile.open(fileobj=outer.extractfile(inner_member)) as inner:
+                    for member in inner:
+                        if member.isfile():
+                            extract(inner.extractfile(member), os.path.join(out, "train", wnid), member.name)
+                            counts["train"] += 1
+                print(f"\r{wnid} {counts['train']} images", end="", file=sys.stderr)
+        with tarfile.open(os.path.join(archives, "ILSVRC2012_img_val.tar")) as val:
+            for member in val:
+                if member.isfile():
+                    name = os.path.basename(member.name)
+                    if name not in wnid_of:
+                        raise UserError(f"{archives}: no label for {name}")
+                    extract(val.extractfile(member), os.path.join(out, "val", wnid_of[name]), name)
+                    counts["val"] += 1
+        print(file=sys.stderr)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; --import-imagenet wants ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar "
+                        "and ILSVRC2012_devkit_t12.tar.gz in one folder (or --val-labels FILE for the last)") from error
+    except (tarfile.TarError, zlib.error, struct.error, EOFError, StopIteration, KeyError) as error:
+        raise UserError(f"{archives}: damaged or unexpected archive ({type(error).__name__}: {error})") from error
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
+    return dict(counts)
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(prog="data.py", description="Make, import or describe a data set.")
+    parser.add_argument("--data", metavar="FOLDER", help=f"folder to describe (default: the demo set, made under {DEMO})")
+    parser.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/ (default 0.1)")
+    parser.add_argument("--import-imagenet", metavar="FOLDER", help="folder with the three ILSVRC2012 archives")
+    parser.add_argument("--val-labels", metavar="FILE", help="validation labels as text, instead of the devkit")
+    parser.add_argument("--out", metavar="FOLDER", help="where --import-imagenet puts train/ and val/")
+    return parser
+
+
+def main(args):
+    if args.import_imagenet:
+        if not args.out:
+            raise UserError("--import-imagenet needs --out FOLDER", code=2)
+        import_imagenet(args.import_imagenet, args.out, args.val_labels)
+    elif args.out or args.val_labels:
+        raise UserError("--out and --val-labels belong to --import-imagenet", code=2)
+    root = args.out or args.data or make_demo()
+    train, val, classes, _, notes = open_folder(root, val_split=args.val_split)
+    for note in notes:
+        print(note, file=sys.stderr)
+    for name, files in (("train", train), ("val", val)):
+        counts = np.bincount(files.labels, minlength=len(classes))
+        print(f"{name}: {len(files)} images, {len(classes)} classes, {counts.min()} to {counts.max()} each", file=sys.stderr)
+    return dict(data=root, train=len(train), val=len(val), classes=len(classes))
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args(), "data.py")

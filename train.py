@@ -1,0 +1,1057 @@
+"""Train ResNet-50 from a folder of images.
+
+  python train.py                                                      # the built-in demo set, minutes on two CPU cores
+  python train.py --data /imagenet --recipe v2                         # one GPU, or the CPU where there is none
+  torchrun --nproc_per_node=8 train.py --data /imagenet                # one machine, eight GPUs
+  torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --data /imagenet
+  python train.py --eval-only --checkpoint FILE --data /imagenet       # score a checkpoint
+
+A run is resumed with --resume auto, at any step, by the same command. On the CPU the resumed run ends with the same bits as an
+uninterrupted one: order, augmentation, mixing, dropout and learning rate are functions of (seed, step), not of history.
+"""
+import argparse
+import contextlib
+import copy
+import ctypes
+import datetime
+import html
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+import data
+from resnet50 import (
+    PREPROCESS,
+    ResNet50,
+    UserError,
+    add_model_args,
+    cpu_isa,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    normalize,
+    predict,
+    read_classes,
+    run_script,
+    save_checkpoint,
+    write_atomic,
+)
+
+# Each recipe is a set of defaults; a flag on the command line wins. Learning rates are for a global batch of lr_base_size.
+RECIPES = dict(
+    demo=dict(epochs=5, batch_size=32, lr=2e-3, lr_base_size=32, opt="adamw", weight_decay=0.05, lr_warmup_epochs=1.0,
+              label_smoothing=0.1, image_size=64, crop_scale=0.5, model_ema_decay=0.98),
+    v1=dict(  # torchvision IMAGENET1K_V1: 76.13 in 90 epochs, 8 x 32 (ours spares BN and biases the weight decay)
+        epochs=90, batch_size=32, lr=0.1, lr_base_size=256, opt="sgd", weight_decay=1e-4, lr_scheduler="multistep",
+        lr_milestones=[30, 60], image_size=224),
+    v2=dict(  # torchvision IMAGENET1K_V2: 80.86 in 600 epochs, 8 x 128. Their --model-ema-decay 0.99998 is rescaled there by
+        # 8 * 128 * 32 / 600; this is the result, per update
+        epochs=600, batch_size=128, lr=0.5, lr_base_size=1024, opt="sgd", weight_decay=2e-5, lr_warmup_epochs=5.0,
+        lr_warmup_decay=0.01, label_smoothing=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ta_wide", random_erase=0.1,
+        repeated_aug=4, model_ema_decay=1 - 2e-5 * 8 * 128 * 32 / 600, model_ema_steps=32, image_size=176, val_size=224,
+        val_resize=232),
+    a1=dict(  # ResNet strikes back (arXiv 2110.00476) A1: 80.4. Its RandAugment strengths 7 +- .5 of 10 are 21 +- 1.5 of 30 here
+        epochs=600, batch_size=256, lr=5e-3, lr_base_size=2048, opt="lamb", weight_decay=0.01, lr_warmup_epochs=5.0, lr_min=1e-6,
+        loss="bce", label_smoothing=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=21, ra_std=1.5,
+        repeated_aug=3, drop_path=0.05, image_size=224, val_resize=236, interpolation="bicubic"),
+    a2=dict(  # A2: 79.8
+        epochs=300, batch_size=256, lr=5e-3, lr_base_size=2048, opt="lamb", weight_decay=0.02, lr_warmup_epochs=5.0, lr_min=1e-6,
+        loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=21, ra_std=1.5,
+        repeated_aug=3, drop_path=0.05, image_size=224, val_resize=236, interpolation="bicubic"),
+    a3=dict(  # A3: 78.1
+        epochs=100, batch_size=256, lr=8e-3, lr_base_size=2048, opt="lamb", weight_decay=0.02, lr_warmup_epochs=5.0, lr_min=1e-6,
+        loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=18, ra_std=1.5,
+        image_size=160, val_size=224, val_resize=236, interpolation="bicubic"),
+    fast=dict(  # FFCV's schedule without its blur pooling: 16 epochs 73.8, with --epochs 88 78.4 there
+        epochs=16, batch_size=128, lr=1.7, lr_base_size=1024, opt="sgd", weight_decay=1e-4, lr_scheduler="linear",
+        lr_warmup_epochs=2.0, lr_warmup_decay=1e-4, label_smoothing=0.1, image_size=192, progressive=[160, 0.74, 0.86],
+        val_size=224, val_resize=256, tta=True),
+)
+NOT_SAVED = ("resume", "overwrite", "config", "eval_only")  # what args.json does not repeat in another run
+
+
+class Parser(argparse.ArgumentParser):
+    """Defaults come from the recipe, then from --config or the resumed run's args.json; flags win over both."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        first, _ = super().parse_known_args(args, argparse.Namespace())
+        saved = {}
+        try:
+            path = first.config or (first.resume and resumed_args_path(first))
+            if path:
+                with open(path, encoding="utf-8") as f:
+                    saved = json.load(f)
+                unknown = sorted(set(saved) - {a.dest for a in self._actions})
+                if unknown:
+                    self.error(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
+        except (OSError, ValueError, TypeError) as error:
+            self.error(f"{path}: {error}")
+        name = first.recipe or saved.get("recipe") or ("v1" if first.data or saved.get("data") else "demo")
+        if name not in RECIPES:
+            self.error(f"{path}: recipe {name!r} is none of {', '.join(RECIPES)}")
+        recipe = dict(RECIPES[name])
+        if (first.image_size or saved.get("image_size") or recipe["image_size"]) != recipe["image_size"]:
+            for key in ("val_size", "val_resize", "progressive"):  # these belong to the recipe's own image size
+                recipe.pop(key, None)
+        self.set_defaults(**{**recipe, **saved, "recipe": name})
+        return super().parse_known_args(args, namespace)
+
+
+def resumed_args_path(args):
+    folder = args.out if args.resume == "auto" else os.path.dirname(args.resume)
+    path = os.path.join(folder, "args.json")
+    return path if os.path.exists(path) else None
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def batch_size(text):
+    return text if text == "auto" else positive(text)
+
+
+def get_args_parser():
+    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    p = Parser(prog="train.py", description="Train ResNet-50 on a folder of images.",
+               epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("run")
+    g.add_argument("--data", metavar="FOLDER", help="train/ and val/ with a folder per class, or one folder of them; none: the demo set")
+    g.add_argument("--out", default="runs/train", metavar="FOLDER", help="checkpoints, metrics.jsonl, args.json, curves.svg")
+    g.add_argument("--recipe", choices=RECIPES, help="set of defaults; demo without --data, else v1")
+    g.add_argument("--config", metavar="FILE", help="JSON of flags, such as an earlier run's args.json")
+    g.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from PATH, or with 'auto' from OUT/last.pt if it is there")
+    g.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    g.add_argument("--eval-only", action="store_true", help="score a checkpoint (default: OUT/best.pt) and stop")
+    g.add_argument("--epochs", type=positive, metavar="N")
+    g.add_argument("--batch-size", type=batch_size, metavar="N", help="images per process and forward pass; 'auto': the largest that fits")
+    g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forward passes per optimizer step")
+    g.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N", help="loader processes")
+    g.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/ (0.1 if not given)")
+    g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
+    g.add_argument("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--amp-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+                   help="auto: bfloat16 where the hardware multiplies it, and float32 with --eval-only")
+    g.add_argument("--compile", action="store_true", help="torch.compile")
+    g.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
+    g.add_argument("--deterministic", action="store_true", help="deterministic algorithms on CUDA too (on the CPU they always are)")
+    g.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
+    g.add_argument("--dist-timeout", type=int, default=600, metavar="S", help="seconds a process waits for the others")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="write last.pt every so many steps, not only each epoch")
+    g.add_argument("--max-skips", type=int, default=10, metavar="N", help="steps with a non-finite gradient skipped in a row before giving up")
+    g.add_argument("--patience", type=int, default=0, metavar="N", help="stop after so many epochs without a better top-1")
+    g.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
+    g.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
+    g.add_argument("--mlflow", action="store_true", help="log to MLflow too")
+    g.add_argument("--wandb", action="store_true", help="log to Weights & Biases too, offline")
+    g = p.add_argument_group("images")
+    g.add_argument("--image-size", type=positive, metavar="PX", help="crop for training, and for evaluation if --val-size is not given")
+    g.add_argument("--val-size", type=positive, metavar="PX", help="evaluation crop")
+    g.add_argument("--val-resize", type=positive, metavar="PX", help="short side before that crop (8/7 of it; below 128 px the crop itself)")
+    g.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
+    g.add_argument("--progressive", type=float, nargs=3, metavar=("PX", "FROM", "TO"),
+                   help="train at PX until the share FROM of the epochs, growing to --image-size at TO")
+    g.add_argument("--tta", action="store_true", help="evaluate on the mean of the image and its mirror image")
+    data.add_augment_args(p)
+    g = p.add_argument_group("optimization")
+    g.add_argument("--opt", choices=("sgd", "nesterov", "adamw", "lars", "lamb"), default="nesterov")
+    g.add_argument("--lr", type=float, help="for a global batch of --lr-base-size; scaled linearly with the batch")
+    g.add_argument("--lr-base-size", type=int, default=256, metavar="N", help="0: take --lr as it is")
+    g.add_argument("--momentum", type=float, default=0.9)
+    g.add_argument("--weight-decay", type=float, default=1e-4, help="not applied to batch-norm and biases")
+    g.add_argument("--lr-scheduler", choices=("cosine", "multistep", "linear", "restarts"), default="cosine")
+    g.add_argument("--lr-warmup-epochs", type=float, default=0.0)
+    g.add_argument("--lr-warmup-decay", type=float, default=0.01, metavar="F", help="share of the rate at the first step")
+    g.add_argument("--lr-min", type=float, default=0.0, help="rate at the end of cosine and linear")
+    g.add_argument("--lr-milestones", type=int, nargs="+", default=[30, 60], metavar="EPOCH")
+    g.add_argument("--lr-gamma", type=float, default=0.1)
+    g.add_argument("--lr-restart-epochs", type=float, default=10.0, metavar="N", help="first cycle of 'restarts'; each next one is twice as long")
+    g.add_argument("--loss", choices=("ce", "bce", "focal"), default="ce")
+    g.add_argument("--label-smoothing", type=float, default=0.0)
+    g.add_argument("--focal-gamma", type=float, default=2.0)
+    g.add_argument("--class-weights", choices=("none", "balanced"), default="none", help="balanced: inverse class frequency")
+    g.add_argument("--clip-grad-norm", type=float, default=0.0, metavar="NORM")
+    g.add_argument("--model-ema-decay", type=float, default=0.0, metavar="D", help="moving average of the weights: share kept per update")
+    g.add_argument("--model-ema-steps", type=positive, default=1, metavar="STEPS", help="steps per update")
+    g = add_model_args(p)
+    g.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth at the last block, growing from 0")
+    g.add_argument("--dropout", type=float, metavar="P", help="before the classifier")
+    return p
+
+
+# -------------------------------------------------------------------------------------------------- processes
+
+class World:
+    """This process among the others, as torchrun's environment says. `control` is a gloo group beside NCCL for what lives on
+    the CPU: flags, counts, names."""
+
+    def __init__(self, device="cpu", timeout=600):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device, self.control = torch.device(device), None
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.local_rank if self.device.index is None else self.device.index)
+            torch.cuda.set_device(self.device)
+        elif self.size > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))  # torchrun leaves 1, however many cores
+        if self.size > 1:
+            wait = datetime.timedelta(seconds=timeout)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
+            self.control = dist.new_group(backend="gloo", timeout=wait)
+
+    def sum(self, *numbers):
+        """Sums over the processes, in float64 (exact for counts)."""
+        total = torch.tensor(numbers, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total, group=self.control)
+        return total.tolist()
+
+    def gather(self, value):
+        """-> the picklable `value` of every process, in rank order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def barrier(self):
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    def close(self):
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class Stop:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; poll() tells every process of it at the same step. The flags travel while
+    the next step computes, so polling costs nothing and the answer is one step old."""
+
+    def __init__(self, world):
+        self.world, self.requested, self.pending, self.agreed = world, None, None, False
+        self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def request(self, number, _):
+        self.requested = signal.Signals(number).name
+
+    def poll(self):
+        if self.world.size == 1:
+            self.agreed = self.requested is not None
+        elif not self.agreed:
+            if self.pending is not None:
+                self.pending[0].wait()
+                self.agreed = bool(self.pending[1].item())
+            if not self.agreed:
+                flag = torch.tensor([int(self.requested is not None)])
+                self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True), flag
+        return self.agreed
+
+    def close(self):
+        if self.pending is not None:
+            with contextlib.suppress(RuntimeError):
+                self.pending[0].wait()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+# ----------------------------------------------------------------------------------------------- optimization
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose rate is scaled per layer by trust * |w| / |g + decay * w| (You et al., arXiv 1708.03888). One-
+    dimensional parameters are not scaled."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update = p.grad.add(p, alpha=group["weight_decay"])
+                if p.ndim > 1:
+                    weight, gradient = p.norm(), update.norm()
+                    update.mul_(torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / gradient, 1.0))
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                p.sub_(state["momentum"].mul_(group["momentum"]).add_(update), alpha=group["lr"])
+
+
+class LAMB(torch.optim.Optimizer):
+    """Adam with decoupled decay whose step is scaled per layer by |w| / |step| (You et al., arXiv 1904.00962), bias-corrected.
+    Parameters without decay (one-dimensional) are not scaled."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, first=torch.zeros_like(p), second=torch.zeros_like(p))
+                state["step"] += 1
+                first, second = state["first"].lerp_(p.grad, 1 - b1), state["second"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                update = first / (1 - b1 ** state["step"])
+                update.div_((second / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])).add_(p, alpha=group["weight_decay"])
+                if p.ndim > 1:
+                    weight, step = p.norm(), update.norm()
+                    update.mul_(torch.where((weight > 0) & (step > 0), weight / step, 1.0))
+                p.sub_(update, alpha=group["lr"])
+
+
+def make_optimizer(model, name, weight_decay, momentum):
+    """Weight decay on what has more than one dimension: not on batch-norm, not on biases. The rate is set at every step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
+    if name in ("sgd", "nesterov"):
+        return torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=name == "nesterov", fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.1, fused=True)
+    return LARS(groups, lr=0.1, momentum=momentum) if name == "lars" else LAMB(groups, lr=0.1)
+
+
+def lr_at(epoch, args, peak):
+    """Learning rate at a fractional epoch."""
+    warm = args.lr_warmup_epochs
+    if epoch < warm:
+        return peak * (args.lr_warmup_decay + (1 - args.lr_warmup_decay) * epoch / warm)
+    if args.lr_scheduler == "multistep":
+        return peak * args.lr_gamma ** sum(epoch >= m for m in args.lr_milestones)
+    share = (epoch - warm) / max(args.epochs - warm, 1e-9)
+    if args.lr_scheduler == "restarts":  # arXiv 1608.03983, T_mult = 2
+        length, at = args.lr_restart_epochs, epoch - warm
+        while at >= length:
+            at, length = at - length, length * 2
+        share = at / length
+    fall = 1 - share if args.lr_scheduler == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return args.lr_min + (peak - args.lr_min) * fall
+
+
+def size_at(epoch, args):
+    """Training crop of an epoch, in pixels; multiples of 16 while it grows."""
+    if not args.progressive:
+        return args.image_size
+    start, begin, end = args.progressive
+    share = min(max((epoch / args.epochs - begin) / max(end - begin, 1e-9), 0), 1)
+    return args.image_size if share == 1 else int(round((start + (args.image_size - start) * share) / 16) * 16)
+
+
+def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
+    """-> callable (logits float (N, C), target) -> scalar. Target: indices (N,), or probabilities (N, C) after mixing."""
+    def loss(logits, target):
+        if kind == "ce":
+            return F.cross_entropy(logits, target, weights, label_smoothing=smoothing)
+        p = target if target.ndim == 2 else F.one_hot(target, logits.shape[1]).to(logits.dtype)
+        p = p * (1 - smoothing) + smoothing / logits.shape[1]
+        if kind == "bce":  # summed over classes: the gradient's size does not fall with their number
+            return F.binary_cross_entropy_with_logits(logits, p, weights, reduction="sum") / len(logits)
+        log = logits.log_softmax(1)  # focal loss, arXiv 1708.02002
+        terms = p * (1 - log.exp()) ** gamma * log
+        return -(terms if weights is None else terms * weights).sum() / len(logits)
+    return loss
+
+
+class EMA:
+    """Exponential moving average of weights and batch-norm statistics; integer buffers are copied. The decay grows as
+    (1 + t) / (10 + t) at first, so that short runs are not held back by the initial weights."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        self.updates += 1
+        mine, theirs = list(self.model.state_dict().values()), list(model.state_dict().values())
+        floats = [i for i, t in enumerate(mine) if t.is_floating_point()]
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
+        for i in set(range(len(mine))) - set(floats):
+            mine[i].copy_(theirs[i])
+
+
+def statistics(model):
+    """-> the batch-norm buffers of a model, floats and counters."""
+    return [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def average_statistics(world, models):
+    """Every process has seen other images; before evaluation their batch-norm statistics are averaged. In float64, so that
+    averaging what is equal already changes no bit (a run stopped in its evaluation does it twice)."""
+    if world.size == 1:
+        return
+    buffers = [b for model in models for b in statistics(model) if b.is_floating_point()]
+    flat = torch.cat([b.double().flatten() for b in buffers])
+    dist.all_reduce(flat)
+    for buffer, values in zip(buffers, (flat / world.size).split([b.numel() for b in buffers])):
+        buffer.copy_(values.view_as(buffer))
+
+
+def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=None, amp=None, clip=0.0):
+    """One optimizer step over `batches`, a list of (uint8 pixels, labels) on the device. `net` is `model` or a wrapper of it.
+    -> (loss, correct predictions: device tensors summed over the batches; True if the step was applied). A non-finite gradient
+    applies nothing: weights, optimizer and batch-norm statistics stay as they were."""
+    before = [b.clone() for b in statistics(model)]
+    loss_sum = correct = 0
+    for i, (pixels, labels) in enumerate(batches):
+        images = normalize(pixels, model.preprocess)
+        images, target = mixer(images, labels) if mixer else (images, labels)
+        last = i == len(batches) - 1
+        with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
+            with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                logits = net(images)
+            loss = loss_fn(logits.float(), target) / len(batches)
+            (scaler.scale(loss) if scaler else loss).backward()
+        loss_sum = loss_sum + loss.detach()
+        correct = correct + (logits.argmax(1) == (target.argmax(1) if mixer else labels)).sum()
+    if scaler:
+        scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    finite = bool(torch.isfinite(norm))  # waits for the device, once a step; the price of never applying a NaN
+    if finite:
+        if clip:
+            nn.utils.clip_grads_with_norm_([p for g in optimizer.param_groups for p in g["params"]], clip, norm)
+        scaler.step(optimizer) if scaler else optimizer.step()
+    else:
+        for buffer, value in zip(statistics(model), before):
+            buffer.copy_(value)
+    if scaler:
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return loss_sum, correct, finite
+
+
+@torch.no_grad()
+def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=False, loader=None, poll=lambda: False, on_corrupt="error"):
+    """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in percent,
+    loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict()."""
+    device = next(model.parameters()).device
+    loader = loader or data.make_loader(dataset, data.eval_batches(len(dataset.files), batch_size, world.rank, world.size), workers,
+                                        device.type == "cuda")
+    training = model.training
+    model.eval()
+    sums, complaints = torch.zeros(4, dtype=torch.float64, device=device), []
+    batches = iter(loader)
+    try:
+        for _ in range(len(data.eval_batches(len(dataset.files), batch_size, 0, world.size))):  # the same number everywhere: polling is collective
+            if poll():
+                return None
+            pixels, labels, bad = next(batches, (None, None, ()))
+            complaints += bad
+            check_corrupt(bad, on_corrupt)
+            if pixels is None or not len(labels):
+                continue
+            pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                logits = predict(model, pixels)
+                if tta:
+                    logits = (logits + predict(model, pixels.flip(3))) / 2
+            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
+                                 torch.tensor(len(labels), device=device)]).double()
+    finally:
+        model.train(training)
+    top1, top5, loss, n, corrupt = world.sum(*sums.tolist(), len(complaints))
+    if n + corrupt != len(dataset.files):
+        raise RuntimeError(f"evaluation saw {n:.0f} + {corrupt:.0f} of {len(dataset.files)} images")
+    if not n:
+        raise UserError("no image of the validation set could be decoded")
+    return dict(top1=round(100 * top1 / n, 4), top5=round(100 * top5 / n, 4), loss=round(loss / n, 6), images=int(n), corrupt=int(corrupt))
+
+
+def check_corrupt(complaints, policy):
+    if complaints and policy == "error":
+        raise UserError(f"{complaints[0]} (--on-corrupt skip goes on without such files)")
+
+
+# ---------------------------------------------------------------------------------------------------- logging
+
+class RunLog:
+    """metrics.jsonl, the line on the terminal, curves.svg, and other tools' logs. Only rank 0 has one that writes."""
+
+    def __init__(self, out, args, world, resumed_step=None):
+        self.on, self.out, self.path = world.rank == 0, out, os.path.join(out, "metrics.jsonl")
+        self.records, self.sinks, self.live = [], [], sys.stderr.isatty()
+        if not self.on:
+            return
+        if resumed_step is not None and os.path.exists(self.path):  # a killed run has logged past its last checkpoint
+            with open(self.path, encoding="utf-8") as f:
+                lines = [line for line in f if line.endswith("\n")]
+            self.records = [r for r in map(json.loads, lines) if r["step"] <= resumed_step]
+        write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.add_sinks(args)
+
+    def add_sinks(self, args):
+        numbers = lambda r: {k: v for k, v in r.items() if isinstance(v, (int, float)) and k != "step"}  # noqa: E731
+        try:
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(os.path.join(self.out, "tensorboard"))
+                self.sinks.append(lambda r: [writer.add_scalar(f"{r['event']}/{k}", v, r["step"]) for k, v in numbers(r).items()] + [writer.flush()])
+            if args.mlflow:
+                import mlflow
+                mlflow.start_run(run_name=self.out)
+                mlflow.log_params({k: str(v)[:250] for k, v in vars(args).items()})
+                self.sinks.append(lambda r: mlflow.log_metrics({f"{r['event']}.{k}": v for k, v in numbers(r).items()}, step=r["step"]))
+            if args.wandb:
+                import wandb
+                run = wandb.init(mode="offline", dir=self.out, project="resnet50", config=vars(args))
+                self.sinks.append(lambda r: run.log({f"{r['event']}/{k}": v for k, v in numbers(r).items()}, step=r["step"]))
+        except ImportError as error:
+            package = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}.get((error.name or "").split(".")[0], "tensorboard")
+            raise UserError(f"--{package}: pip install {package} ({error})", code=2) from error
+
+    def say(self, text):
+        if self.on:
+            print(("\r\x1b[K" if self.live else "") + text, file=sys.stderr, flush=True)
+
+    def progress(self, text):
+        """The one line that is redrawn on a terminal; elsewhere plain lines."""
+        if self.on:
+            print(f"\r\x1b[K{text[:os.get_terminal_size(2).columns - 1]}" if self.live else text, file=sys.stderr, flush=True,
+                  end="" if self.live else "\n")
+
+    def write(self, event, **values):
+        if self.on:
+            record = dict(event=event, **values)
+            self.records.append(record)
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: {error.strerror}") from error
+            for sink in self.sinks:
+                sink(record)
+            if event == "epoch":
+                write_atomic(os.path.join(self.out, "curves.svg"), curves_svg(self.records).encode())
+
+
+def curves_svg(records):
+    """Records of metrics.jsonl -> an SVG with loss, top-1 and learning rate over epochs."""
+    steps = [r for r in records if r["event"] == "step"]
+    epochs = [r for r in records if r["event"] == "epoch"]
+    panels = [
+        ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]), ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
+        ("top-1, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps]), ("validation", "#c05020", [(r["epoch"], r["top1"]) for r in epochs])]),
+        ("learning rate", [("", "#508050", [(r["epoch"], r["lr"]) for r in steps])])]
+    width, height, left, top, gap = 760, 190, 70, 34, 52
+    right = max([r["epoch"] for r in steps + epochs], default=1) or 1
+
+    def ticks(low, high):
+        raw = (high - low) / 4 or 1
+        unit = 10 ** math.floor(math.log10(raw))
+        step = next(u * unit for u in (1, 2, 5, 10) if u * unit >= raw)
+        return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+    total = top + len(panels) * (height + gap)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {total}" font-family="sans-serif" font-size="12">',
+           '<rect width="100%" height="100%" fill="white"/>']
+    for i, (title, series) in enumerate(panels):
+        series = [(n, c, [(x, y) for x, y in points if math.isfinite(y)]) for n, c, points in series]
+        values = [y for _, _, points in series for _, y in points] or [0, 1]
+        low, high = min(0, min(values)), max(values) or 1
+        y0 = top + i * (height + gap)
+        px = lambda x: left + x / right * width  # noqa: E731
+        py = lambda y, y0=y0, low=low, high=high: y0 + height - (y - low) / (high - low or 1) * height  # noqa: E731
+        svg.append(f'<text x="{left}" y="{y0 - 10}" font-weight="bold">{html.escape(title)}</text>')
+        for t in ticks(low, high):
+            svg.append(f'<path d="M{left} {py(t):.1f}H{left + width}" stroke="#ddd"/><text x="{left - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
+        for t in ticks(0, right):
+            svg.append(f'<text x="{px(t):.1f}" y="{y0 + height + 17}" text-anchor="middle">{t:g}</text>')
+        svg.append(f'<text x="{left + width}" y="{y0 + height + 32}" text-anchor="end" fill="#666">epoch</text>')
+        for j, (name, colour, points) in enumerate(series):
+            path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
+            svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+            svg += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}"><title>epoch {x:g}: {y:g}</title></circle>'
+                    for x, y in (points if name == "validation" else points[-1:])]
+            if name:
+                svg.append(f'<text x="{left + width - 160 + 80 * j}" y="{y0 - 10}" fill="{colour}">{name}</text>')
+    return "\n".join(svg + ["</svg>"])
+
+
+def memory_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# -------------------------------------------------------------------------------------------------- the parts
+
+def keep_freed_memory():
+    """glibc returns every large tensor to the system when it is freed, and the next one pays for fresh zeroed pages: 15 to 50 %
+    of a CPU training step. These settings keep freed memory in the process. Elsewhere than glibc nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own per block
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+class FlatConv(nn.Conv2d):
+    """A 1x1 convolution as the matrix product that it is. oneDNN's backward pass of small convolutions spends most of its time
+    on blocked weight layouts; as a product a training step on the CPU takes half to nine tenths of the time. Without gradients the
+    convolution is faster and runs."""
+
+    def forward(self, x):  # (N, C, H, W) channels_last -> same
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        x = x[:, :, ::self.stride[0], ::self.stride[1]] if self.stride[0] > 1 else x
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def flatten_1x1(model):
+    """Turns the model's 1x1 convolutions into FlatConv, in place; names, parameters and results stay."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1:
+            module.__class__ = FlatConv
+    return model
+
+
+def amp_dtype(args, device):
+    """-> torch dtype for autocast, or None for plain float32."""
+    if args.amp_dtype != "auto":
+        return None if args.amp_dtype == "float32" else getattr(torch, args.amp_dtype)
+    if args.eval_only:
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(cpu_isa()) else None
+
+
+def preprocess_of(args):
+    """The evaluation's geometry as the checkpoint stores it."""
+    crop = args.val_size or args.image_size
+    return dict(PREPROCESS, crop=crop, resize=args.val_resize or (round(crop * 8 / 7) if crop >= 128 else crop),
+                interpolation=args.interpolation)
+
+
+def find_batch_size(model, size, amp, world, limit):
+    """The largest batch whose forward and backward pass fit, less a tenth, as a multiple of 8; the same on every process. CUDA:
+    doubled until memory runs out, then bisected. CPU: doubled while the peak so far, extrapolated, stays under 80 % of the
+    machine's free memory."""
+    device, probe = world.device, copy.deepcopy(model).train()
+
+    def attempt(n):
+        pixels = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
+        try:
+            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                probe(normalize(pixels, model.preprocess)).float().sum().backward()
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            probe.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    fits = 8
+    if device.type == "cuda":
+        while fits < limit and attempt(fits * 2):
+            fits *= 2
+        fails = fits * 2
+        while fails - fits > max(8, fits // 8):
+            middle = (fits + fails) // 2
+            fits, fails = (middle, fails) if attempt(middle) else (fits, middle)
+    else:
+        with open("/proc/meminfo") as f:
+            free = next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) / 2**20 / world.local_size * 0.8
+        attempt(4)
+        base = memory_gib(device)
+        attempt(8)
+        while fits * 2 <= limit and (memory_gib(device) - base) / (fits - 4) * fits * 2 < free:
+            fits *= 2
+            attempt(fits)
+    found = min(min(world.gather(fits)), limit)
+    return max(1, found * 9 // 10 // 8 * 8) if found > 8 else found
+
+
+def open_run(args, world):
+    """Checks and prepares --out; -> path of the checkpoint to resume from, or None."""
+    last = os.path.join(args.out, "last.pt")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts: go on by oneself
+    resume = args.resume or ("auto" if restarted else None)
+    if resume == "auto":
+        path = last if os.path.exists(last) else None
+    else:
+        path = resume
+        if path and not os.path.exists(path):
+            raise UserError(f"--resume {path}: no such file")
+        if (os.path.isdir(args.out) and os.listdir(args.out) and not args.overwrite
+                and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
+            raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, --out names another folder", code=2)
+    world.barrier()  # nobody writes before everybody has looked
+    if world.rank == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
+        if args.overwrite and path is None:
+            for name in ("best.pt", "last.pt", "metrics.jsonl", "curves.svg"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(args.out, name))
+    return path
+
+
+def save_training(path, model, ema, optimizer, scaler, progress, world, **fields):
+    """last.pt: all that a resumed run needs. Collective; rank 0 writes. In mid-epoch every process has batch-norm statistics of
+    its own: `model` and `ema` hold their mean, `statistics` each process's, and the run itself goes on untouched."""
+    models = [model] + ([ema.model] if ema else [])
+    own = torch.cat([b.double().flatten().cpu() for m in models for b in statistics(m) if b.is_floating_point()])
+    everyone = world.gather(own)
+    totals = dict(zip(("loss_sum", "correct", "count", "skipped"), world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))))
+    if world.rank == 0:
+        averaged = [copy.deepcopy(m) if world.size > 1 else m for m in models]
+        if world.size > 1:
+            scatter_statistics(averaged, torch.stack(everyone).mean(0))
+        save_checkpoint(path, averaged[0], optimizer=optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None,
+                        ema=averaged[1].state_dict() if ema else None, ema_updates=ema.updates if ema else 0,
+                        statistics=everyone if world.size > 1 else None, **{**progress, **totals}, **fields)
+    world.barrier()
+
+
+def scatter_statistics(models, flat):
+    buffers = [b for m in models for b in statistics(m) if b.is_floating_point()]
+    for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers])):
+        buffer.copy_(values.view_as(buffer))
+
+
+def restore_training(path, model, ema, optimizer, scaler, progress, world, classes):
+    """Reads what save_training wrote into the given objects. Raises UserError if the run is another one."""
+    checkpoint = load_checkpoint(path)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"{path}: holds no training state (best.pt and foreign files do not); start from it with --checkpoint")
+    if checkpoint["classes"] != list(classes):
+        raise UserError(f"{path}: was trained on other classes than these {len(classes)}")
+    if {**checkpoint["config"], "drop_path": 0, "dropout": 0} != {**model.config, "drop_path": 0, "dropout": 0}:
+        raise UserError(f"{path}: holds another network: {checkpoint['config']}")
+    load_weights(model, checkpoint["model"], path)
+    if (ema is None) != (checkpoint["ema"] is None):
+        raise UserError(f"{path}: --model-ema-decay was {'on' if ema is None else 'off'} in this run", code=2)
+    if ema:
+        load_weights(ema.model, checkpoint["ema"], path)
+        ema.updates = checkpoint["ema_updates"]
+    if checkpoint["statistics"] is not None and len(checkpoint["statistics"]) == world.size:
+        with torch.no_grad():
+            scatter_statistics([model] + ([ema.model] if ema else []), checkpoint["statistics"][world.rank])
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        if scaler and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path}: another optimizer's state ({error})") from error
+    for key in progress:
+        progress[key] = checkpoint[key]
+    if world.rank:  # totals over all processes: rank 0 carries them on
+        progress.update(loss_sum=0.0, correct=0.0, count=0.0, skipped=0)
+
+
+def open_data(args, world, classes=None, wnids=None):
+    """-> what data.open_folder returns; the demo set is made by the first process of each machine."""
+    root = args.data
+    if root is None:
+        if world.local_rank == 0:
+            data.make_demo()
+        world.barrier()
+        root = data.DEMO
+    return data.open_folder(root, classes, wnids, args.val_split, args.eval_only)
+
+
+def eval_only(args, world):
+    model, checkpoint, source = load_model(args, defaults=[os.path.join(args.out, "best.pt")])
+    if model is None:
+        raise UserError(f"no checkpoint: train one (python train.py writes {args.out}/best.pt) or name one with --checkpoint FILE "
+                        "or --weights IMAGENET1K_V2")
+    classes, wnids = checkpoint["classes"], checkpoint["wnids"]
+    _, val, folder_classes, _, notes = open_data(args, world, classes, wnids)
+    if classes is None and len(folder_classes) != model.config["num_classes"]:
+        raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, {args.data} has {len(folder_classes)} class "
+                        "folders: --classes FILE must say which is which")
+    # the checkpoint's own geometry, unless the command line says otherwise
+    given = {k: v for k, v in preprocess_of(args).items() if k in ("crop", "resize", "interpolation")}
+    asked = [a for a in sys.argv[1:] if a.startswith(("--image-size", "--val-size", "--val-resize", "--interpolation"))]
+    if asked or args.config:
+        model.preprocess.update(given)
+    model.to(world.device)
+    dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
+    size = 32 if args.batch_size == "auto" else args.batch_size
+    if world.rank == 0:
+        print("\n".join(notes + [f"{source} on {len(val)} images, {model.preprocess['resize']} -> {model.preprocess['crop']} px"]), file=sys.stderr)
+    start = time.perf_counter()
+    result = evaluate(model, dataset, size, world, workers=args.workers, amp=amp_dtype(args, world.device), tta=args.tta, on_corrupt=args.on_corrupt)
+    seconds = time.perf_counter() - start
+    return dict(result, checkpoint=source, data=args.data or data.DEMO, images_per_second=round(result["images"] / seconds, 2))
+
+
+def make_model(args, classes, world):
+    """A new network for the classes, or --checkpoint's / --weights' if it has as many outputs."""
+    shape = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
+    if args.num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
+    if args.checkpoint or args.weights:
+        model, _, source = load_model(args, **shape)
+        if model.config["num_classes"] != len(classes):
+            raise UserError(f"{source}: has {model.config['num_classes']} outputs, the data {len(classes)} classes; finetune.py replaces the head")
+    else:
+        torch.manual_seed(args.seed)
+        shape.update({k: v for k, v in dict(stem=args.stem, stride_on=args.stride_on, attention=args.attention).items() if v is not None})
+        try:
+            model = ResNet50(num_classes=len(classes), **shape)
+        except ValueError as error:
+            raise UserError(error, code=2) from error
+    model.preprocess = preprocess_of(args)
+    model.grad_checkpointing = args.grad_checkpointing
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if world.device.type == "cpu" and not args.compile:
+        flatten_1x1(model)
+    return model.to(world.device, memory_format=torch.channels_last).train()
+
+
+def wrap(model, args, world, amp):
+    """DDP and torch.compile around the model. DDP regroups its gradient buckets after the first backward pass; that pass is
+    made here on zeros, so that an uninterrupted and a resumed run add up gradients in the same grouping at every step."""
+    net = model
+    if world.size > 1:
+        net = nn.parallel.DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
+                                                  broadcast_buffers=False, gradient_as_bucket_view=True)
+    if args.compile:
+        net = torch.compile(net)
+    if world.size > 1:
+        before = [b.clone() for b in statistics(model)]
+        with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            net(torch.zeros(2, 3, args.image_size, args.image_size, device=world.device)).float().sum().backward()
+        model.zero_grad(set_to_none=True)
+        for buffer, value in zip(statistics(model), before):
+            buffer.copy_(value)
+    return net
+
+
+def check_args(args):
+    def refuse(text):
+        raise UserError(text, code=2)
+    if not 0 <= args.model_ema_decay < 1:
+        refuse(f"--model-ema-decay {args.model_ema_decay}: must lie in [0, 1)")
+    if args.compile and args.grad_checkpointing:
+        refuse("--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)")
+    if args.loss == "bce" and args.class_weights != "none":
+        refuse("--class-weights works with --loss ce and focal")
+    if args.balanced and args.repeated_aug > 1:
+        refuse("--balanced and --repeated-aug exclude each other")
+    if args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        refuse("--sync-bn: PyTorch has synchronised batch-norm on CUDA only")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        refuse(f"--device {args.device}: PyTorch sees no CUDA device here")
+    if args.workers < 0:
+        refuse(f"--workers {args.workers}: must not be negative")
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+
+def train(args, world, stop):
+    device = world.device
+    resume = open_run(args, world)
+    names = read_classes(args.classes) if args.classes else (None, None)
+    files, val_files, classes, wnids, notes = open_data(args, world, *names)
+    model, amp = make_model(args, classes, world), amp_dtype(args, device)
+    if args.batch_size == "auto":
+        args.batch_size = find_batch_size(model, args.image_size, amp, world, limit=max(1, min(1024, len(files) // world.size)))
+    order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed, args.repeated_aug, args.balanced)
+    weights = None
+    if args.class_weights == "balanced":
+        counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
+        weights = (counts.sum() / counts / len(classes)).to(device)
+    loss_fn = make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights)
+    mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
+    optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum)
+    scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
+    ema = EMA(model, args.model_ema_decay) if args.model_ema_decay else None
+    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-1.0, best_epoch=0, skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
+    if resume:
+        restore_training(resume, model, ema, optimizer, scaler, progress, world, classes)
+    log = RunLog(args.out, args, world, progress["step"] if resume else None)
+    net = wrap(model, args, world, amp)
+    fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
+    last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
+
+    def save(metrics=None):
+        save_training(last, model, ema, optimizer, scaler, progress, world, rng=dict(seed=args.seed), metrics=metrics, **fields)
+
+    peak = args.lr * (order.global_batch / args.lr_base_size if args.lr_base_size else 1)
+    if world.rank == 0:
+        write_atomic(os.path.join(args.out, "args.json"), json.dumps(fields["args"], indent=1).encode())
+    log.say("\n".join(notes + [
+        f"{len(files)} training and {len(val_files)} validation images, {len(classes)} classes; {world.size} process{'es' * (world.size > 1)} on "
+        f"{device.type}, {amp or torch.float32}".replace("torch.", ""),
+        f"recipe {args.recipe}: " + ", ".join(f"{k}={getattr(args, k)}" for k in RECIPES[args.recipe]),
+        f"global batch {args.batch_size} x {world.size} x {args.accumulate} = {order.global_batch}, {order.steps} steps per epoch, learning rate "
+        f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {peak:g}"]
+        + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
+    if args.image_size <= 40 and model.config["stem"] == "standard":
+        log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
+
+    images = data.Images(files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args), args.seed, args.exif, replace=True)
+    val_images = data.Images(val_files, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
+    loader = data.make_loader(images, order, args.workers, device.type == "cuda")
+    val_batch = args.batch_size * 2
+    val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size), args.workers, device.type == "cuda")
+    result, stopped, corrupt = None, stop.poll(), set()
+    begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
+    window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
+
+    while progress["epoch"] < args.epochs and not stopped:
+        epoch, epoch_start = progress["epoch"], time.perf_counter()
+        order.epoch, order.start = epoch, progress["seen"]
+        batches = iter(loader) if len(order) else iter(())
+        for _ in range(len(order) // args.accumulate):
+            at = epoch + progress["seen"] / (order.steps * order.global_batch)
+            lr = lr_at(at, args, peak)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            waiting = time.perf_counter()
+            micro = [next(batches) for _ in range(args.accumulate)]
+            window["wait"] += time.perf_counter() - waiting
+            complaints = [c for _, _, bad in micro for c in bad]
+            corrupt.update(complaints)
+            check_corrupt(complaints, args.on_corrupt)
+            if any(len(labels) != args.batch_size for _, labels, _ in micro):
+                raise UserError(f"too many damaged files in a row, from {complaints[0]}")
+            micro = [(p.to(device, non_blocking=True), y.to(device, non_blocking=True)) for p, y, _ in micro]
+            torch.manual_seed(data.seed_for(args.seed, 1, progress["step"], world.rank))  # mixing, dropout, drop-path
+            loss, correct, applied = train_step(net, model, micro, optimizer, loss_fn, scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm)
+            progress["step"] += 1
+            progress["seen"] += order.global_batch
+            progress["samples_seen"] += order.global_batch
+            if applied:
+                progress["skips"] = 0
+                if ema and progress["step"] % args.model_ema_steps == 0:
+                    ema.update(model)
+            else:
+                progress["skips"] += 1
+                progress["skipped"] += world.rank == 0
+                log.say(f"step {progress['step']}: gradient not finite, step skipped ({progress['skips']} in a row)")
+                if progress["skips"] > args.max_skips:
+                    raise UserError(f"training diverged: {progress['skips']} steps in a row without a finite gradient at lr {lr:g}; "
+                                    f"{last if os.path.exists(last) else 'no checkpoint yet, and none'} was left untouched", code=4)
+            samples = args.batch_size * args.accumulate
+            window["loss"].append(loss * samples)
+            window["correct"].append(correct)
+            window["samples"] += samples
+            done += samples * world.size
+            if progress["step"] % args.log_every == 0 or len(order) == 0 or progress["seen"] >= order.steps * order.global_batch:
+                flush_window(window, progress, log, order, epoch, lr, device, world, args)
+            if args.save_every and progress["step"] % args.save_every == 0:
+                save()
+            stopped = stop.poll()
+            if stopped:
+                break
+        worked += time.perf_counter() - epoch_start
+        if stopped:
+            break
+        average_statistics(world, [model] + ([ema.model] if ema else []))
+        score = evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta, loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
+        if score is None:
+            stopped = True
+            break
+        loss_sum, correct, count, skipped = world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
+        progress.update(epoch=epoch + 1, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
+        record = dict(epoch=epoch + 1, step=progress["step"], **{k: score[k] for k in ("loss", "top1", "top5")},
+                      train_loss=round(loss_sum / max(count, 1), 5), train_top1=round(100 * correct / max(count, 1), 3), lr=lr_at(epoch + 1, args, peak),
+                      seconds=round(time.perf_counter() - epoch_start, 2), skipped=int(skipped))
+        better = score["top1"] > progress["best"]
+        if better:
+            progress.update(best=score["top1"], best_epoch=epoch + 1)
+        result = dict(score, epoch=epoch + 1)
+        if better and world.rank == 0:
+            save_checkpoint(best, ema.model if ema else model, metrics=result, **fields)
+        save(metrics=result)
+        log.write("epoch", **record)
+        log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} top-1 {score['top1']:.2f} top-5 {score['top5']:.2f} on validation; "
+                f"{record['train_loss']:.4f} {record['train_top1']:.2f} in training; {record['seconds']:.0f} s{' *' * better}")
+        if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
+            log.say(f"no better top-1 for {args.patience} epochs: stopped early")
+            break
+    if stopped:
+        stop.close()  # a further signal must not find a handler that only asks again
+        save()
+        log.write("stopped", epoch=progress["epoch"], step=progress["step"])
+        name = next((n for n in world.gather(stop.requested) if n), "signal")
+        raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on", code=75)
+    bad = sorted(set(itertools.chain(*world.gather(corrupt))))
+    if bad:
+        log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
+    seconds = time.perf_counter() - begin
+    if result is None:  # resumed a finished run
+        result = load_checkpoint(last)["metrics"]
+    shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
+    return dict(top1=shown["top1"], top5=shown["top5"], loss=shown["loss"], checkpoint=best, epochs=progress["epoch"], best_epoch=progress["best_epoch"],
+                last_top1=result["top1"], images_per_second=round(done / worked, 2) if worked else None, seconds=round(seconds, 1),
+                samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]), corrupt=len(bad) + shown["corrupt"], out=args.out)
+
+
+def flush_window(window, progress, log, order, epoch, lr, device, world, args):
+    """Close a logging interval: the running sums into `progress`, one record, one line. The two item() calls wait for the device."""
+    loss, correct = torch.stack(window["loss"]).sum().item(), torch.stack(window["correct"]).sum().item()
+    seconds, samples = time.perf_counter() - window["time"], window["samples"]
+    progress["loss_sum"] += loss
+    progress["correct"] += correct
+    progress["count"] += samples
+    rate, share = samples * world.size / seconds, window["wait"] / seconds
+    at = epoch + progress["seen"] / (order.steps * order.global_batch)
+    left = ((args.epochs - at) * order.steps * order.global_batch) / rate
+    log.write("step", epoch=round(at, 4), step=progress["step"], loss=round(loss / samples, 5), top1=round(100 * correct / samples, 3), lr=lr,
+              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3), samples_seen=progress["samples_seen"])
+    log.progress(f"epoch {epoch + 1} step {progress['step']}/{args.epochs * order.steps} loss {loss / samples:.4f} top-1 {100 * correct / samples:.1f} "
+                 f"lr {lr:.2e} {rate:.1f} img/s data {share:.0%} mem {memory_gib(device):.1f}G eta {datetime.timedelta(seconds=int(left))}")
+    window.update(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
+
+
+def main(args):
+    check_args(args)
+    if args.device == "cpu":
+        keep_freed_memory()
+    elif not args.deterministic:
+        torch.backends.cudnn.benchmark = True
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    world = World(args.device, args.dist_timeout)
+    stop = None
+    try:
+        if args.eval_only:
+            result = eval_only(args, world)
+        else:
+            stop = Stop(world)
+            result = train(args, world, stop)
+        return result if world.rank == 0 else None
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # killed: almost always shared memory
+            raise UserError(f"a loader process died ({str(error).splitlines()[0]}); if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error
+        raise
+    finally:
+        if stop:
+            stop.close()
+        world.close()
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args(), "train.py")
