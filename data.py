@@ -377,7 +377,7 @@ def make_loader(dataset, batches, workers, pin):
         signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
 
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
-                                       persistent_workers=workers > 0, worker_init_fn=start_worker,
+                                       persistent_workers=workers > 0, worker_init_fn=start_worker, generator=torch.Generator(),  # or it draws from ours
                                        multiprocessing_context="fork" if workers else None)
 
 

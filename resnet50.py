@@ -215,15 +215,17 @@ class ResNet50(nn.Module):
 
 @contextlib.contextmanager
 def statistics_kept(block):
-    """Recomputation sees each batch a second time; without this the running statistics would be updated twice."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.track_running_stats = False
+    """Recomputation sees each batch a second time; without this the running statistics would be updated twice. (Momentum 0,
+    not track_running_stats: the checkpointing counts the tensors that both passes save.)"""
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m, _, _ in norms:
+        m.momentum = 0.0
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, momentum, batches in norms:
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(batches)
 
 
 def normalize(pixels, preprocess):
@@ -290,11 +292,12 @@ def read_file(path):
             return read_safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        with contextlib.suppress(Exception):
+        foreign = []
+        with contextlib.suppress(Exception):  # on damaged files it fails in as many ways as unpickling does
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if foreign:
-                raise UserError(f"{path}: refused, this pickle wants to run other code than tensors need: "
-                                f"{', '.join(sorted(foreign))}. Save the state_dict alone, where it was made") from error
+        if foreign:
+            raise UserError(f"{path}: refused, this pickle wants to run other code than tensors need: "
+                            f"{', '.join(sorted(foreign))}. Save the state_dict alone, where it was made") from error
         raise UserError(f"{path}: not a checkpoint, or a damaged one") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: truncated or damaged ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
@@ -403,6 +406,8 @@ def read_classes(path):
     try:
         with open(path, encoding="utf-8") as f:
             entries = json.load(f)
+        if not isinstance(entries, list):
+            raise ValueError("not a list")
         if all(isinstance(e, str) for e in entries):
             return list(entries), None
         entries = sorted(entries, key=lambda e: e["index"])

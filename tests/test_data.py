@@ -1,0 +1,405 @@
+"""Decoding, folders, order, augmentation and archives: against PIL, torchvision and counting by hand."""
+import argparse
+import collections
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from resnet50 import PREPROCESS, UserError
+
+
+def picture(mode="RGB", size=(37, 23)):
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize(size, Image.BICUBIC))
+    return Image.fromarray(smooth).convert(mode)
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# --------------------------------------------------------------------------------------------------- decoding
+
+@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"),
+                                        ("PNG", "P"), ("PNG", "1"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P"), ("PPM", "L"), ("TIFF", "CMYK")])
+def test_decode_equals_pil(kind, mode):
+    encoded = encode(picture(mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    assert np.array_equal(np.asarray(data.decode(encoded)), expected)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bit_grey_keeps_its_high_byte(kind):
+    values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    got = np.asarray(data.decode(encode(Image.fromarray(values), kind)))
+    assert np.array_equal(got, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, 2))
+
+
+def test_float_tiff():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    got = np.asarray(data.decode(encode(Image.fromarray(values), "TIFF")))[..., 0]
+    assert abs(got / 255 - values).max() < 0.01
+
+
+def test_formats_are_limited_by_content_not_name():
+    for kind in ("BMP", "GIF", "PPM", "TIFF"):
+        data.decode(encode(picture(), kind))
+        with pytest.raises(ValueError, match="not an image in any of JPEG, PNG, WEBP"):
+            data.decode(encode(picture(), kind), formats=data.FORMATS)
+    for junk in (b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff", b"GIF89a", b"x" * 1000, b"\x89PNG\r\n\x1a\n"):
+        with pytest.raises(ValueError):
+            data.decode(junk)
+
+
+@pytest.mark.parametrize("kind, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})])
+def test_cut_anywhere_is_refused(kind, options):
+    whole = encode(picture(size=(120, 80)), kind, **options)
+    data.decode(whole)
+    for cut in [len(whole) * i // 12 for i in range(1, 12)]:
+        with pytest.raises(ValueError):
+            data.decode(whole[:cut])
+
+
+def test_jpeg_padded_with_zeros_and_thumbnails():
+    whole = encode(picture(size=(200, 200)), "JPEG")
+    with pytest.raises(ValueError, match="cut short"):
+        data.decode(whole[:len(whole) // 2] + b"\0" * len(whole))
+    thumbnail = encode(picture(), "JPEG")  # an APP1 segment with a complete JPEG, before a body that is cut short
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    with pytest.raises(ValueError, match="cut short"):
+        data.decode(whole[:2] + segment + whole[2:len(whole) // 2] + b"\0" * len(whole))
+    data.decode(whole[:2] + segment + whole[2:] + b"trailing bytes")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = encode(picture(), "JPEG", exif=exif)
+    plain, turned = data.decode(encoded), data.decode(encoded, exif=True)
+    from PIL import ImageOps
+    assert plain.size == (37, 23) and np.array_equal(np.asarray(turned), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+
+def make(root, layout, extension=".jpg"):
+    for folder, count in layout.items():
+        os.makedirs(root / folder, exist_ok=True)
+        for i in range(count):
+            (root / folder / f"{i}{extension}").write_bytes(encode(picture(), "JPEG"))
+    return str(root)
+
+
+def test_classes_come_from_train_alone(tmp_path):
+    root = make(tmp_path, {"train/b": 2, "train/a10": 2, "train/a9": 1, "val/b": 1, "val/a9": 2, "train/.ipynb_checkpoints": 1})
+    train, val, classes, _, notes = data.open_folder(root)
+    assert classes == ["a10", "a9", "b"] and sorted(train.labels) == [0, 0, 1, 2, 2] and sorted(val.labels) == [1, 1, 2]
+    assert any(".ipynb_checkpoints ignored" in n for n in notes) and any("no image of a10" in n for n in notes)
+    assert all(os.path.exists(train.path(i)) and classes[train.labels[i]] in train.path(i) for i in range(len(train)))
+
+
+@pytest.mark.parametrize("layout, complaint", [
+    ({"train/a": 1, "val/a": 1, "val/zebra": 1}, "class folder zebra not among the 1 classes"),
+    ({"train/a": 1, "train/empty": 0, "val/a": 1}, "no images in class folder empty"),
+    ({"train/a": 1, "val": 0}, "no images"), ({"train": 0}, "no class folders"), ({"val/a": 1}, "but no train/"), ({".git": 1}, "no class folders"),
+    ({"a": 1}, "too few to split")])
+def test_bad_folders_are_named(layout, complaint, tmp_path):
+    with pytest.raises(UserError, match=complaint) as caught:
+        data.open_folder(make(tmp_path, layout))
+    assert str(tmp_path) in str(caught.value) and caught.value.code == 3
+
+
+def test_missing_folder():
+    with pytest.raises(UserError, match="/nowhere: no such folder"):
+        data.open_folder("/nowhere")
+
+
+def test_class_list_maps_folder_names(tmp_path):
+    root = make(tmp_path, {"n03": 2, "n01": 1})
+    classes, wnids = ["tench", "crane", "shark", "crane"], ["n01", "n02", "n03", "n04"]
+    _, val, got, _, _ = data.open_folder(root, classes, wnids, eval_only=True)
+    assert got == classes and sorted(val.labels) == [0, 2, 2]
+    assert {os.path.basename(os.path.dirname(val.path(i))): int(val.labels[i]) for i in range(3)} == {"n01": 0, "n03": 2}
+    with pytest.raises(UserError, match="n03 not among the 2 classes"):
+        data.open_folder(root, ["tench", "x"], ["n01", "n09"], eval_only=True)
+    with pytest.raises(UserError, match="crane"):  # two classes of that name
+        data.open_folder(make(tmp_path / "names", {"crane": 1}), classes, wnids, eval_only=True)
+
+
+def test_split_by_hash_is_stable(tmp_path):
+    root = make(tmp_path, {"a": 60, "b": 60})
+    first = data.open_folder(root, val_split=0.2)
+    held = {first[1].path(i) for i in range(len(first[1]))}
+    assert 10 <= len(held) <= 40 and len(first[0]) + len(held) == 120 and not held & {first[0].path(i) for i in range(len(first[0]))}
+    make(tmp_path, {"a": 90})  # more images arrive: no earlier one changes sides
+    second = data.open_folder(root, val_split=0.2)
+    assert held <= {second[1].path(i) for i in range(len(second[1]))}
+    assert len(data.open_folder(root, eval_only=True)[1]) == 150
+    with pytest.raises(UserError, match="has its own val"):
+        data.open_folder(make(tmp_path / "v", {"train/a": 1, "val/a": 1}), val_split=0.3)
+
+
+def test_files_keep_any_name():
+    names = ["ü/é.jpg", "a b/%.png", "日本/x.jpg", os.fsdecode(b"bad\xff/y.jpg"), "plain/z.jpg"]
+    files = data.Files("/root", names, [3, 1, 4, 1, 5])
+    assert [files.path(i) for i in range(5)] == [os.path.join("/root", n) for n in names]
+    part = files.select(np.array([4, 0]))
+    assert part.path(1) == "/root/ü/é.jpg" and part.labels.tolist() == [5, 3]
+
+
+def test_real_folder_with_a_stray_file(shared):
+    train, val, classes, _, _ = data.open_folder(os.path.join(shared, "hymenoptera"))
+    assert classes == ["ants", "bees"] and len(train) in (244, 245) and len(val) == 153
+
+
+# ------------------------------------------------------------------------------------- transforms, order, loaders
+
+def arguments(*flags):
+    parser = argparse.ArgumentParser()
+    data.add_augment_args(parser)
+    return parser.parse_args(flags)
+
+
+@pytest.mark.parametrize("flags", [(), ("--hflip", "0"), ("--rotation", "30"), ("--elastic", "40"), ("--color-jitter", "0.4"),
+                                   ("--auto-augment", "ra", "--ra-magnitude", "21", "--ra-std", "1.5"), ("--auto-augment", "ta_wide"),
+                                   ("--random-erase", "1"), ("--rotation", "9", "--elastic", "9", "--random-erase", "1", "--crop-scale", "0.5")])
+def test_train_transforms_give_uint8_and_follow_the_seed(flags):
+    transform = data.train_transform(32, PREPROCESS, arguments(*flags))
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return transform(picture(size=(60, 45)))
+    a, b, c = sample(1), sample(1), sample(2)
+    assert a.shape == (32, 32, 3) and a.dtype == torch.uint8 and torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_default_transform_is_torchvisions_random_resized_crop():
+    from torchvision.transforms import v2
+    image = picture(size=(150, 100))
+    torch.manual_seed(5)
+    got = data.train_transform(48, PREPROCESS, arguments("--hflip", "0"))(image)
+    torch.manual_seed(5)
+    expected = v2.RandomResizedCrop(48, antialias=True)(image)
+    assert np.array_equal(got.numpy(), np.asarray(expected))
+
+
+def test_random_erase_fills_with_the_mean():
+    torch.manual_seed(0)
+    plain = data.train_transform(32, PREPROCESS, arguments("--hflip", "0", "--crop-scale", "1"))
+    erased = data.train_transform(32, PREPROCESS, arguments("--hflip", "0", "--crop-scale", "1", "--random-erase", "1"))
+    image = Image.new("RGB", (32, 32), (1, 2, 3))
+    torch.manual_seed(3)
+    assert torch.equal(plain(image).unique(dim=0), torch.tensor([[[1, 2, 3]] * 32], dtype=torch.uint8))
+    colours = {tuple(c) for c in erased(image).flatten(0, 1).tolist()}
+    assert colours == {(1, 2, 3), (124, 116, 104)}
+
+
+def test_eval_transform_is_resize_and_centre_crop():
+    from torchvision.transforms import v2
+    image = picture(size=(91, 63))
+    got = data.eval_transform(dict(PREPROCESS, resize=40, crop=32))(image)
+    expected = v2.CenterCrop(32)(v2.Resize(40, antialias=True)(image))
+    assert np.array_equal(got.numpy(), np.asarray(expected))
+
+
+def keys_of(order, epoch=0, start=0):
+    order.epoch, order.start = epoch, start
+    batches = list(order)
+    assert len(batches) == len(order)
+    return batches
+
+
+def test_order_uses_every_image_once_and_changes_with_epoch_and_seed():
+    labels = np.zeros(103, dtype=np.int32)
+    batches = keys_of(data.Order(labels, 10))
+    used = [i for b in batches for _, i, _ in b]
+    assert len(batches) == 10 and len(set(used)) == 100
+    assert keys_of(data.Order(labels, 10)) == batches != keys_of(data.Order(labels, 10), epoch=1)
+    assert batches != keys_of(data.Order(labels, 10, seed=1))
+    assert {e for b in keys_of(data.Order(labels, 10), epoch=7) for e, _, _ in b} == {7}
+
+
+@pytest.mark.parametrize("world, accumulate", [(1, 4), (2, 2), (4, 1), (2, 1)])
+def test_a_step_uses_the_same_images_on_any_number_of_processes(world, accumulate):
+    labels, per = np.zeros(100, dtype=np.int32), 24 // world // accumulate
+    whole = [sorted(b) for b in keys_of(data.Order(labels, 24))]
+    ranks = [keys_of(data.Order(labels, per, r, world, accumulate)) for r in range(world)]
+    steps = [sorted(k for r in ranks for b in r[s * accumulate:(s + 1) * accumulate] for k in b) for s in range(len(ranks[0]) // accumulate)]
+    assert steps == whole
+
+
+def test_order_resumes_by_arithmetic():
+    labels = np.zeros(97, dtype=np.int32)
+    for r in range(2):
+        whole = keys_of(data.Order(labels, 5, r, 2, 2), epoch=3)
+        assert keys_of(data.Order(labels, 5, r, 2, 2), epoch=3, start=40) == whole[4:]
+    assert keys_of(data.Order(labels, 5, 0, 2, 2), epoch=3, start=80) == []
+
+
+def test_order_with_fewer_images_than_a_batch():
+    batches = keys_of(data.Order(np.zeros(7, dtype=np.int32), 16))
+    assert len(batches) == 1 and sorted(collections.Counter(i for _, i, _ in batches[0]).values()) == [2] * 5 + [3] * 2
+    assert len(set(batches[0])) == 16  # an image used again gets another augmentation
+
+
+def test_repeated_augmentation():
+    ranks = [keys_of(data.Order(np.zeros(120, dtype=np.int32), 10, r, 3, repeats=3)) for r in range(3)]
+    keys = [k for batches in ranks for b in batches for k in b]
+    counts = collections.Counter(i for _, i, _ in keys)
+    assert len(keys) == 120 and len(counts) == 40 and set(counts.values()) == {3} and len(set(keys)) == 120
+    assert all(len({i for _, i, _ in b}) == 10 for batches in ranks for b in batches)  # one process sees an image once per batch
+
+
+def test_balanced_sampling():
+    labels = np.array([0] * 900 + [1] * 90 + [2] * 10, dtype=np.int32)
+    keys = [k for b in keys_of(data.Order(labels, 100, balanced=True)) for k in b]
+    counts = collections.Counter(labels[i] for _, i, _ in keys)
+    assert all(270 < counts[c] < 400 for c in range(3)) and len(set(keys)) == len(keys) == 1000
+
+
+@pytest.mark.parametrize("n, batch, world", [(29, 4, 1), (29, 4, 3), (2, 8, 4), (64, 8, 2)])
+def test_evaluation_counts_every_image_once(n, batch, world):
+    parts = [[k[1] for b in data.eval_batches(n, batch, r, world) for k in b] for r in range(world)]
+    assert sorted(sum(parts, [])) == list(range(n))
+    assert all(len(data.eval_batches(n, batch, r, world)) <= len(data.eval_batches(n, batch, 0, world)) for r in range(world))
+
+
+def batches_of(root, workers, epoch=2, flags=("--auto-augment", "ta_wide")):
+    train = data.open_folder(root)[0]
+    order = data.Order(train.labels, 8, seed=9)
+    order.epoch = epoch
+    images = data.Images(train, lambda e: data.train_transform(32, PREPROCESS, arguments(*flags)), seed=9, replace=True)
+    return list(data.make_loader(images, order, workers, pin=False))
+
+
+def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny):
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    reference = batches_of(tiny, 0)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(456)
+    for workers in (1, 3):
+        for (a, y, _), (b, z, _) in zip(reference, batches_of(tiny, workers), strict=True):
+            assert torch.equal(a, b) and torch.equal(y, z)
+    assert not torch.equal(reference[0][0], batches_of(tiny, 0, epoch=3)[0][0])
+    pixels = reference[0][0]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (8, 3, 32, 32) and pixels.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
+    root = make(tmp_path, {"train/a": 6, "train/b": 6})
+    bad = tmp_path / "train" / "a" / "3.jpg"
+    bad.write_bytes(bad.read_bytes()[:200])
+    files = data.scan(os.path.join(root, "train"), {"a": 0, "b": 1}, False)[0]
+    at = next(i for i in range(len(files)) if files.path(i).endswith("a/3.jpg"))
+    crop = lambda _: data.eval_transform(dict(PREPROCESS, resize=16, crop=16))  # noqa: E731
+    pixels, label, complaint = data.Images(files, crop, replace=True)[(0, at, 0)]
+    assert pixels.shape == (16, 16, 3) and label == files.labels[at + 1] and "a/3.jpg" in complaint and "cut short" in complaint
+    assert data.Images(files, crop)[(0, at, 0)][:2] == (None, -1)
+    loader = data.make_loader(data.Images(files, crop), data.eval_batches(len(files), 5), 1, False)
+    seen = list(loader)
+    assert sum(len(y) for _, y, _ in seen) == 11 and sum(len(c) for _, _, c in seen) == 1
+    os.unlink(files.path(0))
+    assert "No such file" in data.Images(files, crop)[(0, 0, 0)][2]
+
+
+def test_mixing():
+    x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
+    assert data.make_mixer(0, 0, 10) is None
+    for alphas in ((0.5, 0), (0, 1.0), (0.2, 1.0)):
+        torch.manual_seed(1)
+        mixed, target = data.make_mixer(*alphas, 10)(x, y)
+        assert mixed.shape == x.shape and target.shape == (8, 10) and torch.allclose(target.sum(1), torch.ones(8)) and not torch.equal(mixed, x)
+
+
+# ---------------------------------------------------------------------------------------- demo data, archives
+
+def test_demo_is_deterministic_and_too_hard_for_a_linear_model(tmp_path):
+    a, b = (data.make_demo(str(tmp_path / n), train=40, val=12) for n in "ab")
+    files = sorted(os.path.relpath(os.path.join(d, f), a) for d, _, names in os.walk(a) for f in names)
+    assert len(files) == 520 and all(open(f"{a}/{f}", "rb").read() == open(f"{b}/{f}", "rb").read() for f in files)
+    train, val, classes, _, _ = data.open_folder(a)
+    assert classes == list(data.DEMO_CLASSES)
+
+    def load(split):
+        pixels = [np.asarray(data.decode(open(split.path(i), "rb").read()).resize((24, 24))) for i in range(len(split))]
+        return torch.tensor(np.stack(pixels)).flatten(1) / 255 - 0.5, torch.tensor(split.labels).long()
+    (x, y), (v, w) = load(train), load(val)
+    weights = torch.linalg.solve(x.T @ x + 30 * torch.eye(x.shape[1]), x.T @ torch.nn.functional.one_hot(y).float())
+    assert ((v @ weights).argmax(1) == w).float().mean() < 0.6
+
+
+def tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as t:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """ILSVRC2012 in small: two classes whose ILSVRC ids are not in the order of their wnids."""
+    jpeg, inner = encode(picture(), "JPEG"), {}
+    for wnid in ("n01440764", "n02119789"):
+        tar(tmp_path / "inner.tar", {f"{wnid}_{i}.JPEG": jpeg for i in (18, 7)})
+        inner[f"{wnid}.tar"] = (tmp_path / "inner.tar").read_bytes()
+    os.unlink(tmp_path / "inner.tar")
+    tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
+    tar(tmp_path / "ILSVRC2012_img_val.tar", {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg for i in (1, 2, 3)})
+    return tmp_path
+
+
+def imported(root):
+    return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, names in os.walk(root) for f in names)
+
+
+EXPECTED = ["train/n01440764/n01440764_18.JPEG", "train/n01440764/n01440764_7.JPEG", "train/n02119789/n02119789_18.JPEG",
+            "train/n02119789/n02119789_7.JPEG", "val/n01440764/ILSVRC2012_val_00000001.JPEG", "val/n01440764/ILSVRC2012_val_00000003.JPEG",
+            "val/n02119789/ILSVRC2012_val_00000002.JPEG"]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_imagenet_with_the_devkit(archives, compressed):
+    scipy = pytest.importorskip("scipy.io")
+    synsets = np.zeros((2, 1), dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("children", "O")])
+    synsets[0, 0] = (1.0, "n02119789", "kit fox", "a small grey fox", np.zeros((1, 0)))
+    synsets[1, 0] = (2.0, "n01440764", "tench", "freshwater dace-like game fish", np.array([[3.0, 400.5]]))
+    mat = io.BytesIO()
+    scipy.savemat(mat, {"synsets": synsets}, do_compression=compressed)
+    tar(archives / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/data/meta.mat": mat.getvalue(),
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n2\n"}, "w:gz")
+    for _ in range(2):  # the second run finds everything there
+        assert data.import_imagenet(str(archives), str(archives / "out")) == {"train": 4, "val": 3}
+        assert imported(archives / "out") == EXPECTED
+
+
+@pytest.mark.parametrize("text", ["ILSVRC2012_val_00000001.JPEG n01440764\nILSVRC2012_val_00000002.JPEG n02119789\nILSVRC2012_val_00000003.JPEG n01440764\n",
+                                  "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 85 1 499 272 n09999999 1 2 3 4\n"
+                                  "ILSVRC2012_val_00000003,n01440764 1 1 2 2\nILSVRC2012_val_00000002,n02119789 1 1 2 2\n"])
+def test_imagenet_with_a_label_file(archives, text):
+    (archives / "labels").write_text(text)
+    data.import_imagenet(str(archives), str(archives / "out"), str(archives / "labels"))
+    assert imported(archives / "out") == EXPECTED
+
+
+def test_imagenet_mistakes(archives, run):
+    done = run("--import-imagenet", archives, "--out", archives / "out", script="data.py")
+    assert done.returncode == 3 and "ILSVRC2012_devkit_t12.tar.gz: no such file" in done.stderr and done.stderr.count("\n") == 1
+    assert run("--import-imagenet", archives, script="data.py").returncode == 2
+    (archives / "labels").write_text("ILSVRC2012_val_00000001.JPEG n01440764\n")
+    with pytest.raises(UserError, match="no label for ILSVRC2012_val_00000002.JPEG"):
+        data.import_imagenet(str(archives), str(archives / "out"), str(archives / "labels"))
+    content = (archives / "ILSVRC2012_img_train.tar").read_bytes()
+    (archives / "ILSVRC2012_img_train.tar").write_bytes(content[:len(content) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        data.import_imagenet(str(archives), str(archives / "out2"), str(archives / "labels"))

@@ -1,0 +1,316 @@
+"""The parts of train.py against torch, float64 and plain loops: schedules, losses, optimizers, averages, evaluation, recipes."""
+import json
+import math
+import os
+import subprocess
+import sys
+import xml.dom.minidom
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import train
+from resnet50 import PREPROCESS, ResNet50, UserError, predict, save_checkpoint
+from tests.conftest import ROOT
+
+
+def parse(*flags):
+    return train.get_args_parser().parse_args([str(f) for f in flags])
+
+
+# ----------------------------------------------------------------------------------------- recipes and arguments
+
+def test_recipes_resolve_and_flags_win():
+    assert parse().recipe == "demo" and parse().image_size == 64
+    args = parse("--data", "x")
+    assert (args.recipe, args.epochs, args.lr, args.opt, args.lr_milestones) == ("v1", 90, 0.1, "sgd", [30, 60])
+    args = parse("--recipe", "v2", "--epochs", 3, "--mixup-alpha", 0)
+    assert args.epochs == 3 and args.mixup_alpha == 0 and args.cutmix_alpha == 1.0 and args.repeated_aug == 4
+    for name in train.RECIPES:
+        args = parse("--recipe", name)
+        for key, value in train.RECIPES[name].items():
+            assert getattr(args, key) == value, (name, key)
+
+
+def test_image_size_sets_training_and_evaluation():
+    assert train.preprocess_of(parse("--recipe", "v2"))["crop"] == 224 and train.preprocess_of(parse("--recipe", "v2"))["resize"] == 232
+    args = parse("--recipe", "fast", "--image-size", 96)
+    assert train.preprocess_of(args)["crop"] == 96 and args.progressive is None
+    assert train.preprocess_of(parse("--data", "x"))["resize"] == 256 and train.preprocess_of(parse("--image-size", 32))["resize"] == 32
+
+
+def test_config_round_trip(tmp_path):
+    args = parse("--recipe", "a2", "--lr", 0.25, "--lr-milestones", 1, 2, "--progressive", 160, 0.5, 0.75, "--seed", 5)
+    saved = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(saved))
+    again = parse("--config", path)
+    assert {k: v for k, v in vars(again).items() if k not in train.NOT_SAVED} == saved
+    assert parse("--config", path, "--lr", 1).lr == 1
+    path.write_text('{"learning_rate": 1}')
+    with pytest.raises(SystemExit) as caught:
+        parse("--config", path)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--epochs", 0], "not a positive"), (["--recipe", "best"], "invalid choice"), (["--compile", "--grad-checkpointing"], "exclude each other"),
+    (["--balanced", "--repeated-aug", 2], "exclude each other"), (["--device", "cuda:7"], "no CUDA device"), (["--model-ema-decay", 1], "[0, 1)"),
+    (["--num-classes", 7], "--num-classes 7: the data has 10"), (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
+    (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1")])
+def test_what_cannot_be_honoured_is_refused(flags, complaint, tiny, tmp_path, run):
+    if flags == ["--device", "cuda:7"] and torch.cuda.is_available():
+        pytest.skip("there is CUDA")
+    done = run("--data", tiny, "--out", tmp_path / "r", "--epochs", 1, "--image-size", 32, *flags)
+    assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ optimization
+
+def test_schedules():
+    args = parse("--recipe", "v2", "--epochs", 100)
+    rates = [train.lr_at(e, args, 0.5) for e in (0, 2.5, 5, 52.5, 100)]
+    assert rates == pytest.approx([0.005, 0.2525, 0.5, 0.25, 0.0])
+    args = parse("--recipe", "v1")
+    assert [train.lr_at(e, args, 1) for e in (0, 29.99, 30, 59, 60, 89)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    args = parse("--recipe", "fast")
+    assert [train.lr_at(e, args, 2) for e in (2, 9, 16)] == pytest.approx([2, 1, 0])
+    args = parse("--lr-scheduler", "restarts", "--lr-restart-epochs", 2, "--lr-warmup-epochs", 0, "--epochs", 14)
+    assert [train.lr_at(e, args, 1) for e in (0, 1, 2, 4, 6, 10)] == pytest.approx([1, 0.5, 1, 0.5, 1, 0.5])
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3), 10, 0.01)
+    args = parse("--epochs", 10, "--lr-warmup-epochs", 0, "--lr-min", 0.01)
+    for epoch in range(10):
+        assert train.lr_at(epoch, args, 0.3) == pytest.approx(reference.get_last_lr()[0])
+        reference.optimizer.step()
+        reference.step()
+
+
+def test_progressive_sizes():
+    args = parse("--recipe", "fast", "--epochs", 100)
+    sizes = [train.size_at(e, args) for e in range(100)]
+    assert sizes[0] == sizes[74] == 160 and sizes[86] == sizes[99] == 192 and set(sizes) == {160, 176, 192} and sizes == sorted(sizes)
+
+
+def test_losses():
+    torch.manual_seed(0)
+    logits, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
+    p, w = torch.rand(6, 4, dtype=torch.float64).softmax(1), torch.tensor([1.0, 2, 0.5, 3], dtype=torch.float64)
+    ce = train.make_loss("ce", 0.1, weights=w)
+    assert torch.equal(ce(logits, y), F.cross_entropy(logits, y, w, label_smoothing=0.1)) and torch.equal(ce(logits, p), F.cross_entropy(logits, p, w, label_smoothing=0.1))
+    bce = sum(F.binary_cross_entropy_with_logits(logits[i], F.one_hot(y[i], 4).double() * 0.9 + 0.025, reduction="sum") for i in range(6)) / 6
+    assert torch.allclose(train.make_loss("bce", 0.1)(logits, y), bce)
+    assert torch.allclose(train.make_loss("focal", gamma=0)(logits, y), F.cross_entropy(logits, y))
+    naive = sum(-(1 - q[t]) ** 2 * math.log(q[t]) * w[t] for q, t in zip(logits.softmax(1), y)) / 6
+    assert torch.allclose(train.make_loss("focal", gamma=2.0, weights=w)(logits, y), naive)
+
+
+def test_decay_spares_norms_and_biases():
+    model = ResNet50(num_classes=3, attention="se")
+    decayed, spared = train.make_optimizer(model, "sgd", 0.1, 0.9).param_groups
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0 and all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_lars_and_lamb_against_a_plain_loop(name):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)).double()
+    optimizer = train.make_optimizer(model, name, 0.05, 0.9)
+    w = [p.detach().clone() for p in model.parameters()]
+    m, v = [torch.zeros_like(p) for p in w], [torch.zeros_like(p) for p in w]
+    for t in range(1, 5):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / t
+        model(torch.randn(8, 5, dtype=torch.float64)).square().sum().backward()
+        for i, p in enumerate(model.parameters()):
+            g, decay = p.grad, 0.05 if p.ndim > 1 else 0.0
+            if name == "lars":
+                u = g + decay * w[i]
+                if p.ndim > 1:
+                    u = u * 0.001 * w[i].norm() / u.norm()
+                m[i] = 0.9 * m[i] + u
+                w[i] = w[i] - 0.1 / t * m[i]
+            else:
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.999 * v[i] + 0.001 * g * g
+                u = m[i] / (1 - 0.9 ** t) / ((v[i] / (1 - 0.999 ** t)).sqrt() + 1e-6) + decay * w[i]
+                w[i] = w[i] - 0.1 / t * u * (w[i].norm() / u.norm() if p.ndim > 1 else 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        for p, q in zip(model.parameters(), w):
+            assert torch.allclose(p, q, rtol=1e-10), t
+
+
+def test_ema_includes_batch_norm_statistics():
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    ema = train.EMA(model, 0.9)
+    expected = {k: v.clone() for k, v in model.state_dict().items()}
+    for t in range(1, 6):
+        model(torch.randn(4, 3, 5, 5) * t + t)
+        ema.update(model)
+        decay = min(0.9, (1 + t) / (10 + t))
+        for k, v in model.state_dict().items():
+            expected[k] = v.clone() if not v.is_floating_point() else decay * expected[k] + (1 - decay) * v
+    for k, v in ema.model.state_dict().items():
+        assert torch.allclose(v, expected[k], atol=1e-6), k
+    assert not ema.model.training and ema.model[1].num_batches_tracked == 5
+
+
+def small_step(model, optimizer, pixels, labels, **options):
+    return train.train_step(model, model, [(pixels, labels)] if isinstance(labels, torch.Tensor) else list(zip(pixels, labels)), optimizer,
+                            train.make_loss("ce"), **options)
+
+
+def test_step_accumulates_like_a_plain_loop():
+    torch.manual_seed(3)
+    model, pixels, labels = ResNet50(num_classes=3), torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8), torch.randint(3, (2, 4))
+    plain = ResNet50(num_classes=3)
+    plain.load_state_dict(model.state_dict())
+    reference = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    for x, y in zip(pixels, labels):
+        (F.cross_entropy(plain.train()((x.float() / 255 - torch.tensor(PREPROCESS["mean"]).view(3, 1, 1)) / torch.tensor(PREPROCESS["std"]).view(3, 1, 1)), y) / 2).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    reference.step()
+    optimizer = train.make_optimizer(model.train(), "sgd", 0.0, 0.9)
+    loss, correct, applied = small_step(model, optimizer, pixels, list(labels), clip=1.0)
+    assert applied and norm > 1 and 0 <= correct <= 8
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values()):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_non_finite_step_changes_nothing():
+    torch.manual_seed(4)
+    model = ResNet50(num_classes=3).train()
+    optimizer = train.make_optimizer(model, "nesterov", 1e-4, 0.9)
+    pixels, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    assert small_step(model, optimizer, pixels, labels)[2]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    momentum = optimizer.state[model.fc.weight]["momentum_buffer"].clone()
+    model.preprocess = dict(model.preprocess, std=[0.0, 0.2, 0.2])  # infinities in the input
+    assert not small_step(model, optimizer, pixels, labels)[2]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(momentum, optimizer.state[model.fc.weight]["momentum_buffer"]) and model.fc.weight.grad is None
+    model.preprocess = dict(PREPROCESS)
+    assert small_step(model, optimizer, pixels, labels)[2]
+
+
+def test_loss_scaling_skips_and_recovers():
+    torch.manual_seed(5)
+    model = ResNet50(num_classes=3).train()
+    optimizer, scaler = train.make_optimizer(model, "sgd", 0.0, 0.9), torch.amp.GradScaler("cpu", init_scale=2.0 ** 127)
+    pixels, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        model.fc.weight.mul_(30)  # a loss that the first scales push past the largest float
+    before = model.fc.weight.clone()
+    applied = [small_step(model, optimizer, pixels, labels, scaler=scaler)[2] for _ in range(16)]
+    assert not applied[0] and applied[-1] and not torch.equal(before, model.fc.weight) and bool(torch.isfinite(model.fc.weight).all())
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+@pytest.fixture(scope="module")
+def scored(tiny, tmp_path_factory):
+    """A checkpoint, and its scores on the 29 images by a plain loop over single images."""
+    torch.manual_seed(6)
+    model = ResNet50(num_classes=10).eval()
+    nn.init.normal_(model.fc.weight, std=0.5)
+    model.preprocess.update(resize=40, crop=32)
+    path = str(tmp_path_factory.mktemp("scored") / "c.pt")
+    save_checkpoint(path, model, classes=list(data.DEMO_CLASSES))
+    files, transform = data.open_folder(tiny, eval_only=True)[1], data.eval_transform(model.preprocess)
+    with torch.no_grad():
+        pixels = [transform(data.decode(open(files.path(i), "rb").read())).permute(2, 0, 1)[None] for i in range(29)]
+        logits = torch.cat([predict(model, p) for p in pixels])
+        flipped = torch.cat([predict(model, p.flip(3)) for p in pixels])
+    y = torch.tensor(files.labels).long()
+
+    def expected(z):
+        rank = (z > z.gather(1, y[:, None])).sum(1)
+        return dict(top1=100 * (rank == 0).float().mean().item(), top5=100 * (rank < 5).float().mean().item(), loss=F.cross_entropy(z, y).item(), images=29, corrupt=0)
+    return path, model, files, expected(logits), expected((logits + flipped) / 2)
+
+
+@pytest.mark.parametrize("batch, workers, tta", [(4, 0, False), (29, 2, False), (3, 1, True)])
+def test_evaluate_against_a_plain_loop(scored, batch, workers, tta):
+    _, model, files, plain, mirrored = scored
+    dataset = data.Images(files, lambda _: data.eval_transform(model.preprocess))
+    got = train.evaluate(model, dataset, batch, train.World(), workers=workers, tta=tta)
+    assert got == pytest.approx(mirrored if tta else plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_eval_only_is_exact_on_any_number_of_processes(scored, tiny, tmp_path, run, processes):
+    path, _, _, plain, _ = scored
+    done = run("--eval-only", "--checkpoint", path, "--data", tiny, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "o", processes=processes)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0 and {k: result[k] for k in plain} == pytest.approx(plain, rel=1e-4)
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_eval_only_needs_a_checkpoint_and_names_both_ways(tiny, tmp_path, run):
+    done = run("--eval-only", "--data", tiny, "--out", tmp_path / "o")
+    assert done.returncode == 3 and "python train.py" in done.stderr and "--checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_imagenet_weights_score_as_stated(shared):
+    """A hundred of the photographs; all 400 give 91.25 / 98.75."""
+    from resnet50 import build_model, load_checkpoint, read_classes
+    path = os.path.join(shared, "resnet50_v1_imagenet.pth")
+    model = build_model(load_checkpoint(path), path, stride_on="1x1")
+    files = data.open_folder(os.path.join(shared, "imagenet-cc"), *read_classes(os.path.join(shared, "imagenet-classes.json")), eval_only=True)[1]
+    files = files.select(torch.arange(0, len(files), 4).numpy())
+    got = train.evaluate(model, data.Images(files, lambda _: data.eval_transform(model.preprocess)), 20, train.World(), workers=1)
+    assert got["top1"] >= 86 and got["top5"] >= 96 and got["images"] == 100
+
+
+def test_corrupt_files_in_evaluation(scored, tiny, tmp_path, run):
+    import shutil
+    shutil.copytree(tiny, tmp_path / "d")
+    victim = tmp_path / "d" / "val" / "disk" / "0001.jpg"
+    victim.write_bytes(victim.read_bytes()[:300])
+    flags = ["--eval-only", "--checkpoint", scored[0], "--data", tmp_path / "d", "--out", tmp_path / "o", "--batch-size", 8, "--workers", 1]
+    done = run(*flags)
+    assert done.returncode == 3 and "disk/0001.jpg" in done.stderr and "Traceback" not in done.stderr
+    result = json.loads(run(*flags, "--on-corrupt", "skip").stdout.splitlines()[-1])
+    assert result["images"] == 28 and result["corrupt"] == 1
+
+
+# -------------------------------------------------------------------------------------------- what a person sees
+
+def test_curves_are_valid_and_complete():
+    records = [dict(event="step", epoch=i / 10, step=i, loss=3 / (1 + i), top1=i, lr=0.1, images_per_second=1) for i in range(1, 31)]
+    records += [dict(event="epoch", epoch=e, step=e * 10, loss=1 / e, top1=20.0 * e, lr=0.1) for e in (1, 2, 3)]
+    records.append(dict(event="step", epoch=3.1, step=31, loss=float("nan"), top1=0, lr=0.1))
+    svg = train.curves_svg(records)
+    document = xml.dom.minidom.parseString(svg)
+    lines = document.getElementsByTagName("polyline")
+    assert [len(line.getAttribute("points").split()) for line in lines] == [30, 3, 31, 3, 31] and "nan" not in svg
+    assert train.curves_svg([]).startswith("<svg")
+
+
+def test_batch_size_auto_fits_and_is_bounded():
+    model = ResNet50(num_classes=4)
+    found = train.find_batch_size(model, 32, None, train.World(), limit=20)
+    assert 8 <= found <= 20 and model.bn1.num_batches_tracked == 0
+
+
+def test_tensorboard_log(tiny, tmp_path, run):
+    pytest.importorskip("tensorboard")
+    done = run("--data", tiny, "--recipe", "demo", "--epochs", 1, "--image-size", 32, "--batch-size", 10, "--out", tmp_path / "r", "--tensorboard", "--log-every", 2)
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    assert len(events.Scalars("step/loss")) == 3 and len(events.Scalars("epoch/top1")) == 1
+
+
+def test_help_of_every_script():
+    for script in ("train.py", "data.py", "resnet50.py"):
+        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and "--" in done.stdout, done.stderr
+
+
+def test_user_error_is_one_line():
+    assert str(UserError("a\n  b")) == "a b" and UserError("x").code == 3
