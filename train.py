@@ -104,6 +104,8 @@ class Parser(argparse.ArgumentParser):
         if (first.image_size or saved.get("image_size") or recipe["image_size"]) != recipe["image_size"]:
             for key in ("val_size", "val_resize", "progressive"):  # these belong to the recipe's own image size
                 recipe.pop(key, None)
+        if first.eval_only:  # the checkpoint says how it wants its images, unless the command line does
+            recipe.update(image_size=None, val_size=None, val_resize=None, interpolation=None)
         self.set_defaults(**{**recipe, **saved, "recipe": name})
         return super().parse_known_args(args, namespace)
 
@@ -616,7 +618,8 @@ class FlatConv(nn.Conv2d):
         if not torch.is_grad_enabled():
             return super().forward(x)
         x = x[:, :, ::self.stride[0], ::self.stride[1]] if self.stride[0] > 1 else x
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)  # the gradient then has the weight's own strides, as DDP's buckets want
+        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
 
 def flatten_1x1(model):
@@ -786,11 +789,10 @@ def eval_only(args, world):
     if classes is None and len(folder_classes) != model.config["num_classes"]:
         raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, {args.data} has {len(folder_classes)} class "
                         "folders: --classes FILE must say which is which")
-    # the checkpoint's own geometry, unless the command line says otherwise
-    given = {k: v for k, v in preprocess_of(args).items() if k in ("crop", "resize", "interpolation")}
-    asked = [a for a in sys.argv[1:] if a.startswith(("--image-size", "--val-size", "--val-resize", "--interpolation"))]
-    if asked or args.config:
-        model.preprocess.update(given)
+    if args.val_size or args.image_size:
+        model.preprocess.update({k: preprocess_of(args)[k] for k in ("crop", "resize")})
+    given = dict(resize=args.val_resize, interpolation=args.interpolation)
+    model.preprocess.update({k: v for k, v in given.items() if v is not None})
     model.to(world.device)
     dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
     size = 32 if args.batch_size == "auto" else args.batch_size
@@ -991,10 +993,11 @@ def train(args, world, stop):
             log.say(f"no better top-1 for {args.patience} epochs: stopped early")
             break
     if stopped:
-        stop.close()  # a further signal must not find a handler that only asks again
         save()
         log.write("stopped", epoch=progress["epoch"], step=progress["step"])
-        name = next((n for n in world.gather(stop.requested) if n), "signal")
+        name = next(n for n in world.gather(stop.requested) if n)
+        if world.rank:
+            sys.exit(75)  # one process says it
         raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on", code=75)
     bad = sorted(set(itertools.chain(*world.gather(corrupt))))
     if bad:
