@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
 import data
@@ -214,7 +215,12 @@ class World:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))  # torchrun leaves 1, however many cores
         if self.size > 1:
             wait = datetime.timedelta(seconds=timeout)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=wait)
+            # torchrun keeps one store over its restarts; without a prefix a restarted process may find a dead one's address
+            # there and wait for it (seen with gloo, three processes, torch 2.15). On several machines the counts can differ.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
+            store, _, _ = next(rendezvous("env://", timeout=wait))
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store),
+                                    rank=self.rank, world_size=self.size, timeout=wait)
             self.control = dist.new_group(backend="gloo", timeout=wait)
 
     def sum(self, *numbers):
