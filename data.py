@@ -4,8 +4,8 @@
   python data.py --data /imagenet                   # describe a folder: classes, images per split, what was ignored
   python data.py --import-imagenet ARCHIVES --out /imagenet     # the three ILSVRC2012 tar files -> train/ and val/
 
-A data set is a folder with train/ and val/, each with a folder per class; or one folder of class folders, split by a hash
-of the file's name. Only uint8 pixels leave the workers; they are normalised on the device (resnet50.normalize).
+A data set is a folder with train/ and val/, each with a folder per class; or one folder of class folders, split by a
+hash of the file's name. Only uint8 pixels leave the workers; they are normalised on the device (resnet50.normalize).
 Order and augmentation are a pure function of (seed, epoch, index, repeat): no state lives in a worker, so the number of
 workers changes nothing and a run resumes in mid-epoch by arithmetic.
 """
@@ -42,8 +42,8 @@ DEMO = "runs/demo"
 
 def decode(data, formats=TRAIN_FORMATS, exif=False):
     """Encoded bytes -> PIL image, mode RGB. The content decides the format, not the file name. Alpha is dropped, 16-bit
-    grey keeps its high byte, CMYK is converted; exif=True turns the image as its orientation tag says. Raises ValueError
-    for what is damaged, cut short, or in none of `formats`; nothing is repaired in silence."""
+    grey keeps its high byte, CMYK is converted; exif=True turns the image as its orientation tag says. Raises
+    ValueError for what is damaged, cut short, or in none of `formats`; nothing is repaired in silence."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF blocks warn for thousands of good ImageNet files
@@ -83,8 +83,8 @@ def grey16(image):
 # ---------------------------------------------------------------------------------------------------- folders
 
 class Files:
-    """Paths and labels of a split in three arrays. A list of a million tuples would be copied into every worker, page by
-    page, as reference counts change."""
+    """Paths and labels of a split in three arrays. A list of a million tuples would be copied into every worker, page
+    by page, as reference counts change."""
 
     def __init__(self, root, names, labels):
         encoded = [os.fsencode(n) for n in names]
@@ -113,11 +113,13 @@ def list_classes(root):
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}") from error
     hidden = sorted(e.name for e in entries if e.name.startswith("."))
-    return sorted(e.name for e in entries if not e.name.startswith(".")), [f"{root}: hidden folder {h} ignored" for h in hidden]
+    return (sorted(e.name for e in entries if not e.name.startswith(".")),
+            [f"{root}: hidden folder {h} ignored" for h in hidden])
 
 
 def class_index(classes, wnids):
-    """-> {folder name: index}; a wnid counts before a name, a name that two classes share (ImageNet has two cranes) is None."""
+    """-> {folder name: index}; a wnid counts before a name,
+    a name that two classes share (ImageNet has two cranes) is None."""
     index = {}
     for i, name in enumerate(classes):
         index[name] = None if name in index else i
@@ -126,13 +128,14 @@ def class_index(classes, wnids):
 
 
 def scan(root, index, allow_empty):
-    """Every image below root/<class>/ -> Files, labels by `index`. Sorted, so the order is the same on every machine."""
+    """Every image below root/<class>/ -> Files, labels by `index`.
+    Sorted, so the order is the same on every machine."""
     folders, notes = list_classes(root)
     unknown = [f for f in folders if index.get(f) is None]
     if unknown:
         raise UserError(f"{root}: class folder{'s' * (len(unknown) > 1)} {', '.join(unknown[:5])}"
-                        f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} not among the {len(set(index.values()))} "
-                        "classes of the training set, checkpoint or --classes")
+                        f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} not among the "
+                        f"{len(set(index.values()))} classes of the training set, checkpoint or --classes")
     names, labels, empty = [], [], []
     for folder in folders:
         before = len(names)
@@ -159,9 +162,10 @@ def hash_split(files, fraction):
 
 
 def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False):
-    """-> (train Files or None, val Files, classes, wnids, notes). `classes` None: taken from the training folders alone.
-    Without val/, validation is the `val_split` (default 0.1) of the images that a fixed hash picks; with eval_only and no
-    val_split all images of a folder without train/ and val/ are evaluated. Raises UserError naming the folder."""
+    """-> (train Files or None, val Files, classes, wnids, notes). `classes` None: taken from the training folders
+    alone. Without val/, validation is the `val_split` (default 0.1) of the images that a fixed hash picks; with
+    eval_only and no val_split all images of a folder without train/ and val/ are evaluated.
+    Raises UserError naming the folder."""
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder")
     train_root = os.path.join(root, "train")
@@ -205,18 +209,28 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
 
 def add_augment_args(parser):
     group = parser.add_argument_group("augmentation (training only)")
-    group.add_argument("--crop-scale", type=float, default=0.08, metavar="A", help="smallest area of a random crop (default %(default)s)")
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P", help="probability of a left-right flip (default %(default)s)")
-    group.add_argument("--color-jitter", type=float, default=0.0, metavar="S", help="brightness, contrast, saturation, up to +-S")
+    group.add_argument("--crop-scale", type=float, default=0.08, metavar="A",
+                       help="smallest area of a random crop (default %(default)s)")
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P",
+                       help="probability of a left-right flip (default %(default)s)")
+    group.add_argument("--color-jitter", type=float, default=0.0, metavar="S",
+                       help="brightness, contrast, saturation, up to +-S")
     group.add_argument("--rotation", type=float, default=0.0, metavar="DEG", help="random rotation, up to +-DEG")
-    group.add_argument("--elastic", type=float, default=0.0, metavar="PX", help="elastic deformation, strength in pixels")
-    group.add_argument("--auto-augment", choices=("none", "ra", "ta_wide"), default="none", help="RandAugment or TrivialAugmentWide")
-    group.add_argument("--ra-magnitude", type=int, default=9, metavar="0..30", help="RandAugment strength (default %(default)s)")
-    group.add_argument("--ra-std", type=float, default=0.0, metavar="S", help="normal noise on that strength, same scale")
-    group.add_argument("--random-erase", type=float, default=0.0, metavar="P", help="probability of erasing a rectangle")
+    group.add_argument("--elastic", type=float, default=0.0, metavar="PX",
+                       help="elastic deformation, strength in pixels")
+    group.add_argument("--auto-augment", choices=("none", "ra", "ta_wide"), default="none",
+                       help="RandAugment or TrivialAugmentWide")
+    group.add_argument("--ra-magnitude", type=int, default=9, metavar="0..30",
+                       help="RandAugment strength (default %(default)s)")
+    group.add_argument("--ra-std", type=float, default=0.0, metavar="S",
+                       help="normal noise on that strength, same scale")
+    group.add_argument("--random-erase", type=float, default=0.0, metavar="P",
+                       help="probability of erasing a rectangle")
     group.add_argument("--mixup-alpha", type=float, default=0.0, metavar="A", help="mixup, Beta(A, A)")
-    group.add_argument("--cutmix-alpha", type=float, default=0.0, metavar="A", help="CutMix, Beta(A, A); with mixup each batch takes one")
-    group.add_argument("--repeated-aug", type=int, default=1, metavar="N", help="each image N times per epoch, 1/N of the images")
+    group.add_argument("--cutmix-alpha", type=float, default=0.0, metavar="A",
+                       help="CutMix, Beta(A, A); with mixup each batch takes one")
+    group.add_argument("--repeated-aug", type=int, default=1, metavar="N",
+                       help="each image N times per epoch, 1/N of the images")
     group.add_argument("--balanced", action="store_true", help="draw every class equally often")
     return group
 
@@ -247,7 +261,8 @@ def train_transform(size, preprocess, args):
     if args.elastic:
         steps.append(v2.ElasticTransform(args.elastic, fill=grey))
     if args.auto_augment == "ra":
-        steps.append(RandAugmentNoise(args.ra_magnitude, args.ra_std, interpolation=InterpolationMode.BILINEAR, fill=grey))
+        steps.append(RandAugmentNoise(args.ra_magnitude, args.ra_std,
+                                      interpolation=InterpolationMode.BILINEAR, fill=grey))
     elif args.auto_augment == "ta_wide":
         steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=grey))
     if args.color_jitter:
@@ -264,8 +279,9 @@ def train_transform(size, preprocess, args):
 def eval_transform(preprocess):
     """-> callable: PIL RGB -> uint8 (crop, crop, 3): short side to `resize`, centre crop. Deterministic."""
     from torchvision.transforms import InterpolationMode, v2
-    pipeline = v2.Compose([v2.Resize(preprocess["resize"], InterpolationMode(preprocess["interpolation"]), antialias=True),
-                           v2.CenterCrop(preprocess["crop"])])
+    pipeline = v2.Compose([
+        v2.Resize(preprocess["resize"], InterpolationMode(preprocess["interpolation"]), antialias=True),
+        v2.CenterCrop(preprocess["crop"])])
     return lambda image: torch.from_numpy(np.array(pipeline(image)))
 
 
@@ -278,10 +294,10 @@ def seed_for(*numbers):
 
 
 class Images(torch.utils.data.Dataset):
-    """key (epoch, index, repeat) -> (uint8 (H, W, 3), label, complaint or None). Never raises for a bad file: the complaint
-    travels with the batch, and the reader of the batches decides (an exception would lose its one line in a worker's
-    traceback). A bad training image is replaced by the next good one, so that batches keep their size; in evaluation
-    pixels are None and the image is not counted."""
+    """key (epoch, index, repeat) -> (uint8 (H, W, 3), label, complaint or None). Never raises for a bad file: the
+    complaint travels with the batch, and the reader of the batches decides (an exception would lose its one line in a
+    worker's traceback). A bad training image is replaced by the next good one, so that batches keep their size; in
+    evaluation pixels are None and the image is not counted."""
 
     def __init__(self, files, transform_at, seed=0, exif=False, replace=False):
         self.files, self.seed, self.exif, self.replace = files, seed, exif, replace
@@ -326,7 +342,8 @@ class Order:
         self.labels, self.batch_size, self.rank, self.world, self.seed = labels, batch_size, rank, world, seed
         self.accumulate, self.repeats, self.balanced = accumulate, repeats, balanced
         self.global_batch = batch_size * world * accumulate
-        self.steps = max(1, len(labels) // self.global_batch)  # of a whole epoch; the rest of the permutation is left out
+        # of a whole epoch; the rest of the permutation is left out
+        self.steps = max(1, len(labels) // self.global_batch)
         self.epoch = self.start = 0
 
     def indices(self):
@@ -355,7 +372,8 @@ class Order:
         order, repeat = self.indices()
         epoch, per_batch = self.epoch, self.batch_size * self.world
         for begin in range(self.start, self.start + len(self) * per_batch, per_batch):
-            slots = range(begin + self.rank, begin + per_batch, self.world)  # strided: repeats of an image meet different processes
+            # strided: repeats of an image meet different processes
+            slots = range(begin + self.rank, begin + per_batch, self.world)
             yield [(epoch, int(order[s]), int(repeat[s])) for s in slots]
 
 
@@ -366,9 +384,9 @@ def eval_batches(n, batch_size, rank=0, world=1):
 
 
 def make_loader(dataset, batches, workers, pin):
-    """-> DataLoader over batches of keys, yielding (pixels, labels, complaints). Ctrl-C and SIGTERM reach the whole process
-    group, but only the training process may act on them; its workers leave when it does. (They cannot ignore SIGTERM for
-    good: it is what multiprocessing ends them with when the interpreter exits, waiting without a limit.)"""
+    """-> DataLoader over batches of keys, yielding (pixels, labels, complaints). Ctrl-C and SIGTERM reach the whole
+    process group, but only the training process may act on them; its workers leave when it does. (They cannot ignore
+    SIGTERM for good: it is what multiprocessing ends them with when the interpreter exits, waiting without a limit.)"""
     leaving = multiprocessing.RawValue("b", 0)
     atexit.register(setattr, leaving, "value", 1)  # runs before multiprocessing's own exit function
 
@@ -376,13 +394,16 @@ def make_loader(dataset, batches, workers, pin):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
 
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
-                                       persistent_workers=workers > 0, worker_init_fn=start_worker, generator=torch.Generator(),  # or it draws from ours
-                                       multiprocessing_context="fork" if workers else None)
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
+        persistent_workers=workers > 0, worker_init_fn=start_worker,
+        generator=torch.Generator(),  # or it draws from ours
+        multiprocessing_context="fork" if workers else None)
 
 
 def make_mixer(mixup_alpha, cutmix_alpha, classes):
-    """-> callable (floats (N, 3, H, W), labels (N,)) -> (floats, probabilities (N, classes)), or None. Works on the device."""
+    """-> callable (floats (N, 3, H, W), labels (N,)) -> (floats, probabilities (N, classes)), or None.
+    Works on the device."""
     from torchvision.transforms import v2
     choices = [v2.MixUp(alpha=mixup_alpha, num_classes=classes)] if mixup_alpha else []
     choices += [v2.CutMix(alpha=cutmix_alpha, num_classes=classes)] if cutmix_alpha else []
@@ -416,7 +437,8 @@ def draw(name, rng, side=72):
         "waves": lambda: np.sin(wave * (u + rng.uniform(0.2, 0.3) * np.sin(wave * 0.6 * v))) / wave,
     }[name]()
     mask = np.clip(field * size * side / 2 / rng.uniform(0.7, 1.6) + 0.5, 0, 1)[..., None]
-    back, front = rng.uniform(0, 100, 3), rng.uniform(130, 255, 3)  # bright on dark; both polarities would take a longer run
+    # bright on dark; both polarities would take a longer run
+    back, front = rng.uniform(0, 100, 3), rng.uniform(130, 255, 3)
     light = 1 + rng.uniform(-0.3, 0.3) * x + rng.uniform(-0.3, 0.3) * y
     image = Image.fromarray(((mask * front + (1 - mask) * back) * light[..., None]).clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(image)
@@ -435,7 +457,8 @@ def draw(name, rng, side=72):
 
 
 def make_demo(root=DEMO, train=220, val=60):
-    """Draw the demo set once: 10 classes, `train` + `val` JPEGs each; the same bytes on every run. Appears complete or not at all."""
+    """Draw the demo set once: 10 classes, `train` + `val` JPEGs each; the same bytes on every run.
+    Appears complete or not at all."""
     if os.path.isdir(root):
         return root
     temporary = f"{root}.{os.getpid()}.tmp"
@@ -456,9 +479,10 @@ def make_demo(root=DEMO, train=220, val=60):
 # ------------------------------------------------------------------------------------------- ImageNet archives
 
 def read_mat(buffer, at=0):
-    """Elements of a MATLAB 5 file's data section, as nested Python values: enough of the format for ILSVRC2012's meta.mat
-    (numbers, text, cells, structures). Layout: MathWorks, "MAT-File Format", 2019, chapter 1."""
-    kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
+    """Elements of a MATLAB 5 file's data section, as nested Python values: enough of the format for ILSVRC2012's
+    meta.mat (numbers, text, cells, structures). Layout: MathWorks, "MAT-File Format", 2019, chapter 1."""
+    kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4",
+             7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
 
     def element(at):  # -> type, payload, next
         kind, size = struct.unpack_from("<II", buffer, at)
@@ -482,7 +506,8 @@ def read_mat(buffer, at=0):
             return [dict(zip(fields, parts[at:at + len(fields)])) for at in range(0, len(parts), len(fields))]
         kind, data = next(inner, (9, b""))
         values = np.frombuffer(data, kinds[kind])
-        return "".join(map(chr, values)) if flags == 4 else values.reshape(dims, order="F") if values.size == dims.prod() else values
+        return ("".join(map(chr, values)) if flags == 4
+                else values.reshape(dims, order="F") if values.size == dims.prod() else values)
 
     def read_mat_elements(payload):
         nonlocal buffer
@@ -531,8 +556,8 @@ def extract(member_file, folder, name):
 
 
 def import_imagenet(archives, out, labels=None):
-    """ILSVRC2012_img_train.tar (a tar of 1000 tars) and ILSVRC2012_img_val.tar -> out/train/<wnid>/ and out/val/<wnid>/.
-    Run again after an interruption: what is there is kept. -> {split: images}."""
+    """ILSVRC2012_img_train.tar (a tar of 1000 tars) and ILSVRC2012_img_val.tar -> out/train/<wnid>/ and
+    out/val/<wnid>/. Run again after an interruption: what is there is kept. -> {split: images}."""
     counts = collections.Counter()
     try:
         wnid_of = val_wnids(archives, labels)
@@ -555,8 +580,9 @@ def import_imagenet(archives, out, labels=None):
                     counts["val"] += 1
         print(file=sys.stderr)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; --import-imagenet wants ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar "
-                        "and ILSVRC2012_devkit_t12.tar.gz in one folder (or --val-labels FILE for the last)") from error
+        raise UserError(f"{error.filename}: no such file; --import-imagenet wants ILSVRC2012_img_train.tar, "
+                        "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz in one folder "
+                        "(or --val-labels FILE for the last)") from error
     except (tarfile.TarError, zlib.error, struct.error, EOFError, StopIteration, KeyError) as error:
         raise UserError(f"{archives}: damaged or unexpected archive ({type(error).__name__}: {error})") from error
     except OSError as error:
@@ -566,8 +592,10 @@ def import_imagenet(archives, out, labels=None):
 
 def get_args_parser():
     parser = argparse.ArgumentParser(prog="data.py", description="Make, import or describe a data set.")
-    parser.add_argument("--data", metavar="FOLDER", help=f"folder to describe (default: the demo set, made under {DEMO})")
-    parser.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/ (default 0.1)")
+    parser.add_argument("--data", metavar="FOLDER",
+                        help=f"folder to describe (default: the demo set, made under {DEMO})")
+    parser.add_argument("--val-split", type=float, metavar="F",
+                        help="share held out where there is no val/ (default 0.1)")
     parser.add_argument("--import-imagenet", metavar="FOLDER", help="folder with the three ILSVRC2012 archives")
     parser.add_argument("--val-labels", metavar="FILE", help="validation labels as text, instead of the devkit")
     parser.add_argument("--out", metavar="FOLDER", help="where --import-imagenet puts train/ and val/")
@@ -587,7 +615,8 @@ def main(args):
         print(note, file=sys.stderr)
     for name, files in (("train", train), ("val", val)):
         counts = np.bincount(files.labels, minlength=len(classes))
-        print(f"{name}: {len(files)} images, {len(classes)} classes, {counts.min()} to {counts.max()} each", file=sys.stderr)
+        print(f"{name}: {len(files)} images, {len(classes)} classes, {counts.min()} to {counts.max()} each",
+              file=sys.stderr)
     return dict(data=root, train=len(train), val=len(val), classes=len(classes))
 
 

@@ -5,8 +5,8 @@
   python resnet50.py --profile --batch-size 8             # torch.profiler, operators sorted by time
 
 The network is He et al. 2015 (arXiv 1512.03385) with the stride on the 3x3 ("v1.5"). Module and parameter names are
-torchvision's, so its files and timm's load with no renaming. Squeeze-and-excitation (arXiv 1709.01507) uses timm's names,
-split attention (ResNeSt, arXiv 2004.08955) the published ones. Imports nothing of this repository.
+torchvision's, so its files and timm's load with no renaming. Squeeze-and-excitation (arXiv 1709.01507) uses timm's
+names, split attention (ResNeSt, arXiv 2004.08955) the published ones. Imports nothing of this repository.
 """
 import argparse
 import contextlib
@@ -66,7 +66,8 @@ class SqueezeExcite(nn.Module):
 
 
 class SplitAttention(nn.Module):
-    """ResNeSt's radix-2 3x3: two branches of one grouped convolution, mixed per channel by a softmax over the branches."""
+    """ResNeSt's radix-2 3x3: two branches of one grouped convolution,
+    mixed per channel by a softmax over the branches."""
 
     def __init__(self, cin, cout):
         super().__init__()
@@ -133,7 +134,8 @@ class Bottleneck(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """float (N, 3, H, W), normalised -> float logits (N, num_classes). `config` holds the arguments: ResNet50(**m.config).
+    """float (N, 3, H, W), normalised -> float logits (N, num_classes).
+    `config` holds the arguments: ResNet50(**m.config).
 
     num_classes  size of the head
     stem         "standard" 7x7 stride 2 + max-pool; "deep" three 3x3 + max-pool (ResNeSt, ResNet-C);
@@ -150,12 +152,14 @@ class ResNet50(nn.Module):
                  widths=None):
         super().__init__()
         stem = stem or ("deep" if attention == "split" else "standard")
-        for name, value, known in (("stem", stem, ("standard", "deep", "small")), ("stride_on", stride_on, ("3x3", "1x1")),
+        for name, value, known in (("stem", stem, ("standard", "deep", "small")),
+                                   ("stride_on", stride_on, ("3x3", "1x1")),
                                    ("attention", attention, ("none", "se", "split"))):
             if value not in known:
                 raise ValueError(f"ResNet50: {name}={value!r} is none of {', '.join(known)}")
         if attention == "split" and stride_on == "1x1":
-            raise ValueError("ResNet50: split attention strides by a pool after the 3x3; stride_on='1x1' has no meaning there")
+            raise ValueError("ResNet50: split attention strides by a pool after the 3x3; "
+                             "stride_on='1x1' has no meaning there")
         self.config = config = dict(num_classes=num_classes, stem=stem, stride_on=stride_on, attention=attention,
                                     drop_path=drop_path, dropout=dropout, widths=dict(widths or {}))
         self.preprocess = dict(PREPROCESS)
@@ -173,7 +177,8 @@ class ResNet50(nn.Module):
                 nn.Conv2d(c0, c3, 3, 1, 1, bias=False), nn.BatchNorm2d(c3), nn.ReLU(inplace=True),
                 nn.Conv2d(c3, c, 3, 1, 1, bias=False))
         else:
-            self.conv1 = nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "small" else nn.Conv2d(3, c, 7, 2, 3, bias=False)
+            self.conv1 = (nn.Conv2d(3, c, 3, 1, 1, bias=False) if stem == "small"
+                          else nn.Conv2d(3, c, 7, 2, 3, bias=False))
         self.bn1 = nn.BatchNorm2d(c)
         self.maxpool = nn.Identity() if stem == "small" else nn.MaxPool2d(3, 2, 1)
         total, done = sum(blocks for _, blocks, _ in STAGES), 0
@@ -215,9 +220,10 @@ class ResNet50(nn.Module):
 
 @contextlib.contextmanager
 def statistics_kept(block):
-    """Recomputation sees each batch a second time; without this the running statistics would be updated twice. (Momentum 0,
-    not track_running_stats: the checkpointing counts the tensors that both passes save.)"""
-    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """Recomputation sees each batch a second time; without this the running statistics would be updated twice.
+    (Momentum 0, not track_running_stats: the checkpointing counts the tensors that both passes save.)"""
+    norms = [(m, m.momentum, m.num_batches_tracked.clone())
+             for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for m, _, _ in norms:
         m.momentum = 0.0
     try:
@@ -244,7 +250,8 @@ def predict(model, pixels):
 
 def write_atomic(path, data):
     """bytes -> file. Readers see the old content or the new, never a part: temporary file in the same folder, fsync,
-    rename, fsync of the folder. Failure (a full disk) raises UserError, removes the temporary and keeps the old file."""
+    rename, fsync of the folder.
+    Failure (a full disk) raises UserError, removes the temporary and keeps the old file."""
     folder, name = os.path.split(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -271,11 +278,13 @@ def write_atomic(path, data):
 
 
 def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None, **state):
-    """One dict of plain types and tensors, loadable with weights_only=True. `state` is what last.pt adds for resuming."""
+    """One dict of plain types and tensors, loadable with weights_only=True.
+    `state` is what last.pt adds for resuming."""
     model = getattr(model, "module", model)
     checkpoint = dict(format=FORMAT, model=model.state_dict(), config=model.config, classes=list(classes), wnids=wnids,
                       preprocess=model.preprocess, metrics=metrics or {}, args=args or {}, **state)
-    buffer = io.BytesIO()  # serialised in memory first: a full disk is then an OSError of write(), not an abort inside torch
+    # serialised in memory first: a full disk is then an OSError of write(), not an abort inside torch
+    buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_atomic(path, buffer.getbuffer())
 
@@ -300,12 +309,13 @@ def read_file(path):
                             f"{', '.join(sorted(foreign))}. Save the state_dict alone, where it was made") from error
         raise UserError(f"{path}: not a checkpoint, or a damaged one") from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: truncated or damaged ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
-                        ) from error
+        raise UserError(f"{path}: truncated or damaged "
+                        f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
 
 
 def read_safetensors(path):
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64}
     with open(path, "rb") as f:
         blob = f.read()
     size = struct.unpack("<Q", blob[:8])[0]
@@ -350,9 +360,11 @@ def load_weights(model, state, path):
     """Strict load_state_dict whose complaint is one line with the file and the keys."""
     own = model.state_dict()
     state = {k: v for k, v in state.items() if not (k.endswith("num_batches_tracked") and k not in own)}
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]  # absent in files before 2018
+    missing = [k for k in own
+               if k not in state and not k.endswith("num_batches_tracked")]  # absent in files before 2018
     surplus = [k for k in state if k not in own]
-    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+              for k in own if k in state and state[k].shape != own[k].shape]
 
     def some(title, keys):
         return f"{title} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; " if keys else ""
@@ -395,8 +407,8 @@ def fetch_weights(name):
         raise UserError(f"--weights {name}: cannot be fetched from {weights.url} ({error}); "
                         "on a machine without network give a file with --checkpoint") from error
     transform = weights.transforms()
-    preprocess = dict(resize=transform.resize_size[0], crop=transform.crop_size[0], interpolation=transform.interpolation.value,
-                      mean=list(transform.mean), std=list(transform.std))
+    preprocess = dict(resize=transform.resize_size[0], crop=transform.crop_size[0],
+                      interpolation=transform.interpolation.value, mean=list(transform.mean), std=list(transform.std))
     return dict(format=None, model=state, config={}, classes=list(weights.meta["categories"]), wnids=None,
                 preprocess=preprocess, metrics={}, args={})
 
@@ -426,17 +438,20 @@ def add_model_args(parser):
     group = parser.add_argument_group("network")
     group.add_argument("--checkpoint", metavar="FILE", help="ours, torchvision's or timm's weights")
     group.add_argument("--weights", metavar="NAME", help="torchvision's weights by name, such as IMAGENET1K_V2")
-    group.add_argument("--stride-on", choices=("3x3", "1x1"), help="where a stage strides: 3x3 is v1.5, 1x1 the 2015 weights")
-    group.add_argument("--attention", choices=("none", "se", "split"), help="squeeze-and-excitation, or ResNeSt's split attention")
-    group.add_argument("--stem", choices=("standard", "deep", "small"), help="small: 3x3 and no max-pool, for images up to 64 px")
+    group.add_argument("--stride-on", choices=("3x3", "1x1"),
+                       help="where a stage strides: 3x3 is v1.5, 1x1 the 2015 weights")
+    group.add_argument("--attention", choices=("none", "se", "split"),
+                       help="squeeze-and-excitation, or ResNeSt's split attention")
+    group.add_argument("--stem", choices=("standard", "deep", "small"),
+                       help="small: 3x3 and no max-pool, for images up to 64 px")
     group.add_argument("--num-classes", type=int, metavar="N")
     group.add_argument("--classes", metavar="FILE", help="JSON list of class names, or of {index, wnid, name}")
     return group
 
 
 def load_model(args, defaults=(), **config):
-    """What add_model_args' flags name -> (model, checkpoint dict, source text), or (None, None, None) if they name nothing and
-    none of the files in `defaults` exists. args.classes replaces the checkpoint's class names."""
+    """What add_model_args' flags name -> (model, checkpoint dict, source text), or (None, None, None) if they name
+    nothing and none of the files in `defaults` exists. args.classes replaces the checkpoint's class names."""
     path = args.checkpoint or next((p for p in defaults if os.path.exists(p)), None)
     if args.checkpoint and args.weights:
         raise UserError("--checkpoint and --weights exclude each other", code=2)
@@ -510,7 +525,8 @@ def summarize(model, size, batch_size, device):
         params = sum(p.numel() for k, p in model.named_parameters() if mine(k))
         milliseconds = measure(lambda: stage(x), device)
         x = stage(x)
-        rows.append((name, "x".join(map(str, x.shape[1:])), params, sum(v for k, v in macs.items() if mine(k)), milliseconds))
+        rows.append((name, "x".join(map(str, x.shape[1:])), params,
+                     sum(v for k, v in macs.items() if mine(k)), milliseconds))
     return rows
 
 
@@ -528,7 +544,8 @@ def cpu_isa():
 def environment():
     """-> {what: version or state}, printed before any figure."""
     import torchvision
-    cuda = "not built in" if torch.version.cuda is None else f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    cuda = ("not built in" if torch.version.cuda is None
+            else f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version(),
             "CUDA": cuda, "GPUs": ", ".join(gpus) or "none", "CPU": f"{platform.machine()} {' '.join(cpu_isa())}",
@@ -536,10 +553,12 @@ def environment():
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="resnet50.py", description="What the network costs, layer by layer, and where it runs.")
+    parser = argparse.ArgumentParser(prog="resnet50.py",
+                                     description="What the network costs, layer by layer, and where it runs.")
     add_model_args(parser)
     parser.add_argument("--image-size", type=int, metavar="PX", help="default: the checkpoint's crop, else 224")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images per timed batch (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N",
+                        help="images per timed batch (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of one forward pass")
     return parser
@@ -551,7 +570,8 @@ def main(args):
     if model is None:
         config = dict(stride_on=args.stride_on, attention=args.attention, stem=args.stem, num_classes=args.num_classes)
         try:
-            model = ResNet50(**{k: v for k, v in config.items() if v is not None}).to(memory_format=torch.channels_last).eval()
+            model = ResNet50(**{k: v for k, v in config.items() if v is not None}).to(
+                memory_format=torch.channels_last).eval()
         except ValueError as error:
             raise UserError(error, code=2) from error
     model.to(device)
@@ -575,8 +595,8 @@ def main(args):
             with profile(activities=activities) as profiler:
                 model(x)
             say(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20))
-    return dict(params=params, macs=macs, latency_ms=round(milliseconds, 3), batch_size=args.batch_size, image_size=size,
-                device=str(device), checkpoint=source)
+    return dict(params=params, macs=macs, latency_ms=round(milliseconds, 3), batch_size=args.batch_size,
+                image_size=size, device=str(device), checkpoint=source)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 train.py --data /imagenet
   python train.py --eval-only --checkpoint FILE --data /imagenet       # score a checkpoint
 
-A run is resumed with --resume auto, at any step, by the same command. On the CPU the resumed run ends with the same bits as an
-uninterrupted one: order, augmentation, mixing, dropout and learning rate are functions of (seed, step), not of history.
+A run is resumed with --resume auto, at any step, by the same command. On the CPU the resumed run ends with the same
+bits as an uninterrupted one: order, augmentation, mixing, dropout and learning rate are functions of (seed, step), not
+of history.
 """
 import argparse
 import contextlib
@@ -49,30 +50,33 @@ from resnet50 import (
     write_atomic,
 )
 
-# Each recipe is a set of defaults; a flag on the command line wins. Learning rates are for a global batch of lr_base_size.
+# Each recipe is a set of defaults; a flag on the command line wins.
+# Learning rates are for a global batch of lr_base_size.
 RECIPES = dict(
     demo=dict(epochs=5, batch_size=32, lr=2e-3, lr_base_size=32, opt="adamw", weight_decay=0.05, lr_warmup_epochs=1.0,
               label_smoothing=0.1, image_size=64, crop_scale=0.5, model_ema_decay=0.98),
     v1=dict(  # torchvision IMAGENET1K_V1: 76.13 in 90 epochs, 8 x 32 (ours spares BN and biases the weight decay)
         epochs=90, batch_size=32, lr=0.1, lr_base_size=256, opt="sgd", weight_decay=1e-4, lr_scheduler="multistep",
         lr_milestones=[30, 60], image_size=224),
-    v2=dict(  # torchvision IMAGENET1K_V2: 80.86 in 600 epochs, 8 x 128. Their --model-ema-decay 0.99998 is rescaled there by
-        # 8 * 128 * 32 / 600; this is the result, per update
+    v2=dict(  # torchvision IMAGENET1K_V2: 80.86 in 600 epochs, 8 x 128. Their --model-ema-decay 0.99998 is rescaled
+        # there by 8 * 128 * 32 / 600; this is the result, per update
         epochs=600, batch_size=128, lr=0.5, lr_base_size=1024, opt="sgd", weight_decay=2e-5, lr_warmup_epochs=5.0,
-        lr_warmup_decay=0.01, label_smoothing=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ta_wide", random_erase=0.1,
-        repeated_aug=4, model_ema_decay=1 - 2e-5 * 8 * 128 * 32 / 600, model_ema_steps=32, image_size=176, val_size=224,
-        val_resize=232),
-    a1=dict(  # ResNet strikes back (arXiv 2110.00476) A1: 80.4. Its RandAugment strengths 7 +- .5 of 10 are 21 +- 1.5 of 30 here
-        epochs=600, batch_size=256, lr=5e-3, lr_base_size=2048, opt="lamb", weight_decay=0.01, lr_warmup_epochs=5.0, lr_min=1e-6,
-        loss="bce", label_smoothing=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=21, ra_std=1.5,
-        repeated_aug=3, drop_path=0.05, image_size=224, val_resize=236, interpolation="bicubic"),
+        lr_warmup_decay=0.01, label_smoothing=0.1, mixup_alpha=0.2, cutmix_alpha=1.0, auto_augment="ta_wide",
+        random_erase=0.1, repeated_aug=4, model_ema_decay=1 - 2e-5 * 8 * 128 * 32 / 600, model_ema_steps=32,
+        image_size=176, val_size=224, val_resize=232),
+    a1=dict(  # ResNet strikes back (arXiv 2110.00476) A1: 80.4.
+        # Its RandAugment strengths 7 +- .5 of 10 are 21 +- 1.5 of 30 here
+        epochs=600, batch_size=256, lr=5e-3, lr_base_size=2048, opt="lamb", weight_decay=0.01, lr_warmup_epochs=5.0,
+        lr_min=1e-6, loss="bce", label_smoothing=0.1, mixup_alpha=0.2, cutmix_alpha=1.0,
+        auto_augment="ra", ra_magnitude=21, ra_std=1.5, repeated_aug=3, drop_path=0.05,
+        image_size=224, val_resize=236, interpolation="bicubic"),
     a2=dict(  # A2: 79.8
-        epochs=300, batch_size=256, lr=5e-3, lr_base_size=2048, opt="lamb", weight_decay=0.02, lr_warmup_epochs=5.0, lr_min=1e-6,
-        loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=21, ra_std=1.5,
+        epochs=300, batch_size=256, lr=5e-3, lr_base_size=2048, opt="lamb", weight_decay=0.02, lr_warmup_epochs=5.0,
+        lr_min=1e-6, loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=21, ra_std=1.5,
         repeated_aug=3, drop_path=0.05, image_size=224, val_resize=236, interpolation="bicubic"),
     a3=dict(  # A3: 78.1
-        epochs=100, batch_size=256, lr=8e-3, lr_base_size=2048, opt="lamb", weight_decay=0.02, lr_warmup_epochs=5.0, lr_min=1e-6,
-        loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=18, ra_std=1.5,
+        epochs=100, batch_size=256, lr=8e-3, lr_base_size=2048, opt="lamb", weight_decay=0.02, lr_warmup_epochs=5.0,
+        lr_min=1e-6, loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=18, ra_std=1.5,
         image_size=160, val_size=224, val_resize=236, interpolation="bicubic"),
     fast=dict(  # FFCV's schedule without its blur pooling: 16 epochs 73.8, with --epochs 88 78.4 there
         epochs=16, batch_size=128, lr=1.7, lr_base_size=1024, opt="sgd", weight_decay=1e-4, lr_scheduler="linear",
@@ -131,20 +135,27 @@ def batch_size(text):
 def get_args_parser():
     local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     p = Parser(prog="train.py", description="Train ResNet-50 on a folder of images.",
-               epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+               epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("run")
-    g.add_argument("--data", metavar="FOLDER", help="train/ and val/ with a folder per class, or one folder of them; none: the demo set")
-    g.add_argument("--out", default="runs/train", metavar="FOLDER", help="checkpoints, metrics.jsonl, args.json, curves.svg")
+    g.add_argument("--data", metavar="FOLDER",
+                   help="train/ and val/ with a folder per class, or one folder of them; none: the demo set")
+    g.add_argument("--out", default="runs/train", metavar="FOLDER",
+                   help="checkpoints, metrics.jsonl, args.json, curves.svg")
     g.add_argument("--recipe", choices=RECIPES, help="set of defaults; demo without --data, else v1")
     g.add_argument("--config", metavar="FILE", help="JSON of flags, such as an earlier run's args.json")
-    g.add_argument("--resume", nargs="?", const="auto", metavar="PATH", help="go on from PATH, or with 'auto' from OUT/last.pt if it is there")
+    g.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
+                   help="go on from PATH, or with 'auto' from OUT/last.pt if it is there")
     g.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     g.add_argument("--eval-only", action="store_true", help="score a checkpoint (default: OUT/best.pt) and stop")
     g.add_argument("--epochs", type=positive, metavar="N")
-    g.add_argument("--batch-size", type=batch_size, metavar="N", help="images per process and forward pass; 'auto': the largest that fits")
+    g.add_argument("--batch-size", type=batch_size, metavar="N",
+                   help="images per process and forward pass; 'auto': the largest that fits")
     g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forward passes per optimizer step")
-    g.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N", help="loader processes")
-    g.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/ (0.1 if not given)")
+    g.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N",
+                   help="loader processes")
+    g.add_argument("--val-split", type=float, metavar="F",
+                   help="share held out where there is no val/ (0.1 if not given)")
     g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
     g.add_argument("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
     g.add_argument("--seed", type=int, default=0)
@@ -152,21 +163,28 @@ def get_args_parser():
     g.add_argument("--amp-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="auto: bfloat16 where the hardware multiplies it, and float32 with --eval-only")
     g.add_argument("--compile", action="store_true", help="torch.compile")
-    g.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, more time")
-    g.add_argument("--deterministic", action="store_true", help="deterministic algorithms on CUDA too (on the CPU they always are)")
+    g.add_argument("--grad-checkpointing", action="store_true",
+                   help="recompute blocks in the backward pass: less memory, more time")
+    g.add_argument("--deterministic", action="store_true",
+                   help="deterministic algorithms on CUDA too (on the CPU they always are)")
     g.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
     g.add_argument("--dist-timeout", type=int, default=600, metavar="S", help="seconds a process waits for the others")
-    g.add_argument("--save-every", type=int, default=0, metavar="STEPS", help="write last.pt every so many steps, not only each epoch")
-    g.add_argument("--max-skips", type=int, default=10, metavar="N", help="steps with a non-finite gradient skipped in a row before giving up")
-    g.add_argument("--patience", type=int, default=0, metavar="N", help="stop after so many epochs without a better top-1")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS",
+                   help="write last.pt every so many steps, not only each epoch")
+    g.add_argument("--max-skips", type=int, default=10, metavar="N",
+                   help="steps with a non-finite gradient skipped in a row before giving up")
+    g.add_argument("--patience", type=int, default=0, metavar="N",
+                   help="stop after so many epochs without a better top-1")
     g.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
     g.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     g.add_argument("--mlflow", action="store_true", help="log to MLflow too")
     g.add_argument("--wandb", action="store_true", help="log to Weights & Biases too, offline")
     g = p.add_argument_group("images")
-    g.add_argument("--image-size", type=positive, metavar="PX", help="crop for training, and for evaluation if --val-size is not given")
+    g.add_argument("--image-size", type=positive, metavar="PX",
+                   help="crop for training, and for evaluation if --val-size is not given")
     g.add_argument("--val-size", type=positive, metavar="PX", help="evaluation crop")
-    g.add_argument("--val-resize", type=positive, metavar="PX", help="short side before that crop (8/7 of it; below 128 px the crop itself)")
+    g.add_argument("--val-resize", type=positive, metavar="PX",
+                   help="short side before that crop (8/7 of it; below 128 px the crop itself)")
     g.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
     g.add_argument("--progressive", type=float, nargs=3, metavar=("PX", "FROM", "TO"),
                    help="train at PX until the share FROM of the epochs, growing to --image-size at TO")
@@ -180,17 +198,21 @@ def get_args_parser():
     g.add_argument("--weight-decay", type=float, default=1e-4, help="not applied to batch-norm and biases")
     g.add_argument("--lr-scheduler", choices=("cosine", "multistep", "linear", "restarts"), default="cosine")
     g.add_argument("--lr-warmup-epochs", type=float, default=0.0)
-    g.add_argument("--lr-warmup-decay", type=float, default=0.01, metavar="F", help="share of the rate at the first step")
+    g.add_argument("--lr-warmup-decay", type=float, default=0.01, metavar="F",
+                   help="share of the rate at the first step")
     g.add_argument("--lr-min", type=float, default=0.0, help="rate at the end of cosine and linear")
     g.add_argument("--lr-milestones", type=int, nargs="+", default=[30, 60], metavar="EPOCH")
     g.add_argument("--lr-gamma", type=float, default=0.1)
-    g.add_argument("--lr-restart-epochs", type=float, default=10.0, metavar="N", help="first cycle of 'restarts'; each next one is twice as long")
+    g.add_argument("--lr-restart-epochs", type=float, default=10.0, metavar="N",
+                   help="first cycle of 'restarts'; each next one is twice as long")
     g.add_argument("--loss", choices=("ce", "bce", "focal"), default="ce")
     g.add_argument("--label-smoothing", type=float, default=0.0)
     g.add_argument("--focal-gamma", type=float, default=2.0)
-    g.add_argument("--class-weights", choices=("none", "balanced"), default="none", help="balanced: inverse class frequency")
+    g.add_argument("--class-weights", choices=("none", "balanced"), default="none",
+                   help="balanced: inverse class frequency")
     g.add_argument("--clip-grad-norm", type=float, default=0.0, metavar="NORM")
-    g.add_argument("--model-ema-decay", type=float, default=0.0, metavar="D", help="moving average of the weights: share kept per update")
+    g.add_argument("--model-ema-decay", type=float, default=0.0, metavar="D",
+                   help="moving average of the weights: share kept per update")
     g.add_argument("--model-ema-steps", type=positive, default=1, metavar="STEPS", help="steps per update")
     g = add_model_args(p)
     g.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth at the last block, growing from 0")
@@ -201,25 +223,29 @@ def get_args_parser():
 # -------------------------------------------------------------------------------------------------- processes
 
 class World:
-    """This process among the others, as torchrun's environment says. `control` is a gloo group beside NCCL for what lives on
-    the CPU: flags, counts, names."""
+    """This process among the others, as torchrun's environment says. `control` is a gloo group beside NCCL for what
+    lives on the CPU: flags, counts, names."""
 
     def __init__(self, device="cpu", timeout=600):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.local_rank, self.local_size = (int(os.environ.get("LOCAL_RANK", 0)),
+                                            int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.device, self.control = torch.device(device), None
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.local_rank if self.device.index is None else self.device.index)
             torch.cuda.set_device(self.device)
         elif self.size > 1:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))  # torchrun leaves 1, however many cores
+            # torchrun leaves 1, however many cores
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))
         if self.size > 1:
             wait = datetime.timedelta(seconds=timeout)
-            # torchrun keeps one store over its restarts; without a prefix a restarted process may find a dead one's address
-            # there and wait for it (seen with gloo, three processes, torch 2.15). On several machines the counts can differ.
+            # torchrun keeps one store over its restarts; without a prefix a restarted process may find a dead one's
+            # address there and wait for it (seen with gloo, three processes, torch 2.15). On several machines the
+            # counts can differ.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
             store, _, _ = next(rendezvous("env://", timeout=wait))
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store),
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
+                                    store=dist.PrefixStore(f"attempt {attempt}", store),
                                     rank=self.rank, world_size=self.size, timeout=wait)
             self.control = dist.new_group(backend="gloo", timeout=wait)
 
@@ -247,8 +273,8 @@ class World:
 
 
 class Stop:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; poll() tells every process of it at the same step. The flags travel while
-    the next step computes, so polling costs nothing and the answer is one step old."""
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; poll() tells every process of it at the same step. The flags travel
+    while the next step computes, so polling costs nothing and the answer is one step old."""
 
     def __init__(self, world):
         self.world, self.requested, self.pending, self.agreed = world, None, None, False
@@ -280,8 +306,8 @@ class Stop:
 # ----------------------------------------------------------------------------------------------- optimization
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose rate is scaled per layer by trust * |w| / |g + decay * w| (You et al., arXiv 1708.03888). One-
-    dimensional parameters are not scaled."""
+    """SGD with momentum whose rate is scaled per layer by trust * |w| / |g + decay * w| (You et al., arXiv 1708.03888).
+    One-dimensional parameters are not scaled."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
@@ -301,8 +327,8 @@ class LARS(torch.optim.Optimizer):
 
 
 class LAMB(torch.optim.Optimizer):
-    """Adam with decoupled decay whose step is scaled per layer by |w| / |step| (You et al., arXiv 1904.00962), bias-corrected.
-    Parameters without decay (one-dimensional) are not scaled."""
+    """Adam with decoupled decay whose step is scaled per layer by |w| / |step| (You et al., arXiv 1904.00962),
+    bias-corrected. Parameters without decay (one-dimensional) are not scaled."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -316,9 +342,11 @@ class LAMB(torch.optim.Optimizer):
                 if not state:
                     state.update(step=0, first=torch.zeros_like(p), second=torch.zeros_like(p))
                 state["step"] += 1
-                first, second = state["first"].lerp_(p.grad, 1 - b1), state["second"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                first, second = (state["first"].lerp_(p.grad, 1 - b1),
+                                 state["second"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2))
                 update = first / (1 - b1 ** state["step"])
-                update.div_((second / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])).add_(p, alpha=group["weight_decay"])
+                update.div_((second / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])).add_(
+                    p, alpha=group["weight_decay"])
                 if p.ndim > 1:
                     weight, step = p.norm(), update.norm()
                     update.mul_(torch.where((weight > 0) & (step > 0), weight / step, 1.0))
@@ -326,7 +354,8 @@ class LAMB(torch.optim.Optimizer):
 
 
 def make_optimizer(model, name, weight_decay, momentum):
-    """Weight decay on what has more than one dimension: not on batch-norm, not on biases. The rate is set at every step."""
+    """Weight decay on what has more than one dimension: not on batch-norm, not on biases.
+    The rate is set at every step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
@@ -364,7 +393,8 @@ def size_at(epoch, args):
 
 
 def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
-    """-> callable (logits float (N, C), target) -> scalar. Target: indices (N,), or probabilities (N, C) after mixing."""
+    """-> callable (logits float (N, C), target) -> scalar.
+    Target: indices (N,), or probabilities (N, C) after mixing."""
     def loss(logits, target):
         if kind == "ce":
             return F.cross_entropy(logits, target, weights, label_smoothing=smoothing)
@@ -398,13 +428,14 @@ class EMA:
 
 def statistics(model):
     """-> the batch-norm buffers of a model, floats and counters."""
-    return [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers(recurse=False)]
+    return [b for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+            for b in m.buffers(recurse=False)]
 
 
 @torch.no_grad()
 def average_statistics(world, models):
-    """Every process has seen other images; before evaluation their batch-norm statistics are averaged. In float64, so that
-    averaging what is equal already changes no bit (a run stopped in its evaluation does it twice)."""
+    """Every process has seen other images; before evaluation their batch-norm statistics are averaged. In float64, so
+    that averaging what is equal already changes no bit (a run stopped in its evaluation does it twice)."""
     if world.size == 1:
         return
     buffers = [b for model in models for b in statistics(model) if b.is_floating_point()]
@@ -415,9 +446,9 @@ def average_statistics(world, models):
 
 
 def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=None, amp=None, clip=0.0):
-    """One optimizer step over `batches`, a list of (uint8 pixels, labels) on the device. `net` is `model` or a wrapper of it.
-    -> (loss, correct predictions: device tensors summed over the batches; True if the step was applied). A non-finite gradient
-    applies nothing: weights, optimizer and batch-norm statistics stay as they were."""
+    """One optimizer step over `batches`, a list of (uint8 pixels, labels) on the device. `net` is `model` or a wrapper
+    of it. -> (loss, correct predictions: device tensors summed over the batches; True if the step was applied).
+    A non-finite gradient applies nothing: weights, optimizer and batch-norm statistics stay as they were."""
     before = [b.clone() for b in statistics(model)]
     loss_sum = correct = 0
     for i, (pixels, labels) in enumerate(batches):
@@ -450,18 +481,21 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
 
 
 @torch.no_grad()
-def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=False, loader=None, poll=lambda: False, on_corrupt="error"):
-    """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in percent,
-    loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict()."""
+def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=False, loader=None,
+             poll=lambda: False, on_corrupt="error"):
+    """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in
+    percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict()."""
     device = next(model.parameters()).device
-    loader = loader or data.make_loader(dataset, data.eval_batches(len(dataset.files), batch_size, world.rank, world.size), workers,
-                                        device.type == "cuda")
+    loader = loader or data.make_loader(dataset,
+                                        data.eval_batches(len(dataset.files), batch_size, world.rank, world.size),
+                                        workers, device.type == "cuda")
     training = model.training
     model.eval()
     sums, complaints = torch.zeros(4, dtype=torch.float64, device=device), []
     batches = iter(loader)
     try:
-        for _ in range(len(data.eval_batches(len(dataset.files), batch_size, 0, world.size))):  # the same number everywhere: polling is collective
+        # the same number everywhere: polling is collective
+        for _ in range(len(data.eval_batches(len(dataset.files), batch_size, 0, world.size))):
             if poll():
                 return None
             pixels, labels, bad = next(batches, (None, None, ()))
@@ -484,7 +518,8 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
         raise RuntimeError(f"evaluation saw {n:.0f} + {corrupt:.0f} of {len(dataset.files)} images")
     if not n:
         raise UserError("no image of the validation set could be decoded")
-    return dict(top1=round(100 * top1 / n, 4), top5=round(100 * top5 / n, 4), loss=round(loss / n, 6), images=int(n), corrupt=int(corrupt))
+    return dict(top1=round(100 * top1 / n, 4), top5=round(100 * top5 / n, 4), loss=round(loss / n, 6),
+                images=int(n), corrupt=int(corrupt))
 
 
 def check_corrupt(complaints, policy):
@@ -516,18 +551,22 @@ class RunLog:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(os.path.join(self.out, "tensorboard"))
-                self.sinks.append(lambda r: [writer.add_scalar(f"{r['event']}/{k}", v, r["step"]) for k, v in numbers(r).items()] + [writer.flush()])
+                self.sinks.append(lambda r: [writer.add_scalar(f"{r['event']}/{k}", v, r["step"])
+                                             for k, v in numbers(r).items()] + [writer.flush()])
             if args.mlflow:
                 import mlflow
                 mlflow.start_run(run_name=self.out)
                 mlflow.log_params({k: str(v)[:250] for k, v in vars(args).items()})
-                self.sinks.append(lambda r: mlflow.log_metrics({f"{r['event']}.{k}": v for k, v in numbers(r).items()}, step=r["step"]))
+                self.sinks.append(lambda r: mlflow.log_metrics({f"{r['event']}.{k}": v for k, v in numbers(r).items()},
+                                                               step=r["step"]))
             if args.wandb:
                 import wandb
                 run = wandb.init(mode="offline", dir=self.out, project="resnet50", config=vars(args))
-                self.sinks.append(lambda r: run.log({f"{r['event']}/{k}": v for k, v in numbers(r).items()}, step=r["step"]))
+                self.sinks.append(lambda r: run.log({f"{r['event']}/{k}": v for k, v in numbers(r).items()},
+                                                    step=r["step"]))
         except ImportError as error:
-            package = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}.get((error.name or "").split(".")[0], "tensorboard")
+            package = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}.get(
+                (error.name or "").split(".")[0], "tensorboard")
             raise UserError(f"--{package}: pip install {package} ({error})", code=2) from error
 
     def say(self, text):
@@ -537,8 +576,8 @@ class RunLog:
     def progress(self, text):
         """The one line that is redrawn on a terminal; elsewhere plain lines."""
         if self.on:
-            print(f"\r\x1b[K{text[:os.get_terminal_size(2).columns - 1]}" if self.live else text, file=sys.stderr, flush=True,
-                  end="" if self.live else "\n")
+            print(f"\r\x1b[K{text[:os.get_terminal_size(2).columns - 1]}" if self.live else text,
+                  file=sys.stderr, flush=True, end="" if self.live else "\n")
 
     def write(self, event, **values):
         if self.on:
@@ -560,10 +599,12 @@ def curves_svg(records):
     steps = [r for r in records if r["event"] == "step"]
     epochs = [r for r in records if r["event"] == "epoch"]
     panels = [
-        ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]), ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
-        ("top-1, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps]), ("validation", "#c05020", [(r["epoch"], r["top1"]) for r in epochs])]),
+        ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]),
+                  ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
+        ("top-1, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps]),
+                      ("validation", "#c05020", [(r["epoch"], r["top1"]) for r in epochs])]),
         ("learning rate", [("", "#508050", [(r["epoch"], r["lr"]) for r in steps])])]
-    width, height, left, top, gap = 760, 190, 70, 34, 52
+    width, height, left, top, gap = 760, 190, 70, 34, 68
     right = max([r["epoch"] for r in steps + epochs], default=1) or 1
 
     def ticks(low, high):
@@ -573,7 +614,8 @@ def curves_svg(records):
         return [round(i * step, 10) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
     total = top + len(panels) * (height + gap)
-    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {total}" font-family="sans-serif" font-size="12">',
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 30} {total}" '
+           'font-family="sans-serif" font-size="12">',
            '<rect width="100%" height="100%" fill="white"/>']
     for i, (title, series) in enumerate(panels):
         series = [(n, c, [(x, y) for x, y in points if math.isfinite(y)]) for n, c, points in series]
@@ -584,14 +626,16 @@ def curves_svg(records):
         py = lambda y, y0=y0, low=low, high=high: y0 + height - (y - low) / (high - low or 1) * height  # noqa: E731
         svg.append(f'<text x="{left}" y="{y0 - 10}" font-weight="bold">{html.escape(title)}</text>')
         for t in ticks(low, high):
-            svg.append(f'<path d="M{left} {py(t):.1f}H{left + width}" stroke="#ddd"/><text x="{left - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
+            svg.append(f'<path d="M{left} {py(t):.1f}H{left + width}" stroke="#ddd"/>'
+                       f'<text x="{left - 8}" y="{py(t) + 4:.1f}" text-anchor="end">{t:g}</text>')
         for t in ticks(0, right):
             svg.append(f'<text x="{px(t):.1f}" y="{y0 + height + 17}" text-anchor="middle">{t:g}</text>')
         svg.append(f'<text x="{left + width}" y="{y0 + height + 32}" text-anchor="end" fill="#666">epoch</text>')
         for j, (name, colour, points) in enumerate(series):
             path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
             svg.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-            svg += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}"><title>epoch {x:g}: {y:g}</title></circle>'
+            svg += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="2.6" fill="{colour}">'
+                    f'<title>epoch {x:g}: {y:g}</title></circle>'
                     for x, y in (points if name == "validation" else points[-1:])]
             if name:
                 svg.append(f'<text x="{left + width - 160 + 80 * j}" y="{y0 - 10}" fill="{colour}">{name}</text>')
@@ -607,8 +651,9 @@ def memory_gib(device):
 # -------------------------------------------------------------------------------------------------- the parts
 
 def keep_freed_memory():
-    """glibc returns every large tensor to the system when it is freed, and the next one pays for fresh zeroed pages: 15 to 50 %
-    of a CPU training step. These settings keep freed memory in the process. Elsewhere than glibc nothing happens."""
+    """glibc returns every large tensor to the system when it is freed, and the next one pays for fresh zeroed pages: 15
+    to 50 % of a CPU training step. These settings keep freed memory in the process. Elsewhere than glibc nothing
+    happens."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own per block
@@ -616,15 +661,16 @@ def keep_freed_memory():
 
 
 class FlatConv(nn.Conv2d):
-    """A 1x1 convolution as the matrix product that it is. oneDNN's backward pass of small convolutions spends most of its time
-    on blocked weight layouts; as a product a training step on the CPU takes half to nine tenths of the time. Without gradients the
-    convolution is faster and runs."""
+    """A 1x1 convolution as the matrix product that it is. oneDNN's backward pass of small convolutions spends most of
+    its time on blocked weight layouts; as a product a training step on the CPU takes half to nine tenths of the time.
+    Without gradients the convolution is faster and runs."""
 
     def forward(self, x):  # (N, C, H, W) channels_last -> same
         if not torch.is_grad_enabled():
             return super().forward(x)
         x = x[:, :, ::self.stride[0], ::self.stride[1]] if self.stride[0] > 1 else x
-        weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)  # the gradient then has the weight's own strides, as DDP's buckets want
+        # the gradient then has the weight's own strides, as DDP's buckets want
+        weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)
         return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
 
 
@@ -655,13 +701,14 @@ def preprocess_of(args):
 
 
 def find_batch_size(model, size, amp, world, limit):
-    """The largest batch whose forward and backward pass fit, less a tenth, as a multiple of 8; the same on every process. CUDA:
-    doubled until memory runs out, then bisected. CPU: doubled while the peak so far, extrapolated, stays under 80 % of the
-    machine's free memory."""
+    """The largest batch whose forward and backward pass fit, less a tenth, as a multiple of 8; the same on every
+    process. CUDA: doubled until memory runs out, then bisected. CPU: doubled while the peak so far, extrapolated, stays
+    under 80 % of the machine's free memory."""
     device, probe = world.device, copy.deepcopy(model).train()
 
     def attempt(n):
-        pixels = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device).contiguous(memory_format=torch.channels_last)
+        pixels = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device).contiguous(
+            memory_format=torch.channels_last)
         try:
             with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                 probe(normalize(pixels, model.preprocess)).float().sum().backward()
@@ -683,7 +730,8 @@ def find_batch_size(model, size, amp, world, limit):
             fits, fails = (middle, fails) if attempt(middle) else (fits, middle)
     else:
         with open("/proc/meminfo") as f:
-            free = next(int(line.split()[1]) for line in f if line.startswith("MemAvailable")) / 2**20 / world.local_size * 0.8
+            free = (next(int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+                    / 2**20 / world.local_size * 0.8)
         attempt(4)
         base = memory_gib(device)
         attempt(8)
@@ -707,7 +755,8 @@ def open_run(args, world):
             raise UserError(f"--resume {path}: no such file")
         if (os.path.isdir(args.out) and os.listdir(args.out) and not args.overwrite
                 and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
-            raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, --out names another folder", code=2)
+            raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, "
+                            "--out names another folder", code=2)
     world.barrier()  # nobody writes before everybody has looked
     if world.rank == 0:
         try:
@@ -722,19 +771,22 @@ def open_run(args, world):
 
 
 def save_training(path, model, ema, optimizer, scaler, progress, world, **fields):
-    """last.pt: all that a resumed run needs. Collective; rank 0 writes. In mid-epoch every process has batch-norm statistics of
-    its own: `model` and `ema` hold their mean, `statistics` each process's, and the run itself goes on untouched."""
+    """last.pt: all that a resumed run needs. Collective; rank 0 writes. In mid-epoch every process has batch-norm
+    statistics of its own: `model` and `ema` hold their mean, `statistics` each process's, and the run itself goes on
+    untouched."""
     models = [model] + ([ema.model] if ema else [])
     own = torch.cat([b.double().flatten().cpu() for m in models for b in statistics(m) if b.is_floating_point()])
     everyone = world.gather(own)
-    totals = dict(zip(("loss_sum", "correct", "count", "skipped"), world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))))
+    totals = dict(zip(("loss_sum", "correct", "count", "skipped"),
+                      world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))))
     if world.rank == 0:
         averaged = [copy.deepcopy(m) if world.size > 1 else m for m in models]
         if world.size > 1:
             scatter_statistics(averaged, torch.stack(everyone).mean(0))
-        save_checkpoint(path, averaged[0], optimizer=optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None,
-                        ema=averaged[1].state_dict() if ema else None, ema_updates=ema.updates if ema else 0,
-                        statistics=everyone if world.size > 1 else None, **{**progress, **totals}, **fields)
+        save_checkpoint(path, averaged[0], optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict() if scaler else None, ema=averaged[1].state_dict() if ema else None,
+                        ema_updates=ema.updates if ema else 0, statistics=everyone if world.size > 1 else None,
+                        **{**progress, **totals}, **fields)
     world.barrier()
 
 
@@ -748,7 +800,8 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     """Reads what save_training wrote into the given objects. Raises UserError if the run is another one."""
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
-        raise UserError(f"{path}: holds no training state (best.pt and foreign files do not); start from it with --checkpoint")
+        raise UserError(f"{path}: holds no training state (best.pt and foreign files do not); "
+                        "start from it with --checkpoint")
     if checkpoint["classes"] != list(classes):
         raise UserError(f"{path}: was trained on other classes than these {len(classes)}")
     if {**checkpoint["config"], "drop_path": 0, "dropout": 0} != {**model.config, "drop_path": 0, "dropout": 0}:
@@ -788,13 +841,13 @@ def open_data(args, world, classes=None, wnids=None):
 def eval_only(args, world):
     model, checkpoint, source = load_model(args, defaults=[os.path.join(args.out, "best.pt")])
     if model is None:
-        raise UserError(f"no checkpoint: train one (python train.py writes {args.out}/best.pt) or name one with --checkpoint FILE "
-                        "or --weights IMAGENET1K_V2")
+        raise UserError(f"no checkpoint: train one (python train.py writes {args.out}/best.pt) or name one "
+                        "with --checkpoint FILE or --weights IMAGENET1K_V2")
     classes, wnids = checkpoint["classes"], checkpoint["wnids"]
     _, val, folder_classes, _, notes = open_data(args, world, classes, wnids)
     if classes is None and len(folder_classes) != model.config["num_classes"]:
-        raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, {args.data} has {len(folder_classes)} class "
-                        "folders: --classes FILE must say which is which")
+        raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, {args.data} has "
+                        f"{len(folder_classes)} class folders: --classes FILE must say which is which")
     if args.val_size or args.image_size:
         model.preprocess.update({k: preprocess_of(args)[k] for k in ("crop", "resize")})
     given = dict(resize=args.val_resize, interpolation=args.interpolation)
@@ -803,11 +856,14 @@ def eval_only(args, world):
     dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
     size = 32 if args.batch_size == "auto" else args.batch_size
     if world.rank == 0:
-        print("\n".join(notes + [f"{source} on {len(val)} images, {model.preprocess['resize']} -> {model.preprocess['crop']} px"]), file=sys.stderr)
+        print("\n".join(notes + [f"{source} on {len(val)} images, "
+                                 f"{model.preprocess['resize']} -> {model.preprocess['crop']} px"]), file=sys.stderr)
     start = time.perf_counter()
-    result = evaluate(model, dataset, size, world, workers=args.workers, amp=amp_dtype(args, world.device), tta=args.tta, on_corrupt=args.on_corrupt)
+    result = evaluate(model, dataset, size, world, workers=args.workers, amp=amp_dtype(args, world.device),
+                      tta=args.tta, on_corrupt=args.on_corrupt)
     seconds = time.perf_counter() - start
-    return dict(result, checkpoint=source, data=args.data or data.DEMO, images_per_second=round(result["images"] / seconds, 2))
+    return dict(result, checkpoint=source, data=args.data or data.DEMO,
+                images_per_second=round(result["images"] / seconds, 2))
 
 
 def make_model(args, classes, world):
@@ -818,10 +874,12 @@ def make_model(args, classes, world):
     if args.checkpoint or args.weights:
         model, _, source = load_model(args, **shape)
         if model.config["num_classes"] != len(classes):
-            raise UserError(f"{source}: has {model.config['num_classes']} outputs, the data {len(classes)} classes; finetune.py replaces the head")
+            raise UserError(f"{source}: has {model.config['num_classes']} outputs, the data {len(classes)} classes; "
+                            "finetune.py replaces the head")
     else:
         torch.manual_seed(args.seed)
-        shape.update({k: v for k, v in dict(stem=args.stem, stride_on=args.stride_on, attention=args.attention).items() if v is not None})
+        shape.update({k: v for k, v in dict(stem=args.stem, stride_on=args.stride_on, attention=args.attention).items()
+                      if v is not None})
         try:
             model = ResNet50(num_classes=len(classes), **shape)
         except ValueError as error:
@@ -836,11 +894,13 @@ def make_model(args, classes, world):
 
 
 def wrap(model, args, world, amp):
-    """DDP and torch.compile around the model. DDP regroups its gradient buckets after the first backward pass; that pass is
-    made here on zeros, so that an uninterrupted and a resumed run add up gradients in the same grouping at every step."""
+    """DDP and torch.compile around the model. DDP regroups its gradient buckets after the first backward pass; that
+    pass is made here on zeros, so that an uninterrupted and a resumed run add up gradients in the same grouping at
+    every step."""
     net = model
     if world.size > 1:
-        net = nn.parallel.DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None,
+        net = nn.parallel.DistributedDataParallel(model,
+                                                  device_ids=[world.device] if world.device.type == "cuda" else None,
                                                   broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
         net = torch.compile(net)
@@ -882,8 +942,10 @@ def train(args, world, stop):
     files, val_files, classes, wnids, notes = open_data(args, world, *names)
     model, amp = make_model(args, classes, world), amp_dtype(args, device)
     if args.batch_size == "auto":
-        args.batch_size = find_batch_size(model, args.image_size, amp, world, limit=max(1, min(1024, len(files) // world.size)))
-    order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed, args.repeated_aug, args.balanced)
+        args.batch_size = find_batch_size(model, args.image_size, amp, world,
+                                          limit=max(1, min(1024, len(files) // world.size)))
+    order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
+                       args.repeated_aug, args.balanced)
     weights = None
     if args.class_weights == "balanced":
         counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
@@ -893,7 +955,8 @@ def train(args, world, stop):
     optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum)
     scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
     ema = EMA(model, args.model_ema_decay) if args.model_ema_decay else None
-    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-1.0, best_epoch=0, skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
+    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-1.0, best_epoch=0,
+                    skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
     if resume:
         restore_training(resume, model, ema, optimizer, scaler, progress, world, classes)
     log = RunLog(args.out, args, world, progress["step"] if resume else None)
@@ -902,32 +965,37 @@ def train(args, world, stop):
     last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
 
     def save(metrics=None):
-        save_training(last, model, ema, optimizer, scaler, progress, world, rng=dict(seed=args.seed), metrics=metrics, **fields)
+        save_training(last, model, ema, optimizer, scaler, progress, world,
+                      rng=dict(seed=args.seed), metrics=metrics, **fields)
 
     peak = args.lr * (order.global_batch / args.lr_base_size if args.lr_base_size else 1)
     if world.rank == 0:
         write_atomic(os.path.join(args.out, "args.json"), json.dumps(fields["args"], indent=1).encode())
     log.say("\n".join(notes + [
-        f"{len(files)} training and {len(val_files)} validation images, {len(classes)} classes; {world.size} process{'es' * (world.size > 1)} on "
-        f"{device.type}, {amp or torch.float32}".replace("torch.", ""),
+        f"{len(files)} training and {len(val_files)} validation images, {len(classes)} classes; "
+        f"{world.size} process{'es' * (world.size > 1)} on {device.type}, {amp or torch.float32}".replace("torch.", ""),
         f"recipe {args.recipe}: " + ", ".join(f"{k}={getattr(args, k)}" for k in RECIPES[args.recipe]),
-        f"global batch {args.batch_size} x {world.size} x {args.accumulate} = {order.global_batch}, {order.steps} steps per epoch, learning rate "
+        f"global batch {args.batch_size} x {world.size} x {args.accumulate} = {order.global_batch}, "
+        f"{order.steps} steps per epoch, learning rate "
         f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {peak:g}"]
         + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
     if args.image_size <= 40 and model.config["stem"] == "standard":
         log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
 
-    images = data.Images(files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args), args.seed, args.exif, replace=True)
+    images = data.Images(files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args),
+                         args.seed, args.exif, replace=True)
     val_images = data.Images(val_files, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
     loader = data.make_loader(images, order, args.workers, device.type == "cuda")
     val_batch = args.batch_size * 2
-    val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size), args.workers, device.type == "cuda")
+    val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
+                                  args.workers, device.type == "cuda")
     result, stopped, corrupt = None, stop.poll(), set()
     begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
     window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
 
     while progress["epoch"] < args.epochs and not stopped:
         epoch, epoch_start = progress["epoch"], time.perf_counter()
+        window["time"] = time.perf_counter()  # evaluating and saving are not part of the rate
         order.epoch, order.start = epoch, progress["seen"]
         batches = iter(loader) if len(order) else iter(())
         for _ in range(len(order) // args.accumulate):
@@ -945,7 +1013,8 @@ def train(args, world, stop):
                 raise UserError(f"too many damaged files in a row, from {complaints[0]}")
             micro = [(p.to(device, non_blocking=True), y.to(device, non_blocking=True)) for p, y, _ in micro]
             torch.manual_seed(data.seed_for(args.seed, 1, progress["step"], world.rank))  # mixing, dropout, drop-path
-            loss, correct, applied = train_step(net, model, micro, optimizer, loss_fn, scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm)
+            loss, correct, applied = train_step(net, model, micro, optimizer, loss_fn,
+                                                scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm)
             progress["step"] += 1
             progress["seen"] += order.global_batch
             progress["samples_seen"] += order.global_batch
@@ -958,14 +1027,16 @@ def train(args, world, stop):
                 progress["skipped"] += world.rank == 0
                 log.say(f"step {progress['step']}: gradient not finite, step skipped ({progress['skips']} in a row)")
                 if progress["skips"] > args.max_skips:
-                    raise UserError(f"training diverged: {progress['skips']} steps in a row without a finite gradient at lr {lr:g}; "
-                                    f"{last if os.path.exists(last) else 'no checkpoint yet, and none'} was left untouched", code=4)
+                    raise UserError(f"training diverged: {progress['skips']} steps in a row without a finite gradient "
+                                    f"at lr {lr:g}; {last if os.path.exists(last) else 'no checkpoint yet, and none'} "
+                                    "was left untouched", code=4)
             samples = args.batch_size * args.accumulate
             window["loss"].append(loss * samples)
             window["correct"].append(correct)
             window["samples"] += samples
             done += samples * world.size
-            if progress["step"] % args.log_every == 0 or len(order) == 0 or progress["seen"] >= order.steps * order.global_batch:
+            if (progress["step"] % args.log_every == 0 or len(order) == 0
+                    or progress["seen"] >= order.steps * order.global_batch):
                 flush_window(window, progress, log, order, epoch, lr, device, world, args)
             if args.save_every and progress["step"] % args.save_every == 0:
                 save()
@@ -976,14 +1047,17 @@ def train(args, world, stop):
         if stopped:
             break
         average_statistics(world, [model] + ([ema.model] if ema else []))
-        score = evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta, loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
+        score = evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
+                         loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
         if score is None:
             stopped = True
             break
-        loss_sum, correct, count, skipped = world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
+        loss_sum, correct, count, skipped = world.sum(
+            *(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
         progress.update(epoch=epoch + 1, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
         record = dict(epoch=epoch + 1, step=progress["step"], **{k: score[k] for k in ("loss", "top1", "top5")},
-                      train_loss=round(loss_sum / max(count, 1), 5), train_top1=round(100 * correct / max(count, 1), 3), lr=lr_at(epoch + 1, args, peak),
+                      train_loss=round(loss_sum / max(count, 1), 5), train_top1=round(100 * correct / max(count, 1), 3),
+                      lr=lr_at(epoch + 1, args, peak),
                       seconds=round(time.perf_counter() - epoch_start, 2), skipped=int(skipped))
         better = score["top1"] > progress["best"]
         if better:
@@ -993,8 +1067,9 @@ def train(args, world, stop):
             save_checkpoint(best, ema.model if ema else model, metrics=result, **fields)
         save(metrics=result)
         log.write("epoch", **record)
-        log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} top-1 {score['top1']:.2f} top-5 {score['top5']:.2f} on validation; "
-                f"{record['train_loss']:.4f} {record['train_top1']:.2f} in training; {record['seconds']:.0f} s{' *' * better}")
+        log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} top-1 {score['top1']:.2f} "
+                f"top-5 {score['top5']:.2f} on validation; {record['train_loss']:.4f} "
+                f"{record['train_top1']:.2f} in training; {record['seconds']:.0f} s{' *' * better}")
         if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
             log.say(f"no better top-1 for {args.patience} epochs: stopped early")
             break
@@ -1004,7 +1079,8 @@ def train(args, world, stop):
         name = next(n for n in world.gather(stop.requested) if n)
         if world.rank:
             sys.exit(75)  # one process says it
-        raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on", code=75)
+        raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on",
+                        code=75)
     bad = sorted(set(itertools.chain(*world.gather(corrupt))))
     if bad:
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
@@ -1012,13 +1088,16 @@ def train(args, world, stop):
     if result is None:  # resumed a finished run
         result = load_checkpoint(last)["metrics"]
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
-    return dict(top1=shown["top1"], top5=shown["top5"], loss=shown["loss"], checkpoint=best, epochs=progress["epoch"], best_epoch=progress["best_epoch"],
-                last_top1=result["top1"], images_per_second=round(done / worked, 2) if worked else None, seconds=round(seconds, 1),
-                samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]), corrupt=len(bad) + shown["corrupt"], out=args.out)
+    return dict(top1=shown["top1"], top5=shown["top5"], loss=shown["loss"], checkpoint=best, epochs=progress["epoch"],
+                best_epoch=progress["best_epoch"], last_top1=result["top1"],
+                images_per_second=round(done / worked, 2) if worked else None, seconds=round(seconds, 1),
+                samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]),
+                corrupt=len(bad) + shown["corrupt"], out=args.out)
 
 
 def flush_window(window, progress, log, order, epoch, lr, device, world, args):
-    """Close a logging interval: the running sums into `progress`, one record, one line. The two item() calls wait for the device."""
+    """Close a logging interval: the running sums into `progress`, one record, one line.
+    The two item() calls wait for the device."""
     loss, correct = torch.stack(window["loss"]).sum().item(), torch.stack(window["correct"]).sum().item()
     seconds, samples = time.perf_counter() - window["time"], window["samples"]
     progress["loss_sum"] += loss
@@ -1027,10 +1106,12 @@ def flush_window(window, progress, log, order, epoch, lr, device, world, args):
     rate, share = samples * world.size / seconds, window["wait"] / seconds
     at = epoch + progress["seen"] / (order.steps * order.global_batch)
     left = ((args.epochs - at) * order.steps * order.global_batch) / rate
-    log.write("step", epoch=round(at, 4), step=progress["step"], loss=round(loss / samples, 5), top1=round(100 * correct / samples, 3), lr=lr,
-              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3), samples_seen=progress["samples_seen"])
-    log.progress(f"epoch {epoch + 1} step {progress['step']}/{args.epochs * order.steps} loss {loss / samples:.4f} top-1 {100 * correct / samples:.1f} "
-                 f"lr {lr:.2e} {rate:.1f} img/s data {share:.0%} mem {memory_gib(device):.1f}G eta {datetime.timedelta(seconds=int(left))}")
+    log.write("step", epoch=round(at, 4), step=progress["step"], loss=round(loss / samples, 5),
+              top1=round(100 * correct / samples, 3), lr=lr, images_per_second=round(rate, 2),
+              data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3), samples_seen=progress["samples_seen"])
+    log.progress(f"epoch {epoch + 1} step {progress['step']}/{args.epochs * order.steps} loss {loss / samples:.4f} "
+                 f"top-1 {100 * correct / samples:.1f} lr {lr:.2e} {rate:.1f} img/s "
+                 f"data {share:.0%} mem {memory_gib(device):.1f}G eta {datetime.timedelta(seconds=int(left))}")
     window.update(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
 
 
@@ -1054,7 +1135,8 @@ def main(args):
         return result if world.rank == 0 else None
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # killed: almost always shared memory
-            raise UserError(f"a loader process died ({str(error).splitlines()[0]}); if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error
+            raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
+                            "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error
         raise
     finally:
         if stop:

@@ -29,21 +29,23 @@ def shared():
 
 @pytest.fixture
 def run():
-    """run(script arguments..., before="python code run first", processes=N) -> CompletedProcess. `before` can wrap functions of
-    the imported module `train`, to place a signal or a kill at an exact step."""
+    """run(script arguments..., before="python code run first", processes=N) -> CompletedProcess. `before` can wrap
+    functions of the imported module `train`, to place a signal or a kill at an exact step."""
     def call(*args, before="", processes=1, restarts=0, script="train.py", timeout=300, env=None):
         module = script.removesuffix(".py")
-        code = f"import os, sys, signal\nsys.path.insert(0, {ROOT!r})\nimport {module}\nimport {module} as script\n{before}\n" \
-               f"from resnet50 import run_script\nrun_script(script.main, script.get_args_parser().parse_args(), {script!r})\n"
+        code = f"import os, sys, signal\nsys.path.insert(0, {ROOT!r})\nimport {module}\nimport {module} as script\n" \
+               f"{before}\nfrom resnet50 import run_script\n" \
+               f"run_script(script.main, script.get_args_parser().parse_args(), {script!r})\n"
         path = os.path.join(call.folder, f"entry{call.count}.py")
         call.count += 1
         with open(path, "w") as f:
             f.write(code)
         command = [sys.executable]
         if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", f"--max-restarts={restarts}"]
-        return subprocess.run(command + [path, *map(str, args)], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-                              env={**os.environ, **(env or {})})
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                        f"--max-restarts={restarts}"]
+        return subprocess.run(command + [path, *map(str, args)], capture_output=True, text=True, timeout=timeout,
+                              cwd=ROOT, env={**os.environ, **(env or {})})
     import tempfile
     with tempfile.TemporaryDirectory() as call.folder:
         call.count = 0

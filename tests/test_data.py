@@ -28,8 +28,9 @@ def encode(image, kind, **options):
 
 # --------------------------------------------------------------------------------------------------- decoding
 
-@pytest.mark.parametrize("kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"),
-                                        ("PNG", "P"), ("PNG", "1"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P"), ("PPM", "L"), ("TIFF", "CMYK")])
+@pytest.mark.parametrize("kind, mode", [
+    ("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"),
+    ("PNG", "1"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("GIF", "P"), ("PPM", "L"), ("TIFF", "CMYK")])
 def test_decode_equals_pil(kind, mode):
     encoded = encode(picture(mode), kind)
     expected = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
@@ -59,7 +60,8 @@ def test_formats_are_limited_by_content_not_name():
             data.decode(junk)
 
 
-@pytest.mark.parametrize("kind, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("TIFF", {})])
+@pytest.mark.parametrize("kind, options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}),
+                                           ("GIF", {}), ("BMP", {}), ("TIFF", {})])
 def test_cut_anywhere_is_refused(kind, options):
     whole = encode(picture(size=(120, 80)), kind, **options)
     data.decode(whole)
@@ -86,7 +88,8 @@ def test_exif_orientation(orientation):
     encoded = encode(picture(), "JPEG", exif=exif)
     plain, turned = data.decode(encoded), data.decode(encoded, exif=True)
     from PIL import ImageOps
-    assert plain.size == (37, 23) and np.array_equal(np.asarray(turned), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
+    assert plain.size == (37, 23) and np.array_equal(
+        np.asarray(turned), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -100,7 +103,8 @@ def make(root, layout, extension=".jpg"):
 
 
 def test_classes_come_from_train_alone(tmp_path):
-    root = make(tmp_path, {"train/b": 2, "train/a10": 2, "train/a9": 1, "val/b": 1, "val/a9": 2, "train/.ipynb_checkpoints": 1})
+    root = make(tmp_path, {"train/b": 2, "train/a10": 2, "train/a9": 1, "val/b": 1, "val/a9": 2,
+                           "train/.ipynb_checkpoints": 1})
     train, val, classes, _, notes = data.open_folder(root)
     assert classes == ["a10", "a9", "b"] and sorted(train.labels) == [0, 0, 1, 2, 2] and sorted(val.labels) == [1, 1, 2]
     assert any(".ipynb_checkpoints ignored" in n for n in notes) and any("no image of a10" in n for n in notes)
@@ -110,8 +114,8 @@ def test_classes_come_from_train_alone(tmp_path):
 @pytest.mark.parametrize("layout, complaint", [
     ({"train/a": 1, "val/a": 1, "val/zebra": 1}, "class folder zebra not among the 1 classes"),
     ({"train/a": 1, "train/empty": 0, "val/a": 1}, "no images in class folder empty"),
-    ({"train/a": 1, "val": 0}, "no images"), ({"train": 0}, "no class folders"), ({"val/a": 1}, "but no train/"), ({".git": 1}, "no class folders"),
-    ({"a": 1}, "too few to split")])
+    ({"train/a": 1, "val": 0}, "no images"), ({"train": 0}, "no class folders"), ({"val/a": 1}, "but no train/"),
+    ({".git": 1}, "no class folders"), ({"a": 1}, "too few to split")])
 def test_bad_folders_are_named(layout, complaint, tmp_path):
     with pytest.raises(UserError, match=complaint) as caught:
         data.open_folder(make(tmp_path, layout))
@@ -128,7 +132,8 @@ def test_class_list_maps_folder_names(tmp_path):
     classes, wnids = ["tench", "crane", "shark", "crane"], ["n01", "n02", "n03", "n04"]
     _, val, got, _, _ = data.open_folder(root, classes, wnids, eval_only=True)
     assert got == classes and sorted(val.labels) == [0, 2, 2]
-    assert {os.path.basename(os.path.dirname(val.path(i))): int(val.labels[i]) for i in range(3)} == {"n01": 0, "n03": 2}
+    assert {os.path.basename(os.path.dirname(val.path(i))): int(val.labels[i])
+            for i in range(3)} == {"n01": 0, "n03": 2}
     with pytest.raises(UserError, match="n03 not among the 2 classes"):
         data.open_folder(root, ["tench", "x"], ["n01", "n09"], eval_only=True)
     with pytest.raises(UserError, match="crane"):  # two classes of that name
@@ -139,7 +144,8 @@ def test_split_by_hash_is_stable(tmp_path):
     root = make(tmp_path, {"a": 60, "b": 60})
     first = data.open_folder(root, val_split=0.2)
     held = {first[1].path(i) for i in range(len(first[1]))}
-    assert 10 <= len(held) <= 40 and len(first[0]) + len(held) == 120 and not held & {first[0].path(i) for i in range(len(first[0]))}
+    assert (10 <= len(held) <= 40 and len(first[0]) + len(held) == 120
+            and not held & {first[0].path(i) for i in range(len(first[0]))})
     make(tmp_path, {"a": 90})  # more images arrive: no earlier one changes sides
     second = data.open_folder(root, val_split=0.2)
     assert held <= {second[1].path(i) for i in range(len(second[1]))}
@@ -169,9 +175,10 @@ def arguments(*flags):
     return parser.parse_args(flags)
 
 
-@pytest.mark.parametrize("flags", [(), ("--hflip", "0"), ("--rotation", "30"), ("--elastic", "40"), ("--color-jitter", "0.4"),
-                                   ("--auto-augment", "ra", "--ra-magnitude", "21", "--ra-std", "1.5"), ("--auto-augment", "ta_wide"),
-                                   ("--random-erase", "1"), ("--rotation", "9", "--elastic", "9", "--random-erase", "1", "--crop-scale", "0.5")])
+@pytest.mark.parametrize("flags", [
+    (), ("--hflip", "0"), ("--rotation", "30"), ("--elastic", "40"), ("--color-jitter", "0.4"),
+    ("--auto-augment", "ra", "--ra-magnitude", "21", "--ra-std", "1.5"), ("--auto-augment", "ta_wide"),
+    ("--random-erase", "1"), ("--rotation", "9", "--elastic", "9", "--random-erase", "1", "--crop-scale", "0.5")])
 def test_train_transforms_give_uint8_and_follow_the_seed(flags):
     transform = data.train_transform(32, PREPROCESS, arguments(*flags))
 
@@ -233,7 +240,8 @@ def test_a_step_uses_the_same_images_on_any_number_of_processes(world, accumulat
     labels, per = np.zeros(100, dtype=np.int32), 24 // world // accumulate
     whole = [sorted(b) for b in keys_of(data.Order(labels, 24))]
     ranks = [keys_of(data.Order(labels, per, r, world, accumulate)) for r in range(world)]
-    steps = [sorted(k for r in ranks for b in r[s * accumulate:(s + 1) * accumulate] for k in b) for s in range(len(ranks[0]) // accumulate)]
+    steps = [sorted(k for r in ranks for b in r[s * accumulate:(s + 1) * accumulate] for k in b)
+             for s in range(len(ranks[0]) // accumulate)]
     assert steps == whole
 
 
@@ -256,7 +264,8 @@ def test_repeated_augmentation():
     keys = [k for batches in ranks for b in batches for k in b]
     counts = collections.Counter(i for _, i, _ in keys)
     assert len(keys) == 120 and len(counts) == 40 and set(counts.values()) == {3} and len(set(keys)) == 120
-    assert all(len({i for _, i, _ in b}) == 10 for batches in ranks for b in batches)  # one process sees an image once per batch
+    # one process sees an image once per batch
+    assert all(len({i for _, i, _ in b}) == 10 for batches in ranks for b in batches)
 
 
 def test_balanced_sampling():
@@ -270,7 +279,8 @@ def test_balanced_sampling():
 def test_evaluation_counts_every_image_once(n, batch, world):
     parts = [[k[1] for b in data.eval_batches(n, batch, r, world) for k in b] for r in range(world)]
     assert sorted(sum(parts, [])) == list(range(n))
-    assert all(len(data.eval_batches(n, batch, r, world)) <= len(data.eval_batches(n, batch, 0, world)) for r in range(world))
+    assert all(len(data.eval_batches(n, batch, r, world)) <= len(data.eval_batches(n, batch, 0, world))
+               for r in range(world))
 
 
 def batches_of(root, workers, epoch=2, flags=("--auto-augment", "ta_wide")):
@@ -292,7 +302,8 @@ def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny):
             assert torch.equal(a, b) and torch.equal(y, z)
     assert not torch.equal(reference[0][0], batches_of(tiny, 0, epoch=3)[0][0])
     pixels = reference[0][0]
-    assert pixels.dtype == torch.uint8 and pixels.shape == (8, 3, 32, 32) and pixels.is_contiguous(memory_format=torch.channels_last)
+    assert (pixels.dtype == torch.uint8 and pixels.shape == (8, 3, 32, 32)
+            and pixels.is_contiguous(memory_format=torch.channels_last))
 
 
 def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
@@ -303,7 +314,8 @@ def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
     at = next(i for i in range(len(files)) if files.path(i).endswith("a/3.jpg"))
     crop = lambda _: data.eval_transform(dict(PREPROCESS, resize=16, crop=16))  # noqa: E731
     pixels, label, complaint = data.Images(files, crop, replace=True)[(0, at, 0)]
-    assert pixels.shape == (16, 16, 3) and label == files.labels[at + 1] and "a/3.jpg" in complaint and "cut short" in complaint
+    assert (pixels.shape == (16, 16, 3) and label == files.labels[at + 1]
+            and "a/3.jpg" in complaint and "cut short" in complaint)
     assert data.Images(files, crop)[(0, at, 0)][:2] == (None, -1)
     loader = data.make_loader(data.Images(files, crop), data.eval_batches(len(files), 5), 1, False)
     seen = list(loader)
@@ -318,7 +330,8 @@ def test_mixing():
     for alphas in ((0.5, 0), (0, 1.0), (0.2, 1.0)):
         torch.manual_seed(1)
         mixed, target = data.make_mixer(*alphas, 10)(x, y)
-        assert mixed.shape == x.shape and target.shape == (8, 10) and torch.allclose(target.sum(1), torch.ones(8)) and not torch.equal(mixed, x)
+        assert (mixed.shape == x.shape and target.shape == (8, 10) and torch.allclose(target.sum(1), torch.ones(8))
+                and not torch.equal(mixed, x))
 
 
 # ---------------------------------------------------------------------------------------- demo data, archives
@@ -363,15 +376,17 @@ def imported(root):
     return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, names in os.walk(root) for f in names)
 
 
-EXPECTED = ["train/n01440764/n01440764_18.JPEG", "train/n01440764/n01440764_7.JPEG", "train/n02119789/n02119789_18.JPEG",
-            "train/n02119789/n02119789_7.JPEG", "val/n01440764/ILSVRC2012_val_00000001.JPEG", "val/n01440764/ILSVRC2012_val_00000003.JPEG",
+EXPECTED = ["train/n01440764/n01440764_18.JPEG", "train/n01440764/n01440764_7.JPEG",
+            "train/n02119789/n02119789_18.JPEG", "train/n02119789/n02119789_7.JPEG",
+            "val/n01440764/ILSVRC2012_val_00000001.JPEG", "val/n01440764/ILSVRC2012_val_00000003.JPEG",
             "val/n02119789/ILSVRC2012_val_00000002.JPEG"]
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 def test_imagenet_with_the_devkit(archives, compressed):
     scipy = pytest.importorskip("scipy.io")
-    synsets = np.zeros((2, 1), dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("children", "O")])
+    synsets = np.zeros((2, 1), dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"),
+                                      ("children", "O")])
     synsets[0, 0] = (1.0, "n02119789", "kit fox", "a small grey fox", np.zeros((1, 0)))
     synsets[1, 0] = (2.0, "n01440764", "tench", "freshwater dace-like game fish", np.array([[3.0, 400.5]]))
     mat = io.BytesIO()
@@ -383,9 +398,11 @@ def test_imagenet_with_the_devkit(archives, compressed):
         assert imported(archives / "out") == EXPECTED
 
 
-@pytest.mark.parametrize("text", ["ILSVRC2012_val_00000001.JPEG n01440764\nILSVRC2012_val_00000002.JPEG n02119789\nILSVRC2012_val_00000003.JPEG n01440764\n",
-                                  "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 85 1 499 272 n09999999 1 2 3 4\n"
-                                  "ILSVRC2012_val_00000003,n01440764 1 1 2 2\nILSVRC2012_val_00000002,n02119789 1 1 2 2\n"])
+@pytest.mark.parametrize("text", [
+    "ILSVRC2012_val_00000001.JPEG n01440764\nILSVRC2012_val_00000002.JPEG n02119789\n"
+    "ILSVRC2012_val_00000003.JPEG n01440764\n",
+    "ImageId,PredictionString\nILSVRC2012_val_00000001,n01440764 85 1 499 272 n09999999 1 2 3 4\n"
+    "ILSVRC2012_val_00000003,n01440764 1 1 2 2\nILSVRC2012_val_00000002,n02119789 1 1 2 2\n"])
 def test_imagenet_with_a_label_file(archives, text):
     (archives / "labels").write_text(text)
     data.import_imagenet(str(archives), str(archives / "out"), str(archives / "labels"))
@@ -394,7 +411,8 @@ def test_imagenet_with_a_label_file(archives, text):
 
 def test_imagenet_mistakes(archives, run):
     done = run("--import-imagenet", archives, "--out", archives / "out", script="data.py")
-    assert done.returncode == 3 and "ILSVRC2012_devkit_t12.tar.gz: no such file" in done.stderr and done.stderr.count("\n") == 1
+    assert (done.returncode == 3 and "ILSVRC2012_devkit_t12.tar.gz: no such file" in done.stderr
+            and done.stderr.count("\n") == 1)
     assert run("--import-imagenet", archives, script="data.py").returncode == 2
     (archives / "labels").write_text("ILSVRC2012_val_00000001.JPEG n01440764\n")
     with pytest.raises(UserError, match="no label for ILSVRC2012_val_00000002.JPEG"):

@@ -1,8 +1,9 @@
 """Kills, signals, full disks, NaN: a run that is interrupted anywhere ends with the same bits as one that is not.
 
-The interruptions are placed exactly: `before` wraps a function of train.py in the child process, which then kills or signals
-itself there. The training configuration uses everything that has state: EMA, momentum, mixup, dropout, drop-path, RandAugment.
-The network is a narrow one, so that a step takes milliseconds; nothing tested here depends on its width."""
+The interruptions are placed exactly: `before` wraps a function of train.py in the child process, which then kills or
+signals itself there. The training configuration uses everything that has state: EMA, momentum, mixup, dropout,
+drop-path, RandAugment. The network is a narrow one, so that a step takes milliseconds; nothing tested here depends on
+its width."""
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import torch
 
 from tests.conftest import equal_state
 
-FLAGS = ["--recipe", "demo", "--opt", "nesterov", "--lr", "0.01", "--epochs", "2", "--image-size", "32", "--batch-size", "5", "--log-every", "2", "--mixup-alpha", "0.2",
-         "--cutmix-alpha", "1", "--dropout", "0.1", "--drop-path", "0.1", "--auto-augment", "ra", "--seed", "7"]  # 10 steps an epoch
+# 10 steps an epoch
+FLAGS = ["--recipe", "demo", "--opt", "nesterov", "--lr", "0.01", "--epochs", "2", "--image-size", "32",
+         "--batch-size", "5", "--log-every", "2", "--mixup-alpha", "0.2", "--cutmix-alpha", "1", "--dropout", "0.1",
+         "--drop-path", "0.1", "--auto-augment", "ra", "--seed", "7"]
 KILL_AFTER = """
 real, count = train.train_step, [0]
 def step(*a, **k):
@@ -26,7 +29,8 @@ train.train_step = step
 NARROW = """
 import functools
 widths = {"conv1": 8, **{f"layer{i}": 8 * 2 ** i for i in range(1, 5)}}
-widths.update({f"layer{i}.{j}.conv{k}": 4 * 2 ** i for i, n in enumerate((3, 4, 6, 3), 1) for j in range(n) for k in (1, 2)})
+widths.update({f"layer{i}.{j}.conv{k}": 4 * 2 ** i\
+ for i, n in enumerate((3, 4, 6, 3), 1) for j in range(n) for k in (1, 2)})
 train.ResNet50 = functools.partial(train.ResNet50, widths=widths)
 """
 
@@ -54,7 +58,8 @@ def straight(tiny, tmp_path_factory):
     def get(run, processes):
         if processes not in runs:
             out = str(tmp_path_factory.mktemp("straight") / str(processes))
-            done = run(*flags(tiny, out, "--batch-size", 6 // processes if processes > 1 else 5, "--workers", 1), processes=processes)
+            done = run(*flags(tiny, out, "--batch-size", 6 // processes if processes > 1 else 5, "--workers", 1),
+                       processes=processes)
             assert done.returncode == 0, done.stderr[-3000:]
             runs[processes] = out
         return runs[processes]
@@ -71,17 +76,20 @@ def test_kill_twice_in_one_epoch_and_resume_is_bit_exact(run, tiny, tmp_path, st
     assert run(*flags(tiny, out, "--save-every", 2, "--workers", 0), before=kill_after(5)).returncode == -signal.SIGKILL
     first = torch.load(os.path.join(out, "last.pt"), weights_only=True)
     assert first["step"] == 4 and first["epoch"] == 0 and first["samples_seen"] == 20
-    assert run("--resume", "auto", "--out", out, "--save-every", 3, "--workers", 2, before=kill_after(3)).returncode == -signal.SIGKILL
+    assert run("--resume", "auto", "--out", out, "--save-every", 3, "--workers", 2,
+               before=kill_after(3)).returncode == -signal.SIGKILL
     assert torch.load(os.path.join(out, "last.pt"), weights_only=True)["step"] == 6
     with open(os.path.join(out, "metrics.jsonl"), "a") as f:
         f.write('{"event": "step", "half a li')  # what a kill during a write leaves
-    done = run("--resume", "auto", "--out", out, "--save-every", 0, "--workers", 1)  # the other flags come from args.json
+    # the other flags come from args.json
+    done = run("--resume", "auto", "--out", out, "--save-every", 0, "--workers", 1)
     assert done.returncode == 0, done.stderr
     assert equal_state(f"{reference}/last.pt", f"{out}/last.pt") == []
     a, b = ([(r["event"], r["step"], r.get("loss"), r.get("lr")) for r in records(o)] for o in (reference, out))
     assert [r[:2] for r in a] == [r[:2] for r in b] and a[-1] == b[-1]
     best = [torch.load(f"{o}/best.pt", weights_only=True) for o in (reference, out)]
-    assert all(torch.equal(best[0]["model"][k], best[1]["model"][k]) for k in best[0]["model"]) and best[0]["metrics"] == best[1]["metrics"]
+    assert (all(torch.equal(best[0]["model"][k], best[1]["model"][k]) for k in best[0]["model"])
+            and best[0]["metrics"] == best[1]["metrics"])
     assert json.loads(done.stdout.splitlines()[-1])["top1"] == best[0]["metrics"]["top1"]
 
 
@@ -96,7 +104,8 @@ def evaluate(*a, **k):
 train.evaluate = evaluate
 """
     done = run(*flags(tiny, out, "--workers", 1), before=before)
-    assert done.returncode == 75 and f"stopped by {name}" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (done.returncode == 75 and f"stopped by {name}" in done.stderr.splitlines()[-1]
+            and "Traceback" not in done.stderr)
     saved = torch.load(f"{out}/last.pt", weights_only=True)
     assert saved["step"] == (13 if where == "step" else 10)
     done = run(*flags(tiny, out, "--resume", "--workers", 0))
@@ -107,7 +116,8 @@ def test_worker_killed_under_torchrun_restarts_and_ends_with_the_same_bits(run, 
     """Three processes: gradient sums over three depend on their grouping, which DDP changes after its first step."""
     reference, out = straight(run, 3), str(tmp_path / "r")
     when = "os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and os.environ['RANK'] == '1'"
-    done = run(*flags(tiny, out, "--batch-size", 2, "--save-every", 2, "--workers", 1), before=kill_after(5, when=when), processes=3, restarts=1)
+    done = run(*flags(tiny, out, "--batch-size", 2, "--save-every", 2, "--workers", 1),
+               before=kill_after(5, when=when), processes=3, restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed" in done.stderr and equal_state(f"{reference}/last.pt", f"{out}/last.pt") == []
     assert torch.load(f"{out}/last.pt", weights_only=True)["metrics"]["images"] == 29
@@ -115,7 +125,8 @@ def test_worker_killed_under_torchrun_restarts_and_ends_with_the_same_bits(run, 
 
 def test_signal_to_one_of_two_processes_stops_both_at_one_step(run, tiny, tmp_path, straight):
     reference, out = straight(run, 2), str(tmp_path / "r")
-    done = run(*flags(tiny, out, "--batch-size", 3, "--workers", 1), before=kill_after(4, "SIGTERM", "os.environ['RANK'] == '1'"), processes=2)
+    done = run(*flags(tiny, out, "--batch-size", 3, "--workers", 1),
+               before=kill_after(4, "SIGTERM", "os.environ['RANK'] == '1'"), processes=2)
     assert done.returncode != 0 and "stopped by SIGTERM, state saved" in done.stderr
     saved = torch.load(f"{out}/last.pt", weights_only=True)
     assert saved["step"] in (5, 6) and len(saved["statistics"]) == 2 and not torch.equal(*saved["statistics"])
@@ -127,7 +138,9 @@ def test_signal_to_one_of_two_processes_stops_both_at_one_step(run, tiny, tmp_pa
 
 def test_a_failing_process_does_not_hang_the_other(run, tiny, tmp_path):
     done = run(*flags(tiny, tmp_path / "r"), processes=2, timeout=120,
-               before="real = train.train_step\ndef step(*a, **k):\n    if os.environ['RANK'] == '1': raise train.UserError('no more')\n    return real(*a, **k)\ntrain.train_step = step")
+               before="real = train.train_step\ndef step(*a, **k):\n"
+                      "    if os.environ['RANK'] == '1': raise train.UserError('no more')\n"
+                      "    return real(*a, **k)\ntrain.train_step = step")
     assert done.returncode != 0 and "train.py: error: no more" in done.stderr
 
 
@@ -143,7 +156,8 @@ train.normalize = normalize
     done = run(*flags(tiny, out, "--save-every", 2, "--max-skips", 2, "--workers", 0), before=poison)
     assert done.returncode == 4 and "diverged" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     saved = torch.load(f"{out}/last.pt", weights_only=True)
-    assert saved["step"] == 8 and all(bool(torch.isfinite(v).all()) for v in saved["model"].values()) and saved["skips"] == 2 and saved["skipped"] == 4
+    assert (saved["step"] == 8 and all(bool(torch.isfinite(v).all()) for v in saved["model"].values())
+            and saved["skips"] == 2 and saved["skipped"] == 4)
 
 
 def test_full_disk_is_one_line_and_keeps_the_checkpoint(run, tiny, tmp_path):
@@ -159,8 +173,10 @@ def save_checkpoint(*a, **k):
 train.save_checkpoint = save_checkpoint
 """
     done = run(*flags(tiny, out, "--save-every", 2, "--workers", 0), before=full)
-    assert done.returncode == 3 and "last.pt: not written (File too large)" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
-    assert torch.load(f"{out}/last.pt", weights_only=True)["step"] == 2 and sorted(os.listdir(out)) == ["args.json", "last.pt", "metrics.jsonl"]
+    assert (done.returncode == 3 and "last.pt: not written (File too large)" in done.stderr.splitlines()[-1]
+            and "Traceback" not in done.stderr)
+    assert (torch.load(f"{out}/last.pt", weights_only=True)["step"] == 2
+            and sorted(os.listdir(out)) == ["args.json", "last.pt", "metrics.jsonl"])
 
 
 def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
@@ -168,7 +184,8 @@ def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     done = run(*flags(tiny, out))
-    assert done.returncode == 2 and all(word in done.stderr for word in ("not empty", "--resume", "--overwrite", "--out"))
+    assert (done.returncode == 2
+            and all(word in done.stderr for word in ("not empty", "--resume", "--overwrite", "--out")))
     done = run(*flags(tiny, out, "--overwrite", "--epochs", 1))
     assert done.returncode == 0 and (out / "notes.txt").read_text() == "mine", done.stderr
     (out / "best.pt").rename(tmp_path / "best.pt")
@@ -188,6 +205,8 @@ def test_corrupt_training_files(run, tiny, tmp_path):
     victim.write_bytes(b"not an image")
     options = flags(tmp_path / "d", tmp_path / "r", "--epochs", 1, "--workers", 2)
     done = run(*options)
-    assert done.returncode == 3 and "ring/0002.jpg: not an image" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (done.returncode == 3 and "ring/0002.jpg: not an image" in done.stderr.splitlines()[-1]
+            and "Traceback" not in done.stderr)
     done = run(*options, "--on-corrupt", "skip", "--overwrite")
-    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["corrupt"] == 1 and "ring/0002.jpg" in done.stderr
+    assert (done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["corrupt"] == 1
+            and "ring/0002.jpg" in done.stderr)

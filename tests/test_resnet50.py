@@ -96,7 +96,8 @@ def test_split_attention_against_the_formula():
         assert torch.allclose(module(x), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, config", [("seresnet50", {"attention": "se"}), ("resnest50d", {"attention": "split"}), ("resnet50", {})])
+@pytest.mark.parametrize("name, config", [("seresnet50", {"attention": "se"}), ("resnest50d", {"attention": "split"}),
+                                          ("resnet50", {})])
 def test_timm_weights_load_and_agree(name, config):
     timm = pytest.importorskip("timm")
     torch.manual_seed(3)
@@ -177,7 +178,8 @@ def test_checkpoint_round_trip(model, tmp_path):
     model.preprocess.update(crop=192, interpolation="bicubic")
     resnet50.save_checkpoint(path, model, classes=list("abcdef"), metrics={"top1": 50.0}, args={"lr": 0.1})
     raw = torch.load(path, weights_only=True)
-    assert raw["format"] == "resnet50/1" and raw["classes"] == list("abcdef") and raw["config"]["widths"] == {"layer3.1.conv1": 128}
+    assert (raw["format"] == "resnet50/1" and raw["classes"] == list("abcdef")
+            and raw["config"]["widths"] == {"layer3.1.conv1": 128})
     again = resnet50.build_model(resnet50.load_checkpoint(path), path)
     assert same_weights(model, again) and again.preprocess == model.preprocess and again.config == model.config
     assert not again.training and again.conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -197,7 +199,8 @@ def test_ours_load_in_torchvision(tmp_path):
     lambda s: s,
     lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3},
     lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "optimizer": {}},
-    lambda s: {"model": {k: v * 0 for k, v in s.items()}, "model_ema": {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}}},
+    lambda s: {"model": {k: v * 0 for k, v in s.items()},
+               "model_ema": {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}}},
     lambda s: {"state_dict": {k: v * 0 for k, v in s.items()}, "state_dict_ema": s, "arch": "resnet50"},
     lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
 ])
@@ -281,7 +284,8 @@ def test_class_lists(tmp_path):
             json.dump(value, f)
         return resnet50.read_classes(path)
     assert read(["b", "a"]) == (["b", "a"], None)
-    assert read([{"index": 1, "wnid": "n2", "name": "y"}, {"index": 0, "wnid": "n1", "name": "x"}]) == (["x", "y"], ["n1", "n2"])
+    assert read([{"index": 1, "wnid": "n2", "name": "y"}, {"index": 0, "wnid": "n1", "name": "x"}]) == (
+        ["x", "y"], ["n1", "n2"])
     for bad in ({"a": 1}, [1, 2], [{"index": 5, "name": "x"}], [{"name": "x"}], 3):
         with pytest.raises(UserError, match="c.json"):
             read(bad)
@@ -301,7 +305,8 @@ class Dying:
         self.f.write(bytes(data)[:limit]); self.f.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     def __getattr__(self, name): return getattr(self.f, name)
-builtins.open = lambda file, mode="r", *a, **k: Dying(real(file, mode, *a, **k)) if "w" in mode else real(file, mode, *a, **k)
+builtins.open = lambda file, mode="r", *a, **k:\
+ Dying(real(file, mode, *a, **k)) if "w" in mode else real(file, mode, *a, **k)
 resnet50.write_atomic(path, b"n" * 1000)
 """
 
@@ -330,7 +335,8 @@ def test_full_disk_keeps_the_old_file(tmp_path):
 
 def test_command_line(tmp_path):
     def call(*args):
-        return subprocess.run([sys.executable, "resnet50.py", "--device", "cpu", *args], capture_output=True, text=True, cwd=ROOT)
+        return subprocess.run([sys.executable, "resnet50.py", "--device", "cpu", *args], capture_output=True, text=True,
+                              cwd=ROOT)
     done = call("--image-size", "64", "--profile")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["params"] == 25557032 and result["macs"] == sum(resnet50.count_macs(ResNet50(), 64).values())
@@ -340,5 +346,7 @@ def test_command_line(tmp_path):
     assert json.loads(call("--checkpoint", path, "--image-size", "32").stdout)["params"] == sum(
         p.numel() for p in ResNet50(num_classes=2, stem="small", widths={"layer4": 64}).parameters())
     done = call("--checkpoint", str(tmp_path / "none.pt"))
-    assert done.returncode == 3 and done.stderr.strip().splitlines() == [f"resnet50.py: error: {tmp_path}/none.pt: No such file or directory"]
-    assert call("--weights", "NOPE").returncode == 2 and call("--attention", "split", "--stride-on", "1x1").returncode == 2
+    assert done.returncode == 3 and done.stderr.strip().splitlines() == [
+        f"resnet50.py: error: {tmp_path}/none.pt: No such file or directory"]
+    assert (call("--weights", "NOPE").returncode == 2
+            and call("--attention", "split", "--stride-on", "1x1").returncode == 2)

@@ -1,4 +1,5 @@
-"""The parts of train.py against torch, float64 and plain loops: schedules, losses, optimizers, averages, evaluation, recipes."""
+"""The parts of train.py against torch, float64 and plain loops: schedules, losses, optimizers, averages, evaluation,
+recipes."""
 import json
 import math
 import os
@@ -36,10 +37,12 @@ def test_recipes_resolve_and_flags_win():
 
 
 def test_image_size_sets_training_and_evaluation():
-    assert train.preprocess_of(parse("--recipe", "v2"))["crop"] == 224 and train.preprocess_of(parse("--recipe", "v2"))["resize"] == 232
+    assert (train.preprocess_of(parse("--recipe", "v2"))["crop"] == 224
+            and train.preprocess_of(parse("--recipe", "v2"))["resize"] == 232)
     args = parse("--recipe", "fast", "--image-size", 96)
     assert train.preprocess_of(args)["crop"] == 96 and args.progressive is None
-    assert train.preprocess_of(parse("--data", "x"))["resize"] == 256 and train.preprocess_of(parse("--image-size", 32))["resize"] == 32
+    assert (train.preprocess_of(parse("--data", "x"))["resize"] == 256
+            and train.preprocess_of(parse("--image-size", 32))["resize"] == 32)
 
 
 def test_config_round_trip(tmp_path):
@@ -57,9 +60,11 @@ def test_config_round_trip(tmp_path):
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--epochs", 0], "not a positive"), (["--recipe", "best"], "invalid choice"), (["--compile", "--grad-checkpointing"], "exclude each other"),
-    (["--balanced", "--repeated-aug", 2], "exclude each other"), (["--device", "cuda:7"], "no CUDA device"), (["--model-ema-decay", 1], "[0, 1)"),
-    (["--num-classes", 7], "--num-classes 7: the data has 10"), (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
+    (["--epochs", 0], "not a positive"), (["--recipe", "best"], "invalid choice"),
+    (["--compile", "--grad-checkpointing"], "exclude each other"),
+    (["--balanced", "--repeated-aug", 2], "exclude each other"), (["--device", "cuda:7"], "no CUDA device"),
+    (["--model-ema-decay", 1], "[0, 1)"), (["--num-classes", 7], "--num-classes 7: the data has 10"),
+    (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
     (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1")])
 def test_what_cannot_be_honoured_is_refused(flags, complaint, tiny, tmp_path, run):
     if flags == ["--device", "cuda:7"] and torch.cuda.is_available():
@@ -80,7 +85,8 @@ def test_schedules():
     assert [train.lr_at(e, args, 2) for e in (2, 9, 16)] == pytest.approx([2, 1, 0])
     args = parse("--lr-scheduler", "restarts", "--lr-restart-epochs", 2, "--lr-warmup-epochs", 0, "--epochs", 14)
     assert [train.lr_at(e, args, 1) for e in (0, 1, 2, 4, 6, 10)] == pytest.approx([1, 0.5, 1, 0.5, 1, 0.5])
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3), 10, 0.01)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.3),
+                                                           10, 0.01)
     args = parse("--epochs", 10, "--lr-warmup-epochs", 0, "--lr-min", 0.01)
     for epoch in range(10):
         assert train.lr_at(epoch, args, 0.3) == pytest.approx(reference.get_last_lr()[0])
@@ -91,7 +97,8 @@ def test_schedules():
 def test_progressive_sizes():
     args = parse("--recipe", "fast", "--epochs", 100)
     sizes = [train.size_at(e, args) for e in range(100)]
-    assert sizes[0] == sizes[74] == 160 and sizes[86] == sizes[99] == 192 and set(sizes) == {160, 176, 192} and sizes == sorted(sizes)
+    assert (sizes[0] == sizes[74] == 160 and sizes[86] == sizes[99] == 192 and set(sizes) == {160, 176, 192}
+            and sizes == sorted(sizes))
 
 
 def test_losses():
@@ -99,8 +106,10 @@ def test_losses():
     logits, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2, 0])
     p, w = torch.rand(6, 4, dtype=torch.float64).softmax(1), torch.tensor([1.0, 2, 0.5, 3], dtype=torch.float64)
     ce = train.make_loss("ce", 0.1, weights=w)
-    assert torch.equal(ce(logits, y), F.cross_entropy(logits, y, w, label_smoothing=0.1)) and torch.equal(ce(logits, p), F.cross_entropy(logits, p, w, label_smoothing=0.1))
-    bce = sum(F.binary_cross_entropy_with_logits(logits[i], F.one_hot(y[i], 4).double() * 0.9 + 0.025, reduction="sum") for i in range(6)) / 6
+    assert (torch.equal(ce(logits, y), F.cross_entropy(logits, y, w, label_smoothing=0.1))
+            and torch.equal(ce(logits, p), F.cross_entropy(logits, p, w, label_smoothing=0.1)))
+    bce = sum(F.binary_cross_entropy_with_logits(logits[i], F.one_hot(y[i], 4).double() * 0.9 + 0.025, reduction="sum")
+              for i in range(6)) / 6
     assert torch.allclose(train.make_loss("bce", 0.1)(logits, y), bce)
     assert torch.allclose(train.make_loss("focal", gamma=0)(logits, y), F.cross_entropy(logits, y))
     naive = sum(-(1 - q[t]) ** 2 * math.log(q[t]) * w[t] for q, t in zip(logits.softmax(1), y)) / 6
@@ -160,18 +169,21 @@ def test_ema_includes_batch_norm_statistics():
 
 
 def small_step(model, optimizer, pixels, labels, **options):
-    return train.train_step(model, model, [(pixels, labels)] if isinstance(labels, torch.Tensor) else list(zip(pixels, labels)), optimizer,
-                            train.make_loss("ce"), **options)
+    return train.train_step(model, model,
+                            [(pixels, labels)] if isinstance(labels, torch.Tensor) else list(zip(pixels, labels)),
+                            optimizer, train.make_loss("ce"), **options)
 
 
 def test_step_accumulates_like_a_plain_loop():
     torch.manual_seed(3)
-    model, pixels, labels = ResNet50(num_classes=3), torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8), torch.randint(3, (2, 4))
+    model, pixels, labels = (ResNet50(num_classes=3), torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8),
+                             torch.randint(3, (2, 4)))
     plain = ResNet50(num_classes=3)
     plain.load_state_dict(model.state_dict())
     reference = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
     for x, y in zip(pixels, labels):
-        (F.cross_entropy(plain.train()((x.float() / 255 - torch.tensor(PREPROCESS["mean"]).view(3, 1, 1)) / torch.tensor(PREPROCESS["std"]).view(3, 1, 1)), y) / 2).backward()
+        (F.cross_entropy(plain.train()((x.float() / 255 - torch.tensor(PREPROCESS["mean"]).view(3, 1, 1))
+                                       / torch.tensor(PREPROCESS["std"]).view(3, 1, 1)), y) / 2).backward()
     norm = nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     reference.step()
     optimizer = train.make_optimizer(model.train(), "sgd", 0.0, 0.9)
@@ -206,7 +218,8 @@ def test_loss_scaling_skips_and_recovers():
         model.fc.weight.mul_(30)  # a loss that the first scales push past the largest float
     before = model.fc.weight.clone()
     applied = [small_step(model, optimizer, pixels, labels, scaler=scaler)[2] for _ in range(16)]
-    assert not applied[0] and applied[-1] and not torch.equal(before, model.fc.weight) and bool(torch.isfinite(model.fc.weight).all())
+    assert (not applied[0] and applied[-1] and not torch.equal(before, model.fc.weight)
+            and bool(torch.isfinite(model.fc.weight).all()))
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
@@ -229,7 +242,8 @@ def scored(tiny, tmp_path_factory):
 
     def expected(z):
         rank = (z > z.gather(1, y[:, None])).sum(1)
-        return dict(top1=100 * (rank == 0).float().mean().item(), top5=100 * (rank < 5).float().mean().item(), loss=F.cross_entropy(z, y).item(), images=29, corrupt=0)
+        return dict(top1=100 * (rank == 0).float().mean().item(), top5=100 * (rank < 5).float().mean().item(),
+                    loss=F.cross_entropy(z, y).item(), images=29, corrupt=0)
     return path, model, files, expected(logits), expected((logits + flipped) / 2)
 
 
@@ -244,7 +258,8 @@ def test_evaluate_against_a_plain_loop(scored, batch, workers, tta):
 @pytest.mark.parametrize("processes", [1, 3])
 def test_eval_only_is_exact_on_any_number_of_processes(scored, tiny, tmp_path, run, processes):
     path, _, _, plain, _ = scored
-    done = run("--eval-only", "--checkpoint", path, "--data", tiny, "--batch-size", 4, "--workers", 0, "--out", tmp_path / "o", processes=processes)
+    done = run("--eval-only", "--checkpoint", path, "--data", tiny, "--batch-size", 4, "--workers", 0,
+               "--out", tmp_path / "o", processes=processes)
     result = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0 and {k: result[k] for k in plain} == pytest.approx(plain, rel=1e-4)
     assert not os.path.exists(tmp_path / "o")
@@ -252,7 +267,8 @@ def test_eval_only_is_exact_on_any_number_of_processes(scored, tiny, tmp_path, r
 
 def test_eval_only_needs_a_checkpoint_and_names_both_ways(tiny, tmp_path, run):
     done = run("--eval-only", "--data", tiny, "--out", tmp_path / "o")
-    assert done.returncode == 3 and "python train.py" in done.stderr and "--checkpoint" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode == 3 and "python train.py" in done.stderr and "--checkpoint" in done.stderr
+            and "Traceback" not in done.stderr)
 
 
 def test_imagenet_weights_score_as_stated(shared):
@@ -260,9 +276,11 @@ def test_imagenet_weights_score_as_stated(shared):
     from resnet50 import build_model, load_checkpoint, read_classes
     path = os.path.join(shared, "resnet50_v1_imagenet.pth")
     model = build_model(load_checkpoint(path), path, stride_on="1x1")
-    files = data.open_folder(os.path.join(shared, "imagenet-cc"), *read_classes(os.path.join(shared, "imagenet-classes.json")), eval_only=True)[1]
+    files = data.open_folder(os.path.join(shared, "imagenet-cc"),
+                             *read_classes(os.path.join(shared, "imagenet-classes.json")), eval_only=True)[1]
     files = files.select(torch.arange(0, len(files), 4).numpy())
-    got = train.evaluate(model, data.Images(files, lambda _: data.eval_transform(model.preprocess)), 20, train.World(), workers=1)
+    got = train.evaluate(model, data.Images(files, lambda _: data.eval_transform(model.preprocess)), 20, train.World(),
+                         workers=1)
     assert got["top1"] >= 86 and got["top5"] >= 96 and got["images"] == 100
 
 
@@ -271,7 +289,8 @@ def test_corrupt_files_in_evaluation(scored, tiny, tmp_path, run):
     shutil.copytree(tiny, tmp_path / "d")
     victim = tmp_path / "d" / "val" / "disk" / "0001.jpg"
     victim.write_bytes(victim.read_bytes()[:300])
-    flags = ["--eval-only", "--checkpoint", scored[0], "--data", tmp_path / "d", "--out", tmp_path / "o", "--batch-size", 8, "--workers", 1]
+    flags = ["--eval-only", "--checkpoint", scored[0], "--data", tmp_path / "d", "--out", tmp_path / "o",
+             "--batch-size", 8, "--workers", 1]
     done = run(*flags)
     assert done.returncode == 3 and "disk/0001.jpg" in done.stderr and "Traceback" not in done.stderr
     result = json.loads(run(*flags, "--on-corrupt", "skip").stdout.splitlines()[-1])
@@ -281,7 +300,8 @@ def test_corrupt_files_in_evaluation(scored, tiny, tmp_path, run):
 # -------------------------------------------------------------------------------------------- what a person sees
 
 def test_curves_are_valid_and_complete():
-    records = [dict(event="step", epoch=i / 10, step=i, loss=3 / (1 + i), top1=i, lr=0.1, images_per_second=1) for i in range(1, 31)]
+    records = [dict(event="step", epoch=i / 10, step=i, loss=3 / (1 + i), top1=i, lr=0.1, images_per_second=1)
+               for i in range(1, 31)]
     records += [dict(event="epoch", epoch=e, step=e * 10, loss=1 / e, top1=20.0 * e, lr=0.1) for e in (1, 2, 3)]
     records.append(dict(event="step", epoch=3.1, step=31, loss=float("nan"), top1=0, lr=0.1))
     svg = train.curves_svg(records)
@@ -299,7 +319,8 @@ def test_batch_size_auto_fits_and_is_bounded():
 
 def test_tensorboard_log(tiny, tmp_path, run):
     pytest.importorskip("tensorboard")
-    done = run("--data", tiny, "--recipe", "demo", "--epochs", 1, "--image-size", 32, "--batch-size", 10, "--out", tmp_path / "r", "--tensorboard", "--log-every", 2)
+    done = run("--data", tiny, "--recipe", "demo", "--epochs", 1, "--image-size", 32, "--batch-size", 10,
+               "--out", tmp_path / "r", "--tensorboard", "--log-every", 2)
     assert done.returncode == 0, done.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()

@@ -3,8 +3,9 @@
   python -m tests.bench.train                                  # CPU: 64 px, batch 32
   python -m tests.bench.train --device cuda --image-size 224 --batch-size 128 --workers 8
 
-The contenders alternate, round by round, in one process; figures are medians with quartiles. The ceiling is what the hardware
-multiplies: one large matrix product in the training dtype, measured in the same run, over the step's 6 operations per MAC.
+The contenders alternate, round by round, in one process; figures are medians with quartiles. The ceiling is what the
+hardware multiplies: one large matrix product in the training dtype, measured in the same run, over the step's 6
+operations per MAC.
 """
 import argparse
 import json
@@ -38,7 +39,8 @@ def sync(device):
 
 
 def contenders(args, device, amp, classes=10):
-    """name -> (step(pixels, labels), loader factory). `plain` is what a tutorial writes: channels-first, torchvision's folder."""
+    """name -> (step(pixels, labels), loader factory). `plain` is what a tutorial writes: channels-first, torchvision's
+    folder."""
     torch.manual_seed(0)
     ours = ResNet50(num_classes=classes).to(device, memory_format=torch.channels_last).train()
     if device.type == "cpu":
@@ -84,13 +86,15 @@ def loaders(args, device):
     order = data.Order(files.labels, args.batch_size)
     flags = argparse.ArgumentParser()
     data.add_augment_args(flags)
-    images = data.Images(files, lambda _: data.train_transform(args.image_size, PREPROCESS, flags.parse_args([])), replace=True)
+    images = data.Images(files, lambda _: data.train_transform(args.image_size, PREPROCESS, flags.parse_args([])),
+                         replace=True)
     pin = device.type == "cuda"
     ours = data.make_loader(images, order, args.workers, pin)
-    transform = v2.Compose([v2.RandomResizedCrop(args.image_size, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    transform = v2.Compose([v2.RandomResizedCrop(args.image_size, antialias=True), v2.RandomHorizontalFlip(),
+                            v2.PILToTensor()])
     folder = torchvision.datasets.ImageFolder(f"{root}/train", transform)
-    plain = torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True, pin_memory=pin,
-                                        persistent_workers=args.workers > 0)
+    plain = torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True,
+                                        pin_memory=pin, persistent_workers=args.workers > 0)
 
     def endless(loader):
         while True:
@@ -111,9 +115,12 @@ def main():
     peak = ceiling(device, amp)
     macs = sum(count_macs(ResNet50(num_classes=10), args.image_size).values())
     roof = peak / (6 * macs)
-    say(f"{args.image_size} px, batch {args.batch_size}, {amp or torch.float32}; ceiling {peak / 1e12:.2f} TFLOP/s = {roof:.0f} img/s")
-    pixels = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8, device=device)
-    channels_last, labels = pixels.contiguous(memory_format=torch.channels_last), torch.randint(10, (args.batch_size,), device=device)
+    say(f"{args.image_size} px, batch {args.batch_size}, {amp or torch.float32}; "
+        f"ceiling {peak / 1e12:.2f} TFLOP/s = {roof:.0f} img/s")
+    pixels = torch.randint(0, 256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8,
+                           device=device)
+    channels_last, labels = (pixels.contiguous(memory_format=torch.channels_last),
+                             torch.randint(10, (args.batch_size,), device=device))
     steps, feeds = contenders(args, device, amp), loaders(args, device)
     rates, waits = {}, []
 
