@@ -1,0 +1,378 @@
+"""The extension: `import csrc` gives the operations of library `resnet50` (csrc/README.md), built on first use.
+
+  import csrc
+  y = csrc.conv_int8(x, weight, mult, bias)     # the first call compiles csrc/, once per machine
+  python -m csrc                                # compiles ahead of time
+
+A call goes to torch.ops.resnet50.*, which torch.compile and torch.export see as one operation; a program that runs an
+exported graph calls csrc.load() first. Without a compiler the same operations run as plain PyTorch (csrc/reference.py)
+and give the same int8 bits.
+
+RESNET50_EXT            off: plain PyTorch; require: a build that fails is an error; unset: whichever can be had
+RESNET50_EXT_CFLAGS     more flags for compiler and linker, such as -O1 -fsanitize=address
+RESNET50_BUILD_TIMEOUT  seconds to wait for another process that builds (600)
+RESNET50_ISA            amx, vnni, avx2 or plain: no more than this
+TORCH_EXTENSIONS_DIR    where builds are kept (~/.cache/resnet50); MAX_JOBS and CXX as for any PyTorch extension
+"""
+import contextlib
+import glob
+import hashlib
+import logging
+import os
+import platform
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import torch
+
+from . import reference
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+TARGET = "0x020b000000000000"  # PyTorch 2.11: its stable ABI is all that ops.cpp uses, and later ones run it
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
+ISAS = ("plain", "avx2", "vnni", "amx")  # in the order of csrc/cpu/kernels.h
+
+
+class BuildError(RuntimeError):
+    """Why there is no native library, in one line."""
+
+
+# ------------------------------------------------------------------------------------------------------- build
+
+def sources():
+    """The files that are compiled or included, in a fixed order."""
+    return sorted(path for kind in ("cpp", "h") for path in glob.glob(os.path.join(FOLDER, "**", f"*.{kind}"),
+                                                                      recursive=True))
+
+
+def cflags():
+    return FLAGS + shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
+
+
+def compiler():
+    """Eight hex digits of the compiler's version, or None without one."""
+    try:
+        command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
+        return hashlib.sha256(subprocess.run(command, capture_output=True, check=True).stdout).hexdigest()[:8]
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def build_key():
+    """Sixteen hex digits of all that a build depends on, but for the compiler."""
+    key = hashlib.sha256(repr((torch.__version__, torch.version.cuda, platform.machine(), platform.libc_ver(),
+                               cflags())).encode())
+    for path in sources():
+        with open(path, "rb") as f:
+            key.update(f"{os.path.relpath(path, FOLDER)}\0".encode() + hashlib.sha256(f.read()).digest())
+    return key.hexdigest()[:16]
+
+
+def cache_folders():
+    """Where builds are looked for; the last one can be written. A temporary one must be this user's alone, because what
+    lies there is loaded and run."""
+    root = os.path.abspath(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/resnet50"))
+    with contextlib.suppress(OSError):
+        os.makedirs(root, exist_ok=True)
+    if os.access(root, os.W_OK | os.X_OK):
+        return [root]
+    own = os.path.join(tempfile.gettempdir(), f"resnet50-{os.getuid()}")
+    os.makedirs(own, mode=0o700, exist_ok=True)
+    status = os.lstat(own)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise BuildError(f"{root} cannot be written, and {own} is not a folder of this user alone")
+    return [root, own]
+
+
+def find_build(folders, version):
+    """-> path of a library built from these files with these flags, or None. Without a compiler (None) any will do."""
+    for folder in folders:
+        for path in glob.glob(os.path.join(glob.escape(folder), f"resnet50-{build_key()}-{version or '*'}",
+                                           "resnet50*.so")):
+            return path
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One build at a time per folder. The system frees the lock of a process that dies."""
+    import fcntl
+    path, seconds = os.path.join(folder, "resnet50.lock"), float(os.environ.get("RESNET50_BUILD_TIMEOUT") or 600)
+    deadline = time.monotonic() + seconds
+    with open(path, "w") as f:
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise RuntimeError(f"another process has been building the extension for over {seconds:g} s and "
+                                       f"holds {path}; wait for it, or set RESNET50_BUILD_TIMEOUT or "
+                                       "RESNET50_EXT=off") from None
+                time.sleep(0.05)
+        try:
+            yield
+        finally:
+            fcntl.flock(f, fcntl.LOCK_UN)  # said, since a forked child may hold the file open too
+
+
+def build():
+    """-> path of the shared library, which is compiled if nobody has yet. Raises BuildError."""
+    folders, version = cache_folders(), compiler()
+    path = find_build(folders, version)
+    if path:
+        return path
+    if version is None:
+        raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'c++'} does not run")
+    if len(folders) > 1:
+        print(f"resnet50: {folders[0]} cannot be written; the extension goes to {folders[-1]}", file=sys.stderr)
+    with locked(folders[-1]):
+        return find_build(folders, version) or compile_into(folders[-1], f"resnet50-{build_key()}-{version}")
+
+
+def compile_into(folder, name):
+    """Compiles in a folder that nobody knows and renames that: killed at any point, it leaves no half of a library."""
+    print(f"resnet50: compiling the extension into {os.path.join(folder, name)}, once", file=sys.stderr, flush=True)
+    for stale in glob.glob(os.path.join(glob.escape(folder), "resnet50-*.tmp")):  # of builds that were killed
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = os.path.join(folder, f"{name}.{time.time_ns()}.tmp")
+    os.mkdir(temporary)
+    try:
+        # a machine with the CUDA toolkit and no GPU would be told so at this import
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from torch.utils import cpp_extension
+        if shutil.which("ninja") is None:  # an environment that is not activated has it beside its packages
+            import ninja
+            os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
+        extra = shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
+        cpp_extension.load("resnet50", [path for path in sources() if path.endswith(".cpp")], extra_cflags=cflags(),
+                           extra_ldflags=extra, build_directory=temporary, with_cuda=False, is_python_module=False)
+        library, = glob.glob(os.path.join(temporary, "resnet50*.so"))
+        with open(library, "rb") as f:
+            os.fsync(f.fileno())
+        os.rename(temporary, os.path.join(folder, name))
+        return os.path.join(folder, name, os.path.basename(library))
+    except (ImportError, OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        wrong = [line.strip() for line in lines if re.search(r"error: |undefined reference", line)]
+        raise BuildError("the extension does not build: " + " | ".join((wrong or lines)[:3])) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+_state = None  # (whether the native library is loaded, why not), once load() has run
+_library = None  # registrations last as long as this
+
+
+def _unlock():
+    global _lock
+    _lock = threading.Lock()
+
+
+_unlock()
+os.register_at_fork(after_in_child=_unlock)  # a thread that was loading exists in the parent only
+
+
+def load():
+    """Registers the operations, with the native library if it can be had. -> whether it could. Any number of calls,
+    from any thread."""
+    global _state
+    if _state is None:
+        with _lock:
+            if _state is None:
+                _state = _load()
+    return _state[0]
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler (seconds): load() runs while code
+# is traced, and is no part of the graph.
+load._dynamo_marked_constant = True
+
+
+def _load():
+    mode, reason = os.environ.get("RESNET50_EXT") or "auto", "RESNET50_EXT=off"
+    if mode not in ("auto", "off", "require"):
+        raise RuntimeError(f"RESNET50_EXT={mode}: expected off or require, or nothing")
+    if mode != "off":
+        try:
+            torch.ops.load_library(build())
+            reason = None
+        except (BuildError, OSError) as error:
+            if mode == "require":
+                raise
+            reason = str(error)
+    if reason:
+        print(f"resnet50: plain PyTorch instead of the native extension: {reason}", file=sys.stderr, flush=True)
+    register(native=reason is None)
+    return reason is None, reason
+
+
+def schemas():
+    """The operations as ops.cpp declares them: the strings of its m.def(...) lines, adjacent literals joined."""
+    with open(os.path.join(FOLDER, "ops.cpp"), encoding="utf-8") as f:
+        calls = re.findall(r'\bm\.def\(\s*((?:"[^"]*"\s*)+)\)', f.read())
+    return ["".join(re.findall(r'"([^"]*)"', call)) for call in calls]
+
+
+def register(native):
+    """The reference serves every device that has no kernel of its own; fake kernels and gradients serve both."""
+    global _library
+    _library = torch.library.Library("resnet50", "FRAGMENT")
+    for schema in () if native else schemas():
+        _library.define(schema)
+    for name, (check, function) in reference.OPERATIONS.items():
+        def kernel(*args, check=check, function=function):
+            check(*args)
+            return function(*args)
+        _library.impl(name, kernel, "CompositeExplicitAutograd")
+    for name, fake in FAKES.items():
+        torch.library.register_fake(f"resnet50::{name}", fake, lib=_library)
+    torch.library.register_autograd("resnet50::bn_relu", _bn_relu_backward, setup_context=_bn_relu_saves, lib=_library)
+
+
+def _nhwc(x, size, dtype=None):
+    return x.new_empty(size, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def _fake_gemm_int8(a, b, bias=None, mult=None, scale=None):
+    size = reference.check_gemm_int8(a, b, bias, mult, scale)
+    return a.new_empty(size, dtype=torch.uint8 if mult is not None else torch.int32 if scale is None else torch.float32)
+
+
+def _fake_pack_int8(*args):
+    reference.check_pack_int8(*args)
+    return args[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+def _fake_network_int8_profile(pixels, plan, classes):
+    reference.check_network_int8(pixels, plan, classes)
+    return pixels.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+def _fake_bn_relu(x, weight, bias, residual, eps, relu):
+    reference.check_bn_relu(x, weight, bias, residual, eps, relu)
+    return _nhwc(x, x.shape), torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _fake_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
+    reference.check_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual)
+    return (_nhwc(x, x.shape), _nhwc(x, x.shape) if residual else x.new_empty(0), torch.empty_like(weight),
+            torch.empty_like(weight))
+
+
+FAKES = {
+    "conv_int8": lambda *args: _nhwc(args[0], reference.check_conv_int8(*args)),
+    "conv_bn_relu": lambda *args: _nhwc(args[0], reference.check_conv_bn_relu(*args)),
+    "network_int8": lambda *args: args[0].new_empty(reference.check_network_int8(*args), dtype=torch.float32),
+    "gemm_int8": _fake_gemm_int8, "pack_int8": _fake_pack_int8, "network_int8_profile": _fake_network_int8_profile,
+    "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
+
+
+def _bn_relu_saves(ctx, inputs, output):
+    x, weight, _, residual, _, ctx.relu = inputs
+    y, mean, invstd = output
+    ctx.residual = residual is not None
+    ctx.save_for_backward(y, x, weight, mean, invstd)
+    ctx.mark_non_differentiable(mean, invstd)
+
+
+def _bn_relu_backward(ctx, grad, *_):
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dx, dresidual, dweight, dbias = torch.ops.resnet50.bn_relu_backward(grad, *ctx.saved_tensors, ctx.relu,
+                                                                        ctx.residual)
+    return dx, dweight, dbias, dresidual if ctx.residual else None, None, None
+
+
+# -------------------------------------------------------------------------------------------------- operations
+
+def conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None, stride=(1, 1),
+              padding=(0, 0), stride2=(1, 1), groups=1):
+    """uint8 (N, C, H, W) NHWC by int8 (O, C / groups, kh, kw) -> uint8 (N, O, Ho, Wo) NHWC:
+    clamp(RNE(mult / 2^22 * (bias + conv(x, weight) + conv(x2, weight2, stride2) + gain * residual)), 0, 255).
+    mult, bias, gain int32 (O); residual uint8 as the result; x2 uint8 (N, C2, H2, W2) with weight2 int8 (O, C2, 1, 1);
+    pad_value uint8 (C), 0 without it."""
+    load()
+    return torch.ops.resnet50.conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, stride, padding,
+                                        stride2, groups)
+
+
+def gemm_int8(a, b, bias=None, mult=None, scale=None):
+    """uint8 (M, K) by int8 (N, K), bias int32 (N) -> int32 (M, N); with mult int32 (N) requantized to uint8 as in
+    conv_int8; with scale float32 (N) float32."""
+    load()
+    return torch.ops.resnet50.gemm_int8(a, b, bias, mult, scale)
+
+
+def pack_int8(weight, mult, bias, gain=None, weight2=None):
+    """conv_int8's parameters -> uint8 (bytes), in the order in which this machine's kernels read them. Never saved."""
+    return _native("pack_int8", weight, mult, bias, gain, weight2)
+
+
+def network_int8(pixels, plan, classes):
+    """uint8 (N, 3, H, W) NHWC, a plan uint8 (bytes) -> logits float32 (N, classes): the whole network in one call."""
+    return _native("network_int8", pixels, plan, classes)
+
+
+def network_int8_profile(pixels, plan, classes):
+    """network_int8's arguments -> int64 (steps): nanoseconds of each step of the plan."""
+    return _native("network_int8_profile", pixels, plan, classes)
+
+
+def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
+    """relu(conv(x, weight) * scale + bias + residual) for inference. x (N, C, H, W) NHWC, weight (O, C / groups, kh,
+    kw) and residual float32 or bfloat16, scale and bias float32 (O): a batch-norm folds into these."""
+    load()
+    return torch.ops.resnet50.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
+
+
+def bn_relu(x, weight, bias, residual=None, running_mean=None, running_var=None, momentum=0.1, eps=1e-5, relu=True):
+    """relu(batch_norm(x) + residual) in training, differentiable. x, residual (N, C, H, W) NHWC float32 or bfloat16,
+    the rest float32 (C). The running statistics are updated as by torch.nn.BatchNorm2d."""
+    load()
+    y, mean, invstd = torch.ops.resnet50.bn_relu(x, weight, bias, residual, eps, relu)
+    if running_mean is not None:
+        count = x.numel() // x.shape[1]
+        if count < 2:
+            raise ValueError(f"bn_relu: x is {tuple(x.shape)}; expected more than one value per channel for a variance")
+        with torch.no_grad():
+            # the variance from invstd: off by 1e-7 of (variance + eps), and that sum is all it will be used in
+            variance = (invstd.pow(-2) - eps).clamp_(min=0) * (count / (count - 1))
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance, momentum)
+    return y
+
+
+# -------------------------------------------------------------------------------------------------- what there is
+
+def _native(name, *args):
+    if not load():
+        raise RuntimeError(f"{name} needs the native extension, which is not loaded: {_state[1]}")
+    return getattr(torch.ops.resnet50, name)(*args)
+
+
+def available():
+    """Whether the native library runs, which is loaded by this call if it can be had."""
+    return load()
+
+
+def isa():
+    """The instruction set that the int8 kernels use: plain, avx2, vnni or amx; "pytorch" without the native library."""
+    if not load():
+        return "pytorch"
+    one = torch.ones(1, dtype=torch.int32)
+    return ISAS[int(pack_int8(one.to(torch.int8).view(1, 1, 1, 1), one, one)[4:8].view(torch.int32))]  # Packed.isa
+
+
+def describe():
+    """One line on what runs; it loads a library that is built but builds none."""
+    if _state is None and os.environ.get("RESNET50_EXT") != "off" and not find_build(cache_folders(), compiler()):
+        return "not built yet: its first use builds it, or python -m csrc"
+    return f"native, {isa()}" if load() else f"plain PyTorch: {_state[1]}"

@@ -1,0 +1,44 @@
+"""Compiles the extension ahead of time.
+
+  python -m csrc            # prints the folder, seconds and instruction set; the last line is JSON
+  python -m csrc --clean    # and removes the builds of other versions
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+
+import csrc
+
+
+def clean(folder, keep):
+    """Removes this extension's other builds from the folder, and what killed ones left. -> how many"""
+    with csrc.locked(folder):
+        stale = [name for name in os.listdir(folder) if name != keep
+                 and re.fullmatch(r"resnet50-[0-9a-f]{16}-[0-9a-f]{8}(\.\d+\.tmp)?", name)]  # others may use the folder
+        for name in stale:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    return len(stale)
+
+
+def main(args):
+    os.environ["RESNET50_EXT"] = "require"
+    start = time.perf_counter()
+    try:
+        csrc.load()
+        folder = os.path.dirname(csrc.build())
+    except (csrc.BuildError, OSError) as error:
+        sys.exit(f"csrc: error: {error}")
+    result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa())
+    if args.clean:
+        result["removed"] = clean(*os.path.split(folder))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m csrc", description="Compiles the extension ahead of time.")
+    parser.add_argument("--clean", action="store_true", help="remove the builds of other versions")
+    main(parser.parse_args())

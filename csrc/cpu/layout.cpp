@@ -1,0 +1,97 @@
+#include "layout.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace r50 {
+
+Layout::Layout(int images, int h, int w, int c, int border, bool planes, bool interleaved)
+    : images(images), h(h), w(w), c(c), border(border), planes(planes), interleaved(interleaved) {
+  const int64_t ph = planes ? (h + 1) / 2 : h, pw = planes ? (w + 1) / 2 : w;
+  pixel = int64_t(interleaved ? images : 1) * c;
+  row = (pw + border) * pixel;
+  image = interleaved ? c : (ph + border) * row;
+  origin = border * (row + pixel);
+  plane = ((interleaved ? 1 : images) * (ph + border) + border) * row + border * pixel;
+  bytes = (planes ? 4 : 1) * plane;
+}
+
+namespace {
+
+struct Row {
+  int64_t in, in2, out;
+};
+
+int32_t narrow(int64_t offset) {
+  if (offset > std::numeric_limits<int32_t>::max()) throw std::runtime_error("convolution: an image of more than 2 GiB");
+  return int32_t(offset);
+}
+
+}  // namespace
+
+void Tables::build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w,
+                   int element, int align) {
+  const bool merged = in.dense();
+  for (int dy = 0; dy < window.kh; dy++)
+    for (int dx = 0; dx < (merged ? 1 : window.kw); dx++)
+      taps[0].push_back(narrow(in.at(0, dy - window.pad_h, dx - window.pad_w) - in.at(0, 0, 0)));
+  k[0] = merged ? window.kw * in.c : in.c;
+  if (in2) {
+    taps[1] = {0};
+    k[1] = in2->c;
+  }
+  std::vector<Row> all;
+  all.reserve(size_t(out.images) * out.h * out.w);
+  for (int n = 0; n < out.images; n++)
+    for (int y = 0; y < out.h; y++)
+      for (int x = 0; x < out.w; x++)
+        all.push_back({in.at(n, y * window.stride_h, x * window.stride_w),
+                       in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element});
+  if (align == 1) {
+    for (const Row& r : all) {
+      rows[0].push_back(narrow(r.in));
+      if (in2) rows[1].push_back(narrow(r.in2));
+      outs.push_back(narrow(r.out));
+    }
+    return;
+  }
+  // Groups of `align` rows at the distance lda in the input (and lda2 in the second): taken in the order of the input's memory;
+  // pixels that the output has not (a border, every other column) become rows to drop when they lie inside a group.
+  std::sort(all.begin(), all.end(), [](const Row& a, const Row& b) { return a.in < b.in; });
+  const auto distance = [&](int64_t Row::*member) {
+    int64_t least = std::numeric_limits<int32_t>::max();
+    for (size_t i = 1; i < all.size(); i++)
+      if (const int64_t d = all[i].*member - all[i - 1].*member; d > 0) least = std::min(least, d);
+    return all.size() > 1 ? least : 0;
+  };
+  // Rows further apart than two pixels (results one pixel wide) would leave the room behind a buffer: each is a group of its own.
+  const auto within = [](int64_t d, const Layout& l) { return d <= 2 * l.pixel ? d : 0; };
+  const int64_t step = within(distance(&Row::in), in), step2 = in2 ? within(distance(&Row::in2), *in2) : 0;
+  lda[0] = narrow(step);
+  lda[1] = narrow(step2);
+  for (size_t next = 0; next < all.size();) {
+    const Row first = all[next];
+    for (int i = 0; i < align; i++) {
+      const bool here = next < all.size() && all[next].in == first.in + i * step && (!in2 || all[next].in2 == first.in2 + i * step2);
+      outs.push_back(here ? narrow(all[next].out) : -1);
+      rows[0].push_back(narrow(first.in + i * step));
+      if (in2) rows[1].push_back(narrow(first.in2 + i * step2));
+      next += here;
+    }
+  }
+}
+
+void Tables::attach(Conv& conv, int operands) const {
+  for (int i = 0; i < operands; i++) {
+    conv.in[i].rows = rows[i].data();
+    conv.in[i].taps = taps[i].data();
+    conv.in[i].ntaps = int(taps[i].size());
+    conv.in[i].k = k[i];
+    conv.in[i].lda = lda[i];
+  }
+  conv.outs = outs.data();
+  conv.m = int(outs.size());
+}
+
+}  // namespace r50

@@ -1,0 +1,54 @@
+// Where the pixel (n, y, x) of an activation lies, and from that the tables that conv.h's kernels walk.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "conv.h"
+
+namespace r50 {
+
+// NHWC with `border` pixels around each image, which hold what stands for zero and are shared between neighbouring rows and images:
+// (y, w) is (y + 1, -1). Two other orders serve AMX, whose tiles want 16 rows at one distance:
+//   planes        four planes by the parity of y and x, so that a stride-2 convolution reads consecutive pixels
+//   interleaved   the images of a group inside the pixel, (y, x, n, c), so that small feature maps fill whole tiles
+struct Layout {
+  int images = 0, h = 0, w = 0, c = 0, border = 0;
+  bool planes = false, interleaved = false;
+  int64_t pixel = 0, row = 0, image = 0, plane = 0, origin = 0, bytes = 0;  // distances and size in bytes
+
+  Layout() = default;
+  Layout(int images, int h, int w, int c, int border, bool planes = false, bool interleaved = false);
+  int64_t at(int n, int y, int x) const {
+    if (planes) return origin + (2 * (y & 1) + (x & 1)) * plane + n * image + (y >> 1) * row + (x >> 1) * pixel;
+    return origin + n * image + y * row + x * pixel;
+  }
+  // What AMX's first convolution reads (load_windows): for each output row the `channels` bytes of 8 input rows side by side, so that
+  // the whole window of an output pixel is one run of 8 * kw * channels bytes, `stride` pixels after the run of its neighbour.
+  static Layout windows(int images, int h, int w, int kw, int stride, int pad, int channels, int input_w) {
+    Layout l(images, h, w, 8 * kw * channels, 0);
+    l.pixel = 8 * stride * channels;
+    l.row = int64_t(input_w + 2 * pad) * 8 * channels;
+    l.image = h * l.row;
+    l.bytes = images * l.image;
+    return l;
+  }
+  bool dense() const { return !planes && pixel == c; }  // the pixels of a row touch: kw of them are one run of bytes
+};
+
+struct Window {
+  int kh, kw, stride_h, stride_w, pad_h, pad_w;
+};
+inline int outputs(int size, int kernel, int stride, int pad) { return (size + 2 * pad - kernel) / stride + 1; }
+
+// The tables of one convolution, and the Conv that points into them. `align`: 1, or 16 for AMX: rows then come in groups of 16 at
+// one distance, with rows to drop (outs -1) where a group has none left.
+struct Tables {
+  std::vector<int32_t> rows[2], taps[2], outs;
+  int lda[2] = {0, 0}, k[2] = {0, 0};
+  // out: the layout of the results, whose offsets are scaled by `element` bytes; in2 may be null (1x1 with stride2)
+  void build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w, int element,
+             int align);
+  void attach(Conv& conv, int operands) const;
+};
+
+}  // namespace r50

@@ -1,0 +1,269 @@
+#include "network.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "layout.h"
+#include "pool.h"
+#include "pooling.h"
+
+namespace r50 {
+namespace {
+
+constexpr int64_t SLACK = 64;              // kernels read whole vectors past the last pixel
+constexpr int LARGEST_GROUP = 8;           // images at a time where weights outweigh activations
+constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
+
+struct Plan {
+  const uint8_t* data;
+  const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(data); }
+  const PlanBuffer& buffer(int64_t i) const { return reinterpret_cast<const PlanBuffer*>(data + sizeof(PlanHeader))[i]; }
+  const PlanStep& step(int64_t i) const {
+    return reinterpret_cast<const PlanStep*>(data + sizeof(PlanHeader) + header().buffers * sizeof(PlanBuffer))[i];
+  }
+};
+
+// Buffers and tables for one plan, image size and number of images at a time; used by one call at a time.
+struct Workspace {
+  std::tuple<int64_t, int, int, int> key;  // plan id, images, height, width
+  std::vector<Layout> layouts;
+  std::vector<uint8_t*> buffers;
+  std::vector<bool> wide;  // the buffer holds all images, not only those of one pass
+  std::vector<Tables> tables;
+  std::vector<int> group;
+  Bytes memory;
+  size_t bytes = 0;
+
+  Workspace(const Plan& plan, int images, int h, int w);
+};
+
+Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.header().id, images, h, w) {
+  const PlanHeader& header = plan.header();
+  const int align = isa() == Isa::amx ? 16 : 1;
+  std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0), first_pass(header.buffers, -1);
+  // group 0: one image at a time while its activations outweigh the weights, then several, so that weights are read less often
+  const auto automatic = [&](const PlanStep& s, int64_t activations) {
+    const int64_t weights = Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
+    return weights > activations ? LARGEST_GROUP : 1;
+  };
+  std::vector<bool> whole(header.buffers, true), interleaved(header.buffers, false);  // see Layout::interleaved
+  int pass = 0, largest = 1;
+  const auto touch = [&](int64_t buffer, int g) {
+    if (buffer < 0) return;
+    if (first_pass[buffer] >= 0 && first_pass[buffer] != pass) held[buffer] = images;
+    if (first_pass[buffer] < 0) first_pass[buffer] = pass;
+    held[buffer] = std::max(held[buffer], g);
+  };
+  for (int64_t i = 0; i < header.steps; i++) {
+    const PlanStep& s = plan.step(i);
+    int oh = 1, ow = 1;
+    const Step kind = Step(s.kind);
+    if (kind == Step::load) oh = h, ow = w;
+    if (kind == Step::conv || kind == Step::max_pool || kind == Step::load_windows) {
+      oh = outputs(s.in < 0 ? h : heights[s.in], int(s.kh), int(s.stride), int(s.pad));
+      ow = outputs(s.in < 0 ? w : widths[s.in], int(s.kw), int(s.stride), int(s.pad));
+      if (oh < 1 || ow < 1)
+        throw std::runtime_error("network_int8: images of " + std::to_string(h) + "x" + std::to_string(w) + " are too small");
+    }
+    if (s.out >= 0) heights[s.out] = oh, widths[s.out] = ow;
+    const auto size = [&](int64_t b) { return b < 0 ? 0 : int64_t(heights[b]) * widths[b] * plan.buffer(b).channels; };
+    largest = std::max(largest, int(s.group ? s.group : automatic(s, size(s.in) + size(s.out))));
+    group.push_back(std::gcd(images, largest));
+    if (i && group[i] != group[i - 1]) pass++;
+    for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
+    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64) whole[s.in] = false;  // its taps cannot be taken apart
+    for (int64_t b : {s.in, s.in2})
+      if (b >= 0 && align > 1 && group[i] > 1) interleaved[b] = true;
+  }
+  // a sum is written where its residual is: both have one layout
+  for (bool changed = true; changed;) {
+    changed = false;
+    for (int64_t i = 0; i < header.steps; i++)
+      if (const PlanStep& s = plan.step(i); s.residual >= 0 && interleaved[s.residual] != interleaved[s.out])
+        interleaved[s.residual] = interleaved[s.out] = changed = true;
+  }
+  std::vector<int64_t> offsets;
+  int64_t total = 0;
+  for (int64_t b = 0; b < header.buffers; b++) {
+    const PlanBuffer& p = plan.buffer(b);
+    layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(p.border), p.planes, interleaved[b] && whole[b]);
+    wide.push_back(held[b] == images);
+    for (int64_t i = 0; i < header.steps; i++)
+      if (const PlanStep& s = plan.step(i); s.out == b && Step(s.kind) == Step::load_windows)
+        layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad), int(header.channels), w);
+    // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels
+    total += (layouts[b].bytes + (align > 1 ? 32 * layouts[b].pixel : 0) + SLACK + 63) / 64 * 64;
+    offsets.push_back(total);
+  }
+  bytes = size_t(total) + 64;
+  memory = allocate(int64_t(bytes));
+  std::memset(memory.get(), 0, bytes);
+  for (int64_t b = 0; b < header.buffers; b++) {
+    buffers.push_back(memory.get() + (b ? offsets[b - 1] : 0));
+    if (const int64_t fill = plan.buffer(b).fill; fill >= 0 && layouts[b].border) fill_border(buffers[b], layouts[b], plan.data + fill);
+  }
+  tables.resize(header.steps);
+  for (int64_t i = 0; i < header.steps; i++) {
+    const PlanStep& s = plan.step(i);
+    if (Step(s.kind) != Step::conv && Step(s.kind) != Step::linear) continue;
+    const bool linear = Step(s.kind) == Step::linear;
+    const Packed& w = *reinterpret_cast<const Packed*>(plan.data + s.packed);
+    // only `group` images per pass, in buffers that may hold more: same distances, fewer images
+    Layout out = linear ? Layout(group[i], 1, 1, w.o, 0) : layouts[s.out];
+    out.images = group[i];
+    const Window window{int(s.kh), int(s.kw), int(s.stride), int(s.stride), int(s.pad), int(s.pad)};
+    tables[i].build(layouts[s.in], window, out, s.in2 >= 0 ? &layouts[s.in2] : nullptr, int(s.stride2), int(s.stride2),
+                    linear ? 4 : 1, align);
+    bytes += (tables[i].outs.size() * 3) * sizeof(int32_t);
+  }
+}
+
+std::mutex cache_mutex;
+std::list<std::unique_ptr<Workspace>> cache;  // idle ones, most recently used first
+
+std::unique_ptr<Workspace> take(const Plan& plan, int images, int h, int w) {
+  const std::tuple<int64_t, int, int, int> key(plan.header().id, images, h, w);
+  {
+    std::lock_guard<std::mutex> lock(cache_mutex);
+    for (auto it = cache.begin(); it != cache.end(); ++it)
+      if ((*it)->key == key) {
+        auto found = std::move(*it);
+        cache.erase(it);
+        return found;
+      }
+  }
+  return std::make_unique<Workspace>(plan, images, h, w);
+}
+
+void give_back(std::unique_ptr<Workspace> workspace) {
+  std::lock_guard<std::mutex> lock(cache_mutex);
+  cache.push_front(std::move(workspace));
+  size_t total = 0;
+  for (auto it = cache.begin(); it != cache.end();) {
+    total += (*it)->bytes;
+    it = total > CACHED_BYTES ? cache.erase(it) : std::next(it);
+  }
+}
+
+struct Part {
+  int begin, end;
+};
+Part part(int n, int unit, int thread, int threads) {  // thread's share of n, in multiples of unit
+  const int units = (n + unit - 1) / unit;
+  return {std::min(n, units * thread / threads * unit), std::min(n, units * (thread + 1) / threads * unit)};
+}
+
+// One step for the images [n0, n0 + group) of this workspace.
+void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const uint8_t* pixels, int h, int w, float* logits,
+              int thread, int threads) {
+  const PlanStep& s = plan.step(i);
+  const int g = ws.group[i];
+  const auto at = [&](int64_t b) { return ws.buffers[b] + (ws.wide[b] ? n0 * ws.layouts[b].image : 0); };
+  const Layout* to = s.out >= 0 ? &ws.layouts[s.out] : nullptr;
+  switch (Step(s.kind)) {
+    case Step::load: {
+      const Part rows = part(to->h, 1, thread, threads);
+      load_images(pixels + int64_t(n0) * to->h * to->w * to->c, at(s.out), *to, 0, g, rows.begin, rows.end);
+      break;
+    }
+    case Step::load_windows: {
+      const Part rows = part(to->h, 1, thread, threads);
+      const int c = int(plan.header().channels);
+      const int64_t fill = plan.buffer(s.out).fill;
+      load_windows(pixels + int64_t(n0) * h * w * c, h, w, c, fill < 0 ? nullptr : plan.data + fill, int(s.stride), int(s.pad),
+                   at(s.out), *to, 0, g, rows.begin, rows.end);
+      break;
+    }
+    case Step::max_pool: {
+      const Part rows = part(to->h, 1, thread, threads);
+      max_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, rows.begin, rows.end);
+      break;
+    }
+    case Step::average_pool: {
+      const Part images = part(g, 1, thread, threads);
+      average_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, int32_t(s.mult), images.begin, images.end);
+      break;
+    }
+    default: {
+      Conv conv;
+      conv.w = reinterpret_cast<const Packed*>(plan.data + s.packed);
+      ws.tables[i].attach(conv, conv.w->operands);
+      conv.in[0].a = at(s.in);
+      if (s.in2 >= 0) conv.in[1].a = at(s.in2);
+      conv.block = int(s.block);
+      if (i + 1 < plan.header().steps && Step(plan.step(i + 1).kind) == Step::conv)
+        conv.next = reinterpret_cast<const Packed*>(plan.data + plan.step(i + 1).packed)->panel(0);
+      if (Step(s.kind) == Step::linear) {
+        conv.kind = Out::f32;
+        conv.f32_scale = reinterpret_cast<const float*>(plan.data + s.scale);
+        conv.out = reinterpret_cast<uint8_t*>(logits + int64_t(n0) * plan.header().classes);
+      } else {
+        conv.out = at(s.out);
+        conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
+      }
+      // where there are more weights than activations each thread takes its share of the weights
+      const bool automatic = conv.w->panels >= threads && conv.w->bytes > int64_t(conv.m) * conv.w->ktotal;
+      const bool by_panels = s.by_panels < 0 ? automatic : s.by_panels;
+      const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
+      const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
+      if (rows.begin < rows.end && panels.begin < panels.end)
+        conv_function()(conv, rows.begin, rows.end, panels.begin, panels.end);
+    }
+  }
+}
+
+}  // namespace
+
+void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits, int threads,
+                  int64_t* nanoseconds) {
+  const Plan plan{data};
+  if (bytes < int64_t(sizeof(PlanHeader)) || plan.header().stamp != PlanHeader::STAMP || plan.header().bytes != bytes)
+    throw std::runtime_error("network_int8: plan is not what csrc.build_plan returned");
+  if (plan.header().isa != int64_t(isa()))
+    throw std::runtime_error("network_int8: the plan was packed for another instruction set than this process uses");
+  const PlanHeader& header = plan.header();
+  int64_t largest = LARGEST_GROUP;
+  for (int64_t i = 0; i < header.steps; i++) largest = std::max(largest, plan.step(i).group);
+  for (int done = 0; done < n;) {
+    const int images = int(std::min<int64_t>(largest, n - done));
+    auto workspace = take(plan, images, h, w);
+    const Workspace& ws = *workspace;
+    Barrier* barrier = nullptr;
+    std::unique_ptr<Barrier> shared;
+    const uint8_t* from = pixels + int64_t(done) * h * w * header.channels;
+    float* to = logits + int64_t(done) * header.classes;
+    const auto body = [&](int thread, int count) {
+      for (int64_t first = 0, end; first < header.steps; first = end) {  // steps [first, end) are one pass
+        for (end = first + 1; end < header.steps && ws.group[end] == ws.group[first]; end++) {
+        }
+        for (int n0 = 0; n0 < images; n0 += ws.group[first])
+          for (int64_t i = first; i < end; i++) {
+            const auto begin = std::chrono::steady_clock::now();
+            run_step(plan, ws, i, n0, from, h, w, to, thread, count);
+            if (count > 1) barrier->wait();
+            if (nanoseconds && thread == 0)
+              nanoseconds[i] +=
+                  std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+          }
+      }
+    };
+    if (threads > 1) {
+      shared = std::make_unique<Barrier>(threads);
+      barrier = shared.get();
+    }
+    parallel(threads, body);
+    give_back(std::move(workspace));
+    done += images;
+  }
+}
+
+}  // namespace r50

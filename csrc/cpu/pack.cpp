@@ -1,0 +1,176 @@
+// Weights into the order in which a kernel reads them, with the proof of how each panel may round.
+//
+// A panel holds `width` output channels; for each group of `group` consecutive k the width * group bytes lie together:
+//   plain  width 16, group 1      one scalar column after the other
+//   avx2   width 16, group 4      two registers per group; k padded to two groups, see conv_avx2.cpp
+//   vnni   width 64, group 4      vpdpbusd; four registers per group
+//   amx    width 64, group 4      the same bytes are the rows of four B tiles; k padded to whole tiles of 64
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "conv.h"
+
+namespace r50 {
+namespace {
+
+struct Order {
+  int width, group, multiple;  // multiple: k of a tap is padded to this
+};
+
+Order order(Isa isa) {
+  switch (isa) {
+    case Isa::plain: return {16, 1, 1};
+    case Isa::avx2: return {16, 4, 8};
+    case Isa::vnni: return {64, 4, 4};
+    default: return {64, 4, 64};
+  }
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace
+
+int panel_position(Isa isa, int c) {
+  switch (isa) {
+    case Isa::plain: return c;
+    case Isa::avx2: return (c & 1) * 8 + c / 2;  // two registers of 8, the even and the odd 16-bit halves of one
+    // four registers of 16, c = 16 * quarter + 8 * h + 2 * i + t: register 2h + t, element 4 * quarter + i. Registers 2h and 2h + 1
+    // are the even and odd 16-bit halves of one, and packus takes h = 0 and 1 per 128-bit lane.
+    default: return ((c / 8 & 1) * 2 + (c & 1)) * 16 + c / 16 * 4 + (c / 2 & 3);
+  }
+}
+
+static Packed header(Isa isa, const PackedShape& s) {
+  const Order order_ = order(isa);
+  Packed h{};
+  h.stamp = Packed::STAMP;
+  h.isa = int(isa);
+  h.o = s.o;
+  h.width = order_.width;
+  h.panels = (s.o + order_.width - 1) / order_.width;
+  h.operands = s.operands;
+  for (int i = 0; i < s.operands; i++) {
+    h.taps[i] = s.taps[i];
+    h.k[i] = s.k[i];
+    h.kpad[i] = int(round_up(s.k[i], order_.multiple));
+    h.ktotal += h.taps[i] * h.kpad[i];
+  }
+  h.vectors = round_up(sizeof(Packed), 64);
+  h.weights = round_up(h.vectors + int64_t(h.panels) * 5 * h.width * 4, 64);
+  h.fixes = round_up(h.weights + int64_t(h.panels) * h.ktotal * h.width, 64);
+  h.bytes = h.fixes;
+  return h;
+}
+
+// conv_avx2.cpp adds the low 7 bits of two groups of four k in 16 bits: of the four weights that meet in a lane the positive ones may
+// sum to 258 and the negative ones to -258. Takes the excess out of `panel` (ktotal x 16) and puts it into groups of their own, of at
+// most 128 per pair so that they meet all 8 bits; -> their k. An excess is at most 4 * 128 - 258, two pairs of 127.
+static std::vector<int32_t> move_excess(int8_t* panel, int ktotal, std::vector<int8_t>& fixes) {
+  constexpr int LIMIT = 258, PAIR = 128, WIDTH = 16;
+  std::vector<int32_t> where;
+  for (int k = 0; k < ktotal; k += 8) {
+    int8_t moved[2][4 * WIDTH] = {};
+    bool any[2] = {false, false};
+    for (int lane = 0; lane < 2 * WIDTH; lane++)
+      for (int sign : {1, -1}) {
+        int8_t* pairs[2] = {panel + k * WIDTH + 2 * lane, panel + (k + 4) * WIDTH + 2 * lane};
+        int sum = 0;
+        for (auto* pair : pairs)
+          for (int i = 0; i < 2; i++) sum += std::max(0, sign * pair[i]);
+        int excess = sum - LIMIT;
+        for (int g = 0; g < 2; g++)
+          for (int i = 0, left = PAIR; i < 2 && excess > 0; i++) {
+            const int take = std::min({excess, left, std::max(0, sign * pairs[g][i])});
+            pairs[g][i] = int8_t(pairs[g][i] - sign * take);
+            moved[g][2 * lane + i] = int8_t(sign * take);
+            any[g] |= take > 0;
+            excess -= take;
+            left -= take;
+          }
+      }
+    for (int g = 0; g < 2; g++)
+      if (any[g]) {
+        where.push_back(k + 4 * g);
+        fixes.insert(fixes.end(), moved[g], moved[g] + 4 * WIDTH);
+      }
+  }
+  return where;
+}
+
+void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
+               const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate) {
+  Packed h = header(isa, s);
+  const int group = order(isa).group, width = h.width;
+  std::vector<uint8_t> blob(h.fixes);
+  uint8_t* bytes = blob.data();
+  for (int p = 0; p < h.panels; p++) {
+    auto* start = reinterpret_cast<int32_t*>(bytes + h.vectors) + int64_t(p) * 5 * width;
+    auto* scale = reinterpret_cast<float*>(start + width);
+    int32_t *gains = start + 3 * width, *mults = start + 4 * width;
+    auto* panel = reinterpret_cast<int8_t*>(bytes + h.weights + int64_t(p) * h.ktotal * width);
+    for (int c = 0; c < width && p * width + c < s.o; c++) {
+      const int n = p * width + c, at = panel_position(isa, c);
+      int64_t low = bias[n], high = bias[n];
+      int8_t* column = panel + at * group;
+      for (int i = 0; i < s.operands; i++) {
+        const int8_t* w = weight[i] + int64_t(n) * s.taps[i] * s.k[i];
+        for (int t = 0; t < s.taps[i]; t++, column += h.kpad[i] * width)
+          for (int k = 0; k < s.k[i]; k++) {
+            const int8_t value = *w++;
+            column[k / group * group * width + k % group] = value;
+            (value > 0 ? high : low) += 255 * value;
+          }
+      }
+      const int32_t j = mult[n], g = gain ? gain[n] : 0;
+      (g > 0 ? high : low) += int64_t(255) * g;
+      if (low < std::numeric_limits<int32_t>::min() || high > std::numeric_limits<int32_t>::max())
+        throw std::runtime_error("pack_int8: the accumulator of output channel " + std::to_string(n) + " could reach " +
+                                 std::to_string(high > -low ? high : low) + ", which is outside int32");
+      if (j < 0 || j > (1 << MULT_BITS) || g < -32768 || g > 32767)
+        throw std::runtime_error("pack_int8: output channel " + std::to_string(n) + " has mult " + std::to_string(j) + " and gain " +
+                                 std::to_string(g) + "; expected 0 <= mult <= 2^22 and -2^15 <= gain < 2^15");
+      const int64_t reach = high > -low ? high : -low;
+      const bool small = reach * j < (int64_t(32767) << MULT_BITS);  // (2^31 * 2^22 fits)
+      const Rounding needed = !small || reach >= 1 << 24 ? DOUBLE : reach >= 1 << 22 ? SINGLE : BIASED;
+      h.rounding = needed > h.rounding ? needed : h.rounding;
+      start[at] = bias[n];
+      scale[at] = float(j) / float(1 << MULT_BITS);
+      gains[at] = isa == Isa::plain ? g : c & 1 ? int32_t(uint32_t(g) << 16) : g & 0xffff;
+      mults[at] = j;
+    }
+  }
+  for (int p = 0; p < h.panels; p++) {
+    auto* start = reinterpret_cast<int32_t*>(bytes + h.vectors) + int64_t(p) * 5 * width;
+    for (int i = 0; i < width; i++) {
+      const int32_t j = start[4 * width + i];
+      // BIASED: the accumulator is read as 1.5 * 2^23 + acc; times j / 2^22 that is 3j too much
+      reinterpret_cast<float*>(start)[2 * width + i] = MAGIC - (h.rounding == BIASED ? 3.0f * float(j) : 0.0f);
+      if (h.rounding == BIASED) start[i] += MAGIC_BITS;
+    }
+  }
+  std::vector<int32_t> begins{0}, where;
+  std::vector<int8_t> fixes;
+  if (isa == Isa::avx2) {
+    for (int p = 0; p < h.panels; p++) {
+      const auto more = move_excess(reinterpret_cast<int8_t*>(bytes + h.weights) + int64_t(p) * h.ktotal * width, h.ktotal, fixes);
+      where.insert(where.end(), more.begin(), more.end());
+      begins.push_back(int32_t(where.size()));
+    }
+    h.bytes = round_up(h.fixes + (begins.size() + where.size()) * 4 + fixes.size(), 64);
+  }
+  std::memcpy(bytes, &h, sizeof h);
+  uint8_t* out = allocate(h.bytes);
+  std::memset(out + h.fixes, 0, h.bytes - h.fixes);
+  std::memcpy(out, bytes, h.fixes);
+  if (isa == Isa::avx2) {
+    out = std::copy_n(reinterpret_cast<const uint8_t*>(begins.data()), begins.size() * 4, out + h.fixes);
+    out = std::copy_n(reinterpret_cast<const uint8_t*>(where.data()), where.size() * 4, out);
+    std::copy_n(reinterpret_cast<const uint8_t*>(fixes.data()), fixes.size(), out);
+  }
+}
+
+}  // namespace r50

@@ -1,0 +1,120 @@
+#include "pooling.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+// The loops are plain so that the compiler vectorizes them; the loader picks a body.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED)
+#define WIDEST __attribute__((target_clones("avx2", "default")))
+#else
+#define WIDEST
+#endif
+
+namespace r50 {
+
+void load_images(const uint8_t* pixels, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1) {
+  const int64_t row = int64_t(to.w) * to.c;
+  for (int n = n0; n < n1; n++)
+    for (int y = y0; y < y1; y++) {
+      const uint8_t* from = pixels + (int64_t(n) * to.h + y) * row;
+      if (to.dense()) {
+        std::memcpy(out + to.at(n, y, 0), from, row);
+      } else {
+        for (int x = 0; x < to.w; x++) std::memcpy(out + to.at(n, y, x), from + int64_t(x) * to.c, to.c);
+      }
+    }
+}
+
+#if defined(__x86_64__)
+// 16 bytes of each of 8 rows -> 16 groups of 8: three rounds of interleaving rows 0 and 4, 1 and 5, ...
+static inline void interleave8(const uint8_t* const rows[8], int64_t at, uint8_t* out) {
+  __m128i a[8], b[8];
+  for (int r = 0; r < 8; r++) a[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + at));
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < 4; i++) {
+      b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 4]);
+      b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 4]);
+    }
+    std::memcpy(a, b, sizeof a);
+  }
+  for (int i = 0; i < 8; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16 * i), a[i]);
+}
+#endif
+
+void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, int stride, int pad, uint8_t* out,
+                  const Layout& to, int n0, int n1, int y0, int y1) {
+  const int64_t row = int64_t(w) * c;
+  std::vector<uint8_t> outside(row);
+  for (int64_t i = 0; i < row; i++) outside[i] = value ? value[i % c] : 0;
+  for (int n = n0; n < n1; n++)
+    for (int y = y0; y < y1; y++) {
+      const uint8_t* rows[8];
+      for (int r = 0; r < 8; r++) {
+        const int from = y * stride - pad + r;
+        rows[r] = from >= 0 && from < h ? pixels + (int64_t(n) * h + from) * row : outside.data();
+      }
+      uint8_t* line = out + to.at(n, y, 0);
+      const int64_t edge = int64_t(pad) * c;
+      for (int64_t i = 0; i < edge; i++) {
+        std::memset(line + 8 * i, value ? value[i % c] : 0, 8);
+        std::memset(line + 8 * (edge + row + i), value ? value[i % c] : 0, 8);
+      }
+      int64_t i = 0;
+#if defined(__x86_64__)
+      for (; i + 16 <= row; i += 16) interleave8(rows, i, line + 8 * (edge + i));
+#endif
+      for (; i < row; i++)
+        for (int r = 0; r < 8; r++) line[8 * (edge + i) + r] = rows[r][i];
+    }
+}
+
+void fill_border(uint8_t* out, const Layout& to, const uint8_t* value) {
+  if (!value) {
+    std::memset(out, 0, to.bytes);
+    return;
+  }
+  for (int64_t i = 0; i < to.bytes; i++) out[i] = value[i % to.c];  // origin and all distances are multiples of c
+}
+
+WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1) {
+  const int c = from.c;
+  for (int n = n0; n < n1; n++)
+    for (int y = y0; y < y1; y++)
+      for (int x = 0; x < to.w; x++) {
+        uint8_t* best = out + to.at(n, y, x);
+        bool first = true;
+        for (int dy = std::max(0, 2 * y - 1); dy < std::min(from.h, 2 * y + 2); dy++)
+          for (int dx = std::max(0, 2 * x - 1); dx < std::min(from.w, 2 * x + 2); dx++) {
+            const uint8_t* other = in + from.at(n, dy, dx);
+            if (first) {
+              std::memcpy(best, other, c);
+            } else {
+              for (int i = 0; i < c; i++) best[i] = std::max(best[i], other[i]);
+            }
+            first = false;
+          }
+      }
+}
+
+WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0, int n1) {
+  std::vector<int32_t> sum(from.c);
+  const int pixels = from.h * from.w;
+  const int32_t j = (mult + pixels / 2) / pixels;
+  for (int n = n0; n < n1; n++) {
+    std::fill(sum.begin(), sum.end(), 0);
+    for (int y = 0; y < from.h; y++)
+      for (int x = 0; x < from.w; x++) {
+        const uint8_t* a = in + from.at(n, y, x);
+        for (int i = 0; i < from.c; i++) sum[i] += a[i];
+      }
+    uint8_t* to_pixel = out + to.at(n, 0, 0);
+    for (int i = 0; i < from.c; i++) to_pixel[i] = requantize(sum[i], j);
+  }
+}
+
+}  // namespace r50

@@ -1,0 +1,10 @@
+// The x86 intrinsics: the compiler's, or for the tests, which run every kernel on any CPU, plain C++ of the same names.
+#pragma once
+#ifdef RESNET50_EMULATED
+#include "emulated_x86.h"
+#define R50_TARGET(features)  // the emulation must not make the compiler use what it emulates
+#else
+#include <immintrin.h>
+#define R50_PRAGMA(text) _Pragma(#text)
+#define R50_TARGET(features) R50_PRAGMA(GCC target(features))  // for the rest of the file
+#endif

@@ -1,0 +1,160 @@
+"""A network of int8 steps -> the block of bytes that the network_int8 operation walks (cpu/network.h has the format).
+
+Steps are dicts in execution order; values name activations, the first reads "pixels", the last makes the logits:
+  conv     x, out, weight, mult, bias, stride, padding; optional residual + gain, x2 + weight2 + stride2, pad_value
+  maxpool  x, out                    3x3, stride 2, padding 1
+  avgpool  x, out, mult              over H and W
+  linear   x, weight, bias, scale    float32 logits
+"""
+import hashlib
+import struct
+
+import torch
+
+from . import ISAS, isa, load
+
+HEADER_STAMP = 0x35305202
+KINDS = dict(load=0, conv=1, maxpool=2, avgpool=3, linear=4, load_windows=5)
+PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
+
+
+def reads(step):
+    """Names of the activations that a step reads."""
+    return [step[key] for key in ("x", "x2", "residual") if step.get(key) is not None]
+
+
+def windows(step):
+    """A first convolution of up to 8 rows, for AMX: the load puts 8 rows of pixels side by side, so that the window of an
+    output pixel is one run of bytes and the convolution a 1x1 (cpu/layout.h)."""
+    weight = step["weight"]
+    o, c, kh, kw = weight.shape
+    runs = torch.zeros(o, kw, c, 8, dtype=torch.int8)
+    runs[..., :kh] = weight.permute(0, 3, 1, 2)
+    load = dict(kind="load_windows", out=step["x"], kh=kh, kw=kw, stride=step["stride"], pad=step["padding"],
+                channels=8 * kw * c)
+    return load, dict(step, weight=runs.view(o, -1, 1, 1), stride=1, padding=0)
+
+
+def shrink(size, kernel, stride, padding):
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+class Buffers:
+    """Names -> buffers. A buffer serves many names, one after the other, if their feature maps agree in size, channels
+    and border; a residual sum takes the place of its residual."""
+
+    def __init__(self, steps):
+        self.last = {name: i for i, step in enumerate(steps) for name in reads(step)}
+        self.border, self.fill = {}, {}
+        for step in steps:
+            if step["kind"] == "conv":
+                self.border[step["x"]] = max(self.border.get(step["x"], 0), step["padding"])
+                if step.get("pad_value") is not None:
+                    self.fill[step["x"]] = step["pad_value"]
+        self.planes = self.split(steps) if isa() == "amx" else set()
+        self.shapes, self.of = {}, {}  # by name: (channels, size for each of PROBES), index of its buffer
+        self.keys, self.owner = [], []  # by buffer: (shape, border, name if it has a fill), name that it holds now
+
+    @staticmethod
+    def split(steps):
+        """Names whose pixels lie in four planes: what a stride of 2 reads, if nothing reads neighbouring pixels of it with
+        a stride of 1; and, because a sum lies where its residual is, the whole chain of sums."""
+        strides, windows = {}, set()
+        for step in steps:
+            for name, stride, kernel in ((step["x"], step.get("stride", 1), step["weight"].shape[-1] if step["kind"] == "conv" else 0),
+                                         (step.get("x2"), step.get("stride2") or 1, 1)):
+                if name is not None:
+                    strides.setdefault(name, set()).add(stride)
+                    if kernel != 1 and stride == 1:
+                        windows.add(name)
+        planes = {name for name, s in strides.items() if 2 in s and name not in windows} - {steps[0]["x"]}
+        sums = [{step["out"], step["residual"]} for step in steps if step.get("residual") is not None]
+        for pair in sums[::-1] + sums:
+            if pair & planes:
+                planes |= pair
+        return planes
+
+    def make(self, i, name, shape, residual=None):
+        """-> index of the buffer that takes `name`, made by step i."""
+        key = shape, self.border.get(name, 0), int(name in self.planes), name if name in self.fill else None
+        fits = [j for j, k in enumerate(self.keys) if k == key]
+        if residual and self.last[residual] == i and self.of[residual] in fits:
+            index = self.of[residual]
+        else:
+            index = next((j for j in fits if self.last.get(self.owner[j], -1) < i), len(self.keys))
+        if index == len(self.keys):
+            self.keys.append(key)
+            self.owner.append(name)
+        self.shapes[name], self.of[name], self.owner[index] = shape, index, name
+        return index
+
+
+def build_plan(steps, channels=3):
+    """-> uint8 tensor, for this process's instruction set only."""
+    load()
+    ops = torch.ops.resnet50
+    steps, first, sizes = list(steps), dict(kind="load", channels=channels), PROBES
+    if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
+        sizes = tuple(shrink(s, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"]) for s in PROBES)
+        first, steps[0] = windows(steps[0])
+    buffers, constants, table = Buffers(steps), [], []
+    position = 0  # of the next constant, behind the tables; made absolute below
+
+    def constant(tensor):
+        nonlocal position
+        data = tensor.contiguous().view(torch.uint8).flatten()
+        data = torch.nn.functional.pad(data, (0, -len(data) % 64))
+        constants.append(data)
+        position += len(data)
+        return position - len(data)
+
+    table.append({**first, "out": buffers.make(-1, steps[0]["x"], (first.pop("channels"), sizes))})
+    for i, step in enumerate(steps):
+        kind = step["kind"]
+        row = dict(kind=kind, **{field: buffers.of[step[key]] for key, field in
+                                 (("x", "in"), ("x2", "in2"), ("residual", "residual")) if step.get(key) is not None})
+        channels_in, sizes = buffers.shapes[step["x"]]
+        if kind in ("conv", "linear"):
+            weight = step["weight"]
+            if kind == "linear":
+                weight = weight[:, :, None, None]
+                row.update(kh=1, kw=1, stride=1, scale=constant(step["scale"]))
+                classes, mult = len(weight), torch.zeros(len(weight), dtype=torch.int32)
+            else:
+                row.update(kh=weight.shape[2], kw=weight.shape[3], stride=step["stride"], pad=step["padding"],
+                           stride2=step.get("stride2") or 1)
+                shape = (len(weight), tuple(shrink(s, weight.shape[2], step["stride"], step["padding"]) for s in sizes))
+                mult = step["mult"]
+            weight2 = step.get("weight2")
+            row["packed"] = constant(ops.pack_int8(
+                weight.contiguous(memory_format=torch.channels_last), mult, step["bias"], step.get("gain"),
+                None if weight2 is None else weight2.contiguous(memory_format=torch.channels_last)))
+        elif kind == "maxpool":
+            row.update(kh=3, kw=3, stride=2, pad=1)
+            shape = (channels_in, tuple(shrink(s, 3, 2, 1) for s in sizes))
+        elif kind == "avgpool":
+            row["mult"] = int(step["mult"])
+            shape = (channels_in, tuple(1 for _ in sizes))
+        else:
+            raise ValueError(f"build_plan: step {i} has kind {kind!r}, none of conv, maxpool, avgpool, linear")
+        if kind != "linear":
+            row["out"] = buffers.make(i, step["out"], shape, step.get("residual"))
+        table.append(row)
+
+    fields = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "packed", "scale", "mult",
+              "group", "block", "by_panels")
+    base = 8 * (8 + 4 * len(buffers.keys) + len(fields) * len(table))
+    base += -base % 64
+    words = [word for (shape, border, planes, filled) in buffers.keys
+             for word in (shape[0], border, planes, base + constant(buffers.fill[filled]) if filled else -1)]
+    for row in table:
+        defaults = {"in": -1, "out": -1, "residual": -1, "in2": -1, "by_panels": -1}
+        for field in fields:
+            value = KINDS[row["kind"]] if field == "kind" else row.get(field, defaults.get(field, 0))
+            words.append(base + value if field in ("packed", "scale") and field in row else value)
+    body = torch.cat(constants)
+    digest = hashlib.sha256(struct.pack(f"<{len(words)}q", *words) + body.numpy().tobytes()).digest()
+    header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys), len(table),
+              classes, channels]
+    head = torch.frombuffer(bytearray(struct.pack(f"<{len(header) + len(words)}q", *header, *words)), dtype=torch.uint8)
+    return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body])

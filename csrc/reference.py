@@ -1,0 +1,242 @@
+"""The operations of library `resnet50` in plain PyTorch: what each one means, on any device, and what it accepts.
+
+The int8 formula is csrc/README.md's. Every operation has a check of its arguments, which comes before the operation
+and before its fake kernel, and returns the shape of the result. Activations are (N, C, H, W) in channels_last memory.
+"""
+import torch
+from torch.nn import functional as F
+
+MULT_BITS = 22  # y = acc * mult / 2^22
+MAX_GAIN = 2 ** 15
+MAX_NUMEL = 2 ** 31  # the kernels address the pixels of a batch with int32
+
+
+# ------------------------------------------------------------------------------------------------------ checks
+
+def expect(op, name, tensor, dtypes, shape, device=None):
+    """`shape` holds numbers, and names for free sizes. Memory is channels_last for 4 dimensions, else contiguous."""
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    kind = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    sizes = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+    fits = tensor.dtype in dtypes and tensor.dim() == len(shape) and device in (None, tensor.device) and all(
+        size > 0 if isinstance(want, str) else size == want for size, want in zip(tensor.shape, shape))
+    refuse(not fits, f"{op}: {name} must be {kind} {sizes} on {device or 'any device'} and not empty, "
+                     f"got {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}")
+    refuse(not tensor.is_contiguous(memory_format=layout),
+           f"{op}: {name} must be {str(layout).removeprefix('torch.').removesuffix('_format')}, expected {sizes}, "
+           f"got strides {tensor.stride()}")
+    refuse(tensor.numel() >= MAX_NUMEL, f"{op}: {name} must have fewer than 2^31 elements, got {tuple(tensor.shape)}")
+
+
+def refuse(bad, message):
+    if bad:
+        raise RuntimeError(message)
+
+
+def conv_size(op, x, weight, stride, padding, groups):
+    """(N, C, H, W) by (O, C / groups, kh, kw) -> (N, O, Ho, Wo)"""
+    refuse(len(stride) != 2 or len(padding) != 2 or min(stride) < 1 or min(padding) < 0 or groups < 1,
+           f"{op}: stride {list(stride)}, padding {list(padding)}, groups {groups}; expected two numbers from 1, two "
+           "from 0, and one from 1")
+    refuse(x.shape[1] % groups or weight.shape[0] % groups,
+           f"{op}: {x.shape[1]} input and {weight.shape[0]} output channels; expected multiples of groups={groups}")
+    expect(op, "weight", weight, weight.dtype, ("O", x.shape[1] // groups, "kh", "kw"), x.device)
+    size = [(x.shape[i] + 2 * padding[i - 2] - weight.shape[i]) // stride[i - 2] + 1 for i in (2, 3)]
+    refuse(min(size) < 1, f"{op}: x is {tuple(x.shape)}; expected at least {tuple(weight.shape[2:])} pixels with the "
+                          f"padding {list(padding)} around them")
+    return x.shape[0], weight.shape[0], *size
+
+
+def check_conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None,
+                    stride=(1, 1), padding=(0, 0), stride2=(1, 1), groups=1):
+    op, d = "conv_int8", x.device
+    expect(op, "x", x, torch.uint8, ("N", "C", "H", "W"))
+    expect(op, "weight", weight, torch.int8, ("O", "C / groups", "kh", "kw"), d)
+    size = conv_size(op, x, weight, stride, padding, groups)
+    n, o, h, w = size
+    expect(op, "mult", mult, torch.int32, (o,), d)
+    expect(op, "bias", bias, torch.int32, (o,), d)
+    refuse((residual is None) != (gain is None), f"{op}: expected residual and gain together, or neither")
+    refuse((x2 is None) != (weight2 is None), f"{op}: expected x2 and weight2 together, or neither")
+    refuse(x2 is not None and groups != 1, f"{op}: x2 goes with groups 1, got {groups}")
+    if residual is not None:
+        expect(op, "residual", residual, torch.uint8, size, d)
+        expect(op, "gain", gain, torch.int32, (o,), d)
+    if x2 is not None:
+        expect(op, "x2", x2, torch.uint8, (n, "C2", "H2", "W2"), d)
+        expect(op, "weight2", weight2, torch.int8, (o, x2.shape[1], 1, 1), d)
+        reached = conv_size(op, x2, weight2, stride2, (0, 0), 1)
+        refuse(reached != size, f"{op}: x2 {tuple(x2.shape)} with stride2 {list(stride2)} gives {tuple(reached)}; "
+                                f"expected {tuple(size)}")
+    if pad_value is not None:
+        expect(op, "pad_value", pad_value, torch.uint8, (x.shape[1],), d)
+    return size
+
+
+def check_gemm_int8(a, b, bias=None, mult=None, scale=None):
+    op, d = "gemm_int8", a.device
+    expect(op, "a", a, torch.uint8, ("M", "K"))
+    expect(op, "b", b, torch.int8, ("N", a.shape[1]), d)
+    refuse(mult is not None and scale is not None, f"{op}: expected mult or scale or neither, not both")
+    for name, tensor, dtype in (("bias", bias, torch.int32), ("mult", mult, torch.int32),
+                                ("scale", scale, torch.float32)):
+        if tensor is not None:
+            expect(op, name, tensor, dtype, (b.shape[0],), d)
+    return a.shape[0], b.shape[0]
+
+
+def check_pack_int8(weight, mult, bias, gain=None, weight2=None):
+    op, d = "pack_int8", weight.device
+    expect(op, "weight", weight, torch.int8, ("O", "C", "kh", "kw"))
+    for name, tensor in (("mult", mult), ("bias", bias), ("gain", gain)):
+        if tensor is not None:
+            expect(op, name, tensor, torch.int32, (weight.shape[0],), d)
+    if weight2 is not None:
+        expect(op, "weight2", weight2, torch.int8, (weight.shape[0], "C2", 1, 1), d)
+
+
+def check_network_int8(pixels, plan, classes):
+    expect("network_int8", "pixels", pixels, torch.uint8, ("N", 3, "H", "W"))
+    expect("network_int8", "plan", plan, torch.uint8, ("bytes",), pixels.device)
+    return pixels.shape[0], classes
+
+
+def check_conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
+    op, d = "conv_bn_relu", x.device
+    expect(op, "x", x, (torch.float32, torch.bfloat16), ("N", "C", "H", "W"))
+    expect(op, "weight", weight, x.dtype, ("O", "C / groups", "kh", "kw"), d)
+    size = conv_size(op, x, weight, stride, padding, groups)
+    expect(op, "scale", scale, torch.float32, (size[1],), d)
+    expect(op, "bias", bias, torch.float32, (size[1],), d)
+    if residual is not None:
+        expect(op, "residual", residual, x.dtype, size, d)
+    return size
+
+
+def check_bn_relu(x, weight, bias, residual, eps, relu):
+    op, d = "bn_relu", x.device
+    expect(op, "x", x, (torch.float32, torch.bfloat16), ("N", "C", "H", "W"))
+    expect(op, "weight", weight, torch.float32, (x.shape[1],), d)
+    expect(op, "bias", bias, torch.float32, (x.shape[1],), d)
+    if residual is not None:
+        expect(op, "residual", residual, x.dtype, tuple(x.shape), d)
+    return x.shape
+
+
+def check_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
+    op, d = "bn_relu_backward", x.device
+    expect(op, "x", x, (torch.float32, torch.bfloat16), ("N", "C", "H", "W"))
+    for name, tensor in (("grad", grad), ("y", y)):
+        expect(op, name, tensor, x.dtype, tuple(x.shape), d)
+    for name, tensor in (("weight", weight), ("mean", mean), ("invstd", invstd)):
+        expect(op, name, tensor, torch.float32, (x.shape[1],), d)
+    return x.shape
+
+
+def check_values(op, weights, bias, mult=None, gain=None):
+    """What only the numbers can tell: no accumulator leaves int32 whatever the pixels are, mult and gain are in range.
+    weights: int8 (O, ...) each; the others int32 (O)."""
+    low, high = bias.long(), bias.long()
+    for weight in weights:
+        wide = weight.long().flatten(1)
+        low, high = low + 255 * wide.clamp(max=0).sum(1), high + 255 * wide.clamp(min=0).sum(1)
+    if gain is not None:
+        refuse((gain.long().abs() >= MAX_GAIN).any(),
+               f"{op}: gain from {gain.min()} to {gain.max()}; expected |gain| < 2^15")
+        low, high = low + 255 * gain.long().clamp(max=0), high + 255 * gain.long().clamp(min=0)
+    if mult is not None:
+        refuse(((mult < 0) | (mult > 2 ** MULT_BITS)).any(),
+               f"{op}: mult from {mult.min()} to {mult.max()}; expected 0 <= mult <= 2^22")
+    refuse((low < -2 ** 31).any() or (high >= 2 ** 31).any(),
+           f"{op}: an accumulator could reach {max(high.max(), -low.min())}, which is outside int32; expected "
+           "bias + 255 * (sum of the weights of one sign, and of gain) inside it")
+
+
+# -------------------------------------------------------------------------------------------------- operations
+
+def per_channel(values, like):
+    """(C) -> a view that broadcasts along dimension 1 of `like`"""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def nhwc(values, dtype):
+    """-> a new channels_last tensor; never an alias, which an operation must not return"""
+    return torch.empty(values.shape, dtype=dtype, device=values.device, memory_format=torch.channels_last).copy_(values)
+
+
+def requantize(acc, mult):
+    """int64 (N, C, ...), int32 (C) -> int64 in 0..255: clamp(RNE(mult * acc / 2^22)), half to even"""
+    product = acc * per_channel(mult.long(), acc)  # at most 2^53
+    half = 1 << (MULT_BITS - 1)
+    y, rest = product >> MULT_BITS, product & (2 * half - 1)
+    return (y + ((rest > half) | ((rest == half) & (y % 2 == 1)))).clamp_(0, 255)
+
+
+def conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None,
+              stride=(1, 1), padding=(0, 0), stride2=(1, 1), groups=1):
+    """x uint8 (N, C, H, W), weight int8 (O, C / groups, kh, kw), mult and bias int32 (O) -> uint8 (N, O, Ho, Wo).
+    residual uint8, as the result, times gain int32 (O), and the 1x1 convolution of x2 uint8 (N, C2, H2, W2) by weight2
+    int8 (O, C2, 1, 1) with stride2, join the accumulator. pad_value uint8 (C) lies around x, else 0."""
+    check_values("conv_int8", [weight] if weight2 is None else [weight, weight2], bias, mult, gain)
+    n, c, h, w = x.shape
+    (top, left), wide = padding, dict(dtype=torch.float64, device=x.device)
+    padded = torch.zeros(n, c, h + 2 * top, w + 2 * left, **wide)
+    if pad_value is not None:
+        padded += per_channel(pad_value, x)
+    padded[:, :, top:top + h, left:left + w] = x
+    acc = F.conv2d(padded, weight.double(), stride=stride, groups=groups)  # float64 sums of integers are exact ...
+    if x2 is not None:
+        acc += F.conv2d(x2.double(), weight2.double(), stride=stride2)
+    acc = acc.round_().long() + per_channel(bias, acc)  # ... and rounded for devices that convolve by transforms
+    if residual is not None:
+        acc += per_channel(gain, acc).long() * residual
+    return nhwc(requantize(acc, mult), torch.uint8)
+
+
+def gemm_int8(a, b, bias=None, mult=None, scale=None):
+    """a uint8 (M, K), b int8 (N, K), bias int32 (N) -> a b^T + bias (M, N): int32 as it is; with mult int32 (N)
+    requantized to uint8; with scale float32 (N) times that, as float32."""
+    bias = torch.zeros(len(b), dtype=torch.int32, device=a.device) if bias is None else bias
+    check_values("gemm_int8", [b], bias, mult)
+    acc = (a.double() @ b.double().T).round_().long() + bias
+    if mult is not None:
+        return requantize(acc, mult).to(torch.uint8)
+    return acc.int() if scale is None else (acc.double() * scale.double()).float()
+
+
+def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
+    """relu(conv(x, weight) * scale + bias + residual). x float32 or bfloat16 (N, C, H, W), weight (O, C / groups, kh,
+    kw) and residual of the same type, scale and bias float32 (O); computed in float32, rounded to x's type once."""
+    y = F.conv2d(x.float(), weight.float(), None, stride, padding, 1, groups)
+    y = y * per_channel(scale, y) + per_channel(bias, y)
+    y = y if residual is None else y + residual
+    return nhwc(y.relu() if relu else y, x.dtype)
+
+
+def bn_relu(x, weight, bias, residual, eps, relu):
+    """Batch normalisation by the batch's own statistics (arXiv 1502.03167), then + residual, then ReLU, each if asked.
+    x, residual (N, C, H, W), weight and bias (C) -> y, mean (C), invstd (C) = 1 / sqrt(biased variance + eps)."""
+    wide = x.to(weight.dtype)
+    var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    invstd = (var + eps).rsqrt()
+    y = (wide - per_channel(mean, x)) * per_channel(invstd * weight, x) + per_channel(bias, x)
+    y = y if residual is None else y + residual
+    return nhwc(y.relu() if relu else y, x.dtype), mean, invstd
+
+
+def bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
+    """grad of y, and what bn_relu took and gave -> gradients of x, of the residual (empty without one), weight, bias.
+    Where a ReLU ran, the gradient passes where y > 0."""
+    g = grad.to(weight.dtype)
+    g = torch.where(y > 0, g, 0) if relu else g
+    normal = (x.to(weight.dtype) - per_channel(mean, x)) * per_channel(invstd, x)
+    dweight, dbias = (g * normal).sum((0, 2, 3)), g.sum((0, 2, 3))
+    count = x.numel() // x.shape[1]
+    dx = (g - (per_channel(dbias, x) + normal * per_channel(dweight, x)) / count) * per_channel(invstd * weight, x)
+    return nhwc(dx, x.dtype), nhwc(g, x.dtype) if residual else x.new_empty(0), dweight, dbias
+
+
+OPERATIONS = {"conv_int8": (check_conv_int8, conv_int8), "gemm_int8": (check_gemm_int8, gemm_int8),
+              "conv_bn_relu": (check_conv_bn_relu, conv_bn_relu), "bn_relu": (check_bn_relu, bn_relu),
+              "bn_relu_backward": (check_bn_relu_backward, bn_relu_backward)}
