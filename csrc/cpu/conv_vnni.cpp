@@ -76,13 +76,13 @@ void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) {
     });
     return;
   }
-  with_epilogue(conv, [&]<Rounding rounding, bool residual>() {
-    Epilogue512<rounding, residual> epilogue(conv);
-    int loaded = p0;
-    epilogue.panel(p0);
+  with_epilogue(conv, [&]<class Epilogue>() {
     sweep(conv, m0, m1, p0, p1, [&](int m, int rows, int p, const int32_t* acc) {
-      if (p != loaded) epilogue.panel(loaded = p);
-      for (int r = 0; r < rows; r++) epilogue.row(acc + r * WIDTH, m + r);
+      const Epilogue epilogue(*conv.w, p);
+      for (int r = 0; r < rows; r++) {
+        const int64_t offset = conv.outs[m + r] + int64_t(p) * WIDTH;
+        if (conv.outs[m + r] >= 0) epilogue.row(acc + r * WIDTH, conv.residual + offset, conv.out + offset);
+      }
     });
   });
 }

@@ -9,25 +9,25 @@
 
 namespace r50 {
 
-template <Rounding rounding, bool residual>
+// The constants of one panel. Made where a loop begins and used by value, so that they stay in registers.
+template <Rounding rounding_, bool residual_>
 struct Epilogue512 {
-  __m512 scale[4], addend[4];
-  __m512i gain[4];
+  static constexpr Rounding rounding = rounding_;
+  static constexpr bool residual = residual_;
+  __m512 scale0, scale1, scale2, scale3, addend0, addend1, addend2, addend3;
+  __m512i gain0, gain1, gain2, gain3;
   __mmask64 valid;
-  const Conv& conv;
-  int64_t column = 0;
 
-  explicit Epilogue512(const Conv& conv) : conv(conv) {}
-
-  void panel(int p) {
-    const Packed& w = *conv.w;
-    for (int v = 0; v < 4; v++) {
-      scale[v] = _mm512_load_ps(w.scale(p) + 16 * v);
-      addend[v] = _mm512_load_ps(w.addend(p) + 16 * v);
-      if (residual) gain[v] = _mm512_load_si512(w.gain(p) + 16 * v);
-    }
-    column = int64_t(p) * 64;
-    const int left = w.o - int(column);
+  Epilogue512(const Packed& w, int p) {
+    const float *scale = w.scale(p), *addend = w.addend(p);
+    scale0 = _mm512_load_ps(scale), scale1 = _mm512_load_ps(scale + 16);
+    scale2 = _mm512_load_ps(scale + 32), scale3 = _mm512_load_ps(scale + 48);
+    addend0 = _mm512_load_ps(addend), addend1 = _mm512_load_ps(addend + 16);
+    addend2 = _mm512_load_ps(addend + 32), addend3 = _mm512_load_ps(addend + 48);
+    const int32_t* gain = w.gain(p);
+    gain0 = _mm512_load_si512(gain), gain1 = _mm512_load_si512(gain + 16);
+    gain2 = _mm512_load_si512(gain + 32), gain3 = _mm512_load_si512(gain + 48);
+    const int left = w.o - p * 64;
     valid = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
   }
 
@@ -46,33 +46,33 @@ struct Epilogue512 {
     }
   }
 
-  // acc: 4 registers of 16 int32; m: the output row
-  void row(const int32_t* acc, int m) const {
-    const int32_t offset = conv.outs[m];
-    if (offset < 0) return;
-    __m512i sum[4];
-    for (int v = 0; v < 4; v++) sum[v] = _mm512_load_si512(acc + 16 * v);
+  // acc: 4 registers of 16 int32; the row's first byte of this panel, in the residual and in the output
+  void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
+    __m512i sum0 = _mm512_load_si512(acc), sum1 = _mm512_load_si512(acc + 16);
+    __m512i sum2 = _mm512_load_si512(acc + 32), sum3 = _mm512_load_si512(acc + 48);
     if constexpr (residual) {
-      const __m512i bytes = _mm512_maskz_loadu_epi8(valid, conv.residual + offset + column);
+      const __m512i bytes = _mm512_maskz_loadu_epi8(valid, from);
       const __m512i low = _mm512_unpacklo_epi8(bytes, _mm512_setzero_si512());
       const __m512i high = _mm512_unpackhi_epi8(bytes, _mm512_setzero_si512());
-      for (int v = 0; v < 4; v++) sum[v] = _mm512_dpwssd_epi32(sum[v], v < 2 ? low : high, gain[v]);
+      sum0 = _mm512_dpwssd_epi32(sum0, low, gain0), sum1 = _mm512_dpwssd_epi32(sum1, low, gain1);
+      sum2 = _mm512_dpwssd_epi32(sum2, high, gain2), sum3 = _mm512_dpwssd_epi32(sum3, high, gain3);
     }
-    for (int v = 0; v < 4; v++) sum[v] = round16(sum[v], scale[v], addend[v]);
-    const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, sum[0], _mm512_slli_epi32(sum[1], 16));
-    const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, sum[2], _mm512_slli_epi32(sum[3], 16));
-    _mm512_mask_storeu_epi8(conv.out + offset + column, valid, _mm512_packus_epi16(low, high));
+    const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, round16(sum0, scale0, addend0),
+                                                _mm512_slli_epi32(round16(sum1, scale1, addend1), 16));
+    const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, round16(sum2, scale2, addend2),
+                                                 _mm512_slli_epi32(round16(sum3, scale3, addend3), 16));
+    _mm512_mask_storeu_epi8(to, valid, _mm512_packus_epi16(low, high));
   }
 };
 
-// run.template operator()<rounding, residual>() for this convolution
+// run.template operator()<Epilogue512<...>>() for this convolution
 template <class Run>
 void with_epilogue(const Conv& conv, Run&& run) {
   const bool residual = conv.residual != nullptr;
   switch (conv.w->rounding) {
-    case BIASED: return residual ? run.template operator()<BIASED, true>() : run.template operator()<BIASED, false>();
-    case SINGLE: return residual ? run.template operator()<SINGLE, true>() : run.template operator()<SINGLE, false>();
-    default: return residual ? run.template operator()<DOUBLE, true>() : run.template operator()<DOUBLE, false>();
+    case BIASED: return residual ? run.template operator()<Epilogue512<BIASED, true>>() : run.template operator()<Epilogue512<BIASED, false>>();
+    case SINGLE: return residual ? run.template operator()<Epilogue512<SINGLE, true>>() : run.template operator()<Epilogue512<SINGLE, false>>();
+    default: return residual ? run.template operator()<Epilogue512<DOUBLE, true>>() : run.template operator()<Epilogue512<DOUBLE, false>>();
   }
 }
 
