@@ -75,13 +75,14 @@ inline __m256i load(const int8_t* b) { return _mm256_loadu_si256(reinterpret_cas
 // four u8 * s8 products per lane, where no pair saturates
 inline __m256i dot(__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)); }
 
-// acc (R x 16) += low parts by the weights of k0 <= k < k1
+// acc (R x 16) = low parts by the weights of k0 <= k < k1, plus acc, or plus `start` (16) where k0 is 0
 template <int R>
-inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, int k1, int32_t* acc) {
+inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, int k1, const int32_t* start, int32_t* acc) {
   __m256i sum[R][2];
   auto* sums = reinterpret_cast<__m256i*>(acc);
+  const auto* from = k0 ? sums : reinterpret_cast<const __m256i*>(start);
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < 2; v++) sum[r][v] = _mm256_load_si256(sums + 2 * r + v);
+    for (int v = 0; v < 2; v++) sum[r][v] = _mm256_load_si256(from + (k0 ? 2 * r : 0) + v);
   b += k0 * WIDTH;
   for (int k = k0; k < k1; k += 8, b += 8 * WIDTH) {
     const __m256i b00 = load(b), b01 = load(b + 32), b10 = load(b + 64), b11 = load(b + 96);
@@ -98,10 +99,10 @@ inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, i
     for (int v = 0; v < 2; v++) _mm256_store_si256(sums + 2 * r + v, sum[r][v]);
 }
 
-// What else belongs to the tile: the panel's fixes and, if dense, all high bits. As 0 or 1 they meet a pair of weights, at most 256 in
-// size: 127 pairs fit 16 bits.
+// What else belongs to the tile: the panel's fixes and, where they are dense, all high bits, as bytes 0 or 1 (else null). With those a
+// pair of weights gives at most 256: 127 pairs fit 16 bits.
 template <int R>
-inline void multiply_rest(const Packed& w, int p, const uint8_t* raw, int lda, bool dense, int32_t* acc) {
+inline void multiply_rest(const Packed& w, int p, const uint8_t* raw, const uint8_t* ones, int lda, int32_t* acc) {
   constexpr int FITTING = 126 * 4;
   auto* sums = reinterpret_cast<__m256i*>(acc);
   const int32_t* fix_k = w.fix_k();
@@ -113,14 +114,14 @@ inline void multiply_rest(const Packed& w, int p, const uint8_t* raw, int lda, b
       sums[2 * r + 1] = _mm256_add_epi32(sums[2 * r + 1], dot(x, b1));
     }
   }
-  for (int k0 = 0; dense && k0 < w.ktotal; k0 += FITTING) {
+  for (int k0 = 0; ones && k0 < w.ktotal; k0 += FITTING) {
     __m256i sum[R][2] = {};
     const int8_t* b = w.panel(p) + k0 * WIDTH;
     for (int k = k0; k < std::min(w.ktotal, k0 + FITTING); k += 4, b += 4 * WIDTH) {
       const __m256i b0 = load(b), b1 = load(b + 32);
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        const __m256i x = _mm256_and_si256(_mm256_srli_epi16(four(raw + r * lda + k), 7), _mm256_set1_epi8(1));
+        const __m256i x = four(ones + r * lda + k);
         sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(x, b0));
         sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(x, b1));
       }
@@ -222,9 +223,10 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
   const int lda = (w.ktotal + 31) / 32 * 32;
   const int wanted = conv.block ? conv.block : std::max(4 * ROWS, BLOCK_BYTES / lda);
   const int block = std::clamp(wanted / ROWS, 1, TILES) * ROWS;
-  auto* raw = static_cast<uint8_t*>(scratch(size_t(block) * lda * 2 + (size_t(block) * lda / 4 + 1) * sizeof(High)));
-  uint8_t* low = raw + size_t(block) * lda;
-  auto* const highs = reinterpret_cast<High*>(low + size_t(block) * lda);
+  const size_t plane = size_t(block) * lda;
+  auto* raw = static_cast<uint8_t*>(scratch(3 * plane + (plane / 4 + 1) * sizeof(High)));
+  uint8_t *low = raw + plane, *ones = low + plane;
+  auto* const highs = reinterpret_cast<High*>(ones + plane);
   const Finish done = finish_function(conv);
   bool dense = false;  // once a block is, the others are taken to be
   for (int m = m0; m < m1; m += block) {
@@ -240,9 +242,12 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
       }
     }
     dense = dense || high - highs > int64_t(rows) * w.ktotal / 12;
+    for (int64_t i = 0; dense && i < int64_t(rows) * lda; i += 32) {
+      const __m256i x = _mm256_srli_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(raw + i)), 7);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(ones + i), _mm256_and_si256(x, _mm256_set1_epi8(1)));
+    }
     for (int p = p0; p < p1; p++) {
       alignas(32) int32_t acc[TILES * ROWS * WIDTH];
-      for (int r = 0; r < rows; r++) std::memcpy(acc + r * WIDTH, w.start(p), WIDTH * sizeof(int32_t));
       const auto tiles = [&](auto&& one) {  // one.template operator()<rows of the tile>(first row)
         int r = 0;
         for (; r + ROWS <= rows; r += ROWS) one.template operator()<ROWS>(r);
@@ -254,10 +259,12 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
       };
       for (int k = 0; k < w.ktotal; k += K_CHUNK)
         tiles([&]<int R>(int r) {
-          multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(w.ktotal, k + K_CHUNK), acc + r * WIDTH);
+          multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(w.ktotal, k + K_CHUNK), w.start(p), acc + r * WIDTH);
         });
       if (dense || w.fix_start()[p] < w.fix_start()[p + 1])
-        tiles([&]<int R>(int r) { multiply_rest<R>(w, p, raw + r * lda, lda, dense, acc + r * WIDTH); });
+        tiles([&]<int R>(int r) {
+          multiply_rest<R>(w, p, raw + r * lda, dense ? ones + r * lda : nullptr, lda, acc + r * WIDTH);
+        });
       if (!dense) add_high(w, p, raw, lda, highs, high, acc);
       done(conv, m, rows, p, acc);
     }
