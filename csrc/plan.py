@@ -6,15 +6,25 @@ Steps are dicts in execution order; values name activations, the first reads "pi
   avgpool  x, out, mult              over H and W
   linear   x, weight, bias, scale    float32 logits
 """
+import contextlib
 import hashlib
+import json
+import os
+import platform
 import struct
+import tempfile
 
 import torch
 
-from . import ISAS, isa, load
+from . import ISAS, cache_folders, isa, load
 
 HEADER_STAMP = 0x35305202
 KINDS = dict(load=0, conv=1, maxpool=2, avgpool=3, linear=4, load_windows=5)
+FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "packed", "scale", "mult",
+          "group", "block_one", "block_many")
+# rows that tune() tries; 0 is the kernel's own choice, and for avx2 nothing measured better (csrc/LOG.md)
+BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768), amx=(0, 32, 64, 128, 256, 512))
+BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
 PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
 
 
@@ -141,20 +151,70 @@ def build_plan(steps, channels=3):
             row["out"] = buffers.make(i, step["out"], shape, step.get("residual"))
         table.append(row)
 
-    fields = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "packed", "scale", "mult",
-              "group", "block", "by_panels")
-    base = 8 * (8 + 4 * len(buffers.keys) + len(fields) * len(table))
+    base = 8 * (8 + 4 * len(buffers.keys) + len(FIELDS) * len(table))
     base += -base % 64
     words = [word for (shape, border, planes, filled) in buffers.keys
              for word in (shape[0], border, planes, base + constant(buffers.fill[filled]) if filled else -1)]
     for row in table:
-        defaults = {"in": -1, "out": -1, "residual": -1, "in2": -1, "by_panels": -1}
-        for field in fields:
+        defaults = {"in": -1, "out": -1, "residual": -1, "in2": -1}
+        for field in FIELDS:
             value = KINDS[row["kind"]] if field == "kind" else row.get(field, defaults.get(field, 0))
             words.append(base + value if field in ("packed", "scale") and field in row else value)
     body = torch.cat(constants)
     digest = hashlib.sha256(struct.pack(f"<{len(words)}q", *words) + body.numpy().tobytes()).digest()
-    header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys), len(table),
-              classes, channels]
+    header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys),
+              len(table), classes, channels]
     head = torch.frombuffer(bytearray(struct.pack(f"<{len(header) + len(words)}q", *header, *words)), dtype=torch.uint8)
     return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body])
+
+
+def cpu_name():
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    return platform.machine()
+
+
+def tune(plan, size, channels=3):
+    """Chooses for each convolution how many rows pass over the weights at a time, by running the whole network on images
+    of `size` pixels with each of BLOCKS. What was measured is kept in the cache folder, by CPU, threads and shapes, so
+    that this happens once per machine. Changes the plan in place; results do not depend on it."""
+    if len(BLOCKS[isa()]) == 1:
+        return plan
+    buffers, count, classes = (int(n) for n in plan[32:56].view(torch.int64))
+    table = plan[8 * (8 + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
+    at = FIELDS.index
+    convs = [i for i in range(count) if table[i, 0] == KINDS["conv"]]
+    geometry = [at(name) for name in ("kh", "kw", "stride", "stride2")]
+
+    def signature(i):
+        packed = plan[int(table[i, at("packed")]):][:64].view(torch.int32)  # cpu/conv.h: struct Packed
+        return " ".join(map(str, packed[:15].tolist() + [int(table[i, f]) for f in geometry]))
+    here = f"{cpu_name()} {isa()} {torch.get_num_threads()} threads {size} px"
+    digest = hashlib.sha256(" | ".join([here, *map(signature, convs)]).encode()).hexdigest()[:16]
+    path = os.path.join(cache_folders()[-1], f"blocks-{digest}.json")
+    try:
+        with open(path) as f:
+            known = json.load(f)
+        for field in BATCHES:
+            table[convs, at(field)] = torch.tensor(known[field], dtype=torch.int64)
+        return plan
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        pass  # not measured yet, or not readable
+    known = dict(machine=here)
+    for field, images in BATCHES.items():
+        pixels = torch.zeros(images, channels, size, size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        best = {}
+        for _ in range(3):
+            for block in BLOCKS[isa()]:
+                table[convs, at(field)] = block
+                times = torch.ops.resnet50.network_int8_profile(pixels, plan, classes)
+                best[block] = torch.minimum(best[block], times) if block in best else times
+        blocks = torch.tensor(list(best))
+        known[field] = blocks[torch.stack(list(best.values()))[:, convs].argmin(0)].tolist()
+        table[convs, at(field)] = torch.tensor(known[field], dtype=torch.int64)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a second
+        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+        with os.fdopen(descriptor, "w") as f:
+            json.dump(known, f)
+        os.replace(temporary, path)
+    return plan

@@ -55,7 +55,13 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     const int64_t weights = Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
     return weights > activations ? LARGEST_GROUP : 1;
   };
-  std::vector<bool> whole(header.buffers, true), interleaved(header.buffers, false);  // see Layout::interleaved
+  struct Form {  // what is one for a sum and its residual, which lie at the same offsets
+    int64_t border;
+    bool planes, interleaved = false, whole = true;
+    bool operator==(const Form&) const = default;
+  };
+  std::vector<Form> forms;
+  for (int64_t b = 0; b < header.buffers; b++) forms.push_back({plan.buffer(b).border, plan.buffer(b).planes != 0});
   int pass = 0, largest = 1;
   const auto touch = [&](int64_t buffer, int g) {
     if (buffer < 0) return;
@@ -80,22 +86,27 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     group.push_back(std::gcd(images, largest));
     if (i && group[i] != group[i - 1]) pass++;
     for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
-    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64) whole[s.in] = false;  // its taps cannot be taken apart
+    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64) forms[s.in].whole = false;  // its taps cannot be taken apart
     for (int64_t b : {s.in, s.in2})
-      if (b >= 0 && align > 1 && group[i] > 1) interleaved[b] = true;
+      if (b >= 0 && align > 1 && group[i] > 1) forms[b].interleaved = true;
   }
-  // a sum is written where its residual is: both have one layout
   for (bool changed = true; changed;) {
     changed = false;
-    for (int64_t i = 0; i < header.steps; i++)
-      if (const PlanStep& s = plan.step(i); s.residual >= 0 && interleaved[s.residual] != interleaved[s.out])
-        interleaved[s.residual] = interleaved[s.out] = changed = true;
+    for (int64_t i = 0; i < header.steps; i++) {
+      const PlanStep& s = plan.step(i);
+      if (s.residual < 0 || forms[s.residual] == forms[s.out]) continue;
+      const Form a = forms[s.residual], b = forms[s.out];
+      forms[s.residual] = forms[s.out] = {std::max(a.border, b.border), a.planes && b.planes, a.interleaved || b.interleaved,
+                                          a.whole && b.whole};
+      changed = true;
+    }
   }
   std::vector<int64_t> offsets;
   int64_t total = 0;
   for (int64_t b = 0; b < header.buffers; b++) {
     const PlanBuffer& p = plan.buffer(b);
-    layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(p.border), p.planes, interleaved[b] && whole[b]);
+    const Form& f = forms[b];
+    layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(f.border), f.planes && f.whole, f.interleaved && f.whole);
     wide.push_back(held[b] == images);
     for (int64_t i = 0; i < header.steps; i++)
       if (const PlanStep& s = plan.step(i); s.out == b && Step(s.kind) == Step::load_windows)
@@ -199,7 +210,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       ws.tables[i].attach(conv, conv.w->operands);
       conv.in[0].a = at(s.in);
       if (s.in2 >= 0) conv.in[1].a = at(s.in2);
-      conv.block = int(s.block);
+      conv.block = int(s.block[g > 1]);
       if (i + 1 < plan.header().steps && Step(plan.step(i + 1).kind) == Step::conv)
         conv.next = reinterpret_cast<const Packed*>(plan.data + plan.step(i + 1).packed)->panel(0);
       if (Step(s.kind) == Step::linear) {
@@ -211,8 +222,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
       // where there are more weights than activations each thread takes its share of the weights
-      const bool automatic = conv.w->panels >= threads && conv.w->bytes > int64_t(conv.m) * conv.w->ktotal;
-      const bool by_panels = s.by_panels < 0 ? automatic : s.by_panels;
+      const bool by_panels = conv.w->panels >= threads && conv.w->bytes > int64_t(conv.m) * conv.w->ktotal;
       const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
       const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
       if (rows.begin < rows.end && panels.begin < panels.end)
