@@ -6,12 +6,12 @@
 
 namespace r50 {
 
-Layout::Layout(int images, int h, int w, int c, int border, bool planes, bool interleaved)
+Layout::Layout(int images, int h, int w, int c, int border, bool planes, bool interleaved, int gap)
     : images(images), h(h), w(w), c(c), border(border), planes(planes), interleaved(interleaved) {
   const int64_t ph = planes ? (h + 1) / 2 : h, pw = planes ? (w + 1) / 2 : w;
-  pixel = int64_t(interleaved ? images : 1) * c;
+  pixel = int64_t(interleaved ? images : 1) * (c + gap);
   row = (pw + border) * pixel;
-  image = interleaved ? c : (ph + border) * row;
+  image = interleaved ? c + gap : (ph + border) * row;
   origin = border * (row + pixel);
   plane = ((interleaved ? 1 : images) * (ph + border) + border) * row + border * pixel;
   bytes = (planes ? 4 : 1) * plane;

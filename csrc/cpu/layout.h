@@ -11,13 +11,14 @@ namespace r50 {
 // (y, w) is (y + 1, -1). Two other orders serve AMX, whose tiles want 16 rows at one distance:
 //   planes        four planes by the parity of y and x, so that a stride-2 convolution reads consecutive pixels
 //   interleaved   the images of a group inside the pixel, (y, x, n, c), so that small feature maps fill whole tiles
+// and `gap` unused bytes behind each pixel of each image: rows 512 bytes and more apart would share too few sets of L1.
 struct Layout {
   int images = 0, h = 0, w = 0, c = 0, border = 0;
   bool planes = false, interleaved = false;
   int64_t pixel = 0, row = 0, image = 0, plane = 0, origin = 0, bytes = 0;  // distances and size in bytes
 
   Layout() = default;
-  Layout(int images, int h, int w, int c, int border, bool planes = false, bool interleaved = false);
+  Layout(int images, int h, int w, int c, int border, bool planes = false, bool interleaved = false, int gap = 0);
   int64_t at(int n, int y, int x) const {
     if (planes) return origin + (2 * (y & 1) + (x & 1)) * plane + n * image + (y >> 1) * row + (x >> 1) * pixel;
     return origin + n * image + y * row + x * pixel;
