@@ -373,6 +373,8 @@ def isa():
 
 def describe():
     """One line on what runs; it loads a library that is built but builds none."""
-    if _state is None and os.environ.get("RESNET50_EXT") != "off" and not find_build(cache_folders(), compiler()):
-        return "not built yet: its first use builds it, or python -m csrc"
+    if _state is None and os.environ.get("RESNET50_EXT") != "off" and (version := compiler()):
+        with contextlib.suppress(BuildError, OSError):  # load() says what is wrong with the folders
+            if not find_build(cache_folders(), version):
+                return "not built yet: its first use builds it, or python -m csrc"
     return f"native, {isa()}" if load() else f"plain PyTorch: {_state[1]}"

@@ -30,7 +30,7 @@ def main(args):
     try:
         csrc.load()
         folder = os.path.dirname(csrc.build())
-    except (csrc.BuildError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         sys.exit(f"csrc: error: {error}")
     result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa())
     if args.clean:

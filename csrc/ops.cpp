@@ -262,3 +262,29 @@ STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) {
   m.impl("bn_relu", TORCH_BOX(&bn_relu));
   m.impl("bn_relu_backward", TORCH_BOX(&bn_relu_backward));
 }
+
+namespace {
+
+Tensor conv_bn_relu(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias, const OptionalTensor& residual,
+                    bool relu, std::vector<int64_t> stride, std::vector<int64_t> padding, int64_t groups) {
+  const char* op = "conv_bn_relu";
+  const Geometry g = geometry(op, x, weight, stride, padding, groups);
+  const bool is_bf16 = check_activations(op, x, {});
+  const ScalarType type = x.scalar_type();
+  const char* type_name = is_bf16 ? "bfloat16" : "float32";
+  check(weight, op, "weight", type, type_name, {-1, -1, -1, -1}, "(O, C / groups, kh, kw)");
+  check_vector(scale, op, "scale", ScalarType::Float, "float32", g.o);
+  check_vector(bias, op, "bias", ScalarType::Float, "float32", g.o);
+  if (residual)
+    check(*residual, op, "residual", type, type_name, {g.n, g.o, g.oh, g.ow}, "like the output (N, O, H', W')");
+  Tensor out = new_nhwc(g.n, g.o, g.oh, g.ow, type);
+  r50::conv_bn_relu({g.n, g.h, g.w, g.c, g.o, g.kh, g.kw, g.sh, g.sw, g.ph, g.pw, groups, is_bf16, relu, x.const_data_ptr(),
+                     weight.const_data_ptr(), data<float>(scale), data<float>(bias),
+                     residual ? residual->const_data_ptr() : nullptr},
+                    out.mutable_data_ptr(), threads());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) { m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu)); }

@@ -34,8 +34,8 @@ def reads(step):
 
 
 def windows(step):
-    """A first convolution of up to 8 rows, for AMX: the load puts 8 rows of pixels side by side, so that the window of an
-    output pixel is one run of bytes and the convolution a 1x1 (cpu/layout.h)."""
+    """A first convolution of up to 8 rows, for AMX: the load puts 8 rows of pixels side by side, so that the window of
+    an output pixel is one run of bytes and the convolution a 1x1 (cpu/layout.h)."""
     weight = step["weight"]
     o, c, kh, kw = weight.shape
     runs = torch.zeros(o, kw, c, 8, dtype=torch.int8)
@@ -67,11 +67,12 @@ class Buffers:
 
     @staticmethod
     def split(steps):
-        """Names whose pixels lie in four planes: what a stride of 2 reads, if nothing reads neighbouring pixels of it with
-        a stride of 1; and, because a sum lies where its residual is, the whole chain of sums."""
+        """Names whose pixels lie in four planes: what a stride of 2 reads, if nothing reads neighbouring pixels of it
+        with a stride of 1; and, because a sum lies where its residual is, the whole chain of sums."""
         strides, windows = {}, set()
         for step in steps:
-            for name, stride, kernel in ((step["x"], step.get("stride", 1), step["weight"].shape[-1] if step["kind"] == "conv" else 0),
+            kernel = step["weight"].shape[-1] if step["kind"] == "conv" else 0
+            for name, stride, kernel in ((step["x"], step.get("stride", 1), kernel),
                                          (step.get("x2"), step.get("stride2") or 1, 1)):
                 if name is not None:
                     strides.setdefault(name, set()).add(stride)
@@ -87,6 +88,8 @@ class Buffers:
     def make(self, i, name, shape, residual=None):
         """-> index of the buffer that takes `name`, made by step i."""
         key = shape, self.border.get(name, 0), int(name in self.planes), name if name in self.fill else None
+        if residual and self.keys[self.of[residual]] != key:
+            raise ValueError(f"build_plan: {name} and its residual {residual} differ in size, channels or border")
         fits = [j for j, k in enumerate(self.keys) if k == key]
         if residual and self.last[residual] == i and self.of[residual] in fits:
             index = self.of[residual]
@@ -175,9 +178,9 @@ def cpu_name():
 
 
 def tune(plan, size, channels=3):
-    """Chooses for each convolution how many rows pass over the weights at a time, by running the whole network on images
-    of `size` pixels with each of BLOCKS. What was measured is kept in the cache folder, by CPU, threads and shapes, so
-    that this happens once per machine. Changes the plan in place; results do not depend on it."""
+    """Chooses for each convolution how many rows pass over the weights at a time, by running the whole network on
+    images of `size` pixels with each of BLOCKS. What was measured is kept in the cache folder, by CPU, threads and
+    shapes, so that this happens once per machine. Changes the plan in place; results do not depend on it."""
     if len(BLOCKS[isa()]) == 1:
         return plan
     buffers, count, classes = (int(n) for n in plan[32:56].view(torch.int64))
@@ -202,7 +205,8 @@ def tune(plan, size, channels=3):
         pass  # not measured yet, or not readable
     known = dict(machine=here)
     for field, images in BATCHES.items():
-        pixels = torch.zeros(images, channels, size, size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        pixels = torch.zeros(images, channels, size, size, dtype=torch.uint8)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         best = {}
         for _ in range(3):
             for block in BLOCKS[isa()]:

@@ -142,8 +142,8 @@ def check_values(op, weights, bias, mult=None, gain=None):
         wide = weight.long().flatten(1)
         low, high = low + 255 * wide.clamp(max=0).sum(1), high + 255 * wide.clamp(min=0).sum(1)
     if gain is not None:
-        refuse((gain.long().abs() >= MAX_GAIN).any(),
-               f"{op}: gain from {gain.min()} to {gain.max()}; expected |gain| < 2^15")
+        refuse(((gain < -MAX_GAIN) | (gain >= MAX_GAIN)).any(),
+               f"{op}: gain from {gain.min()} to {gain.max()}; expected -2^15 <= gain < 2^15")
         low, high = low + 255 * gain.long().clamp(max=0), high + 255 * gain.long().clamp(min=0)
     if mult is not None:
         refuse(((mult < 0) | (mult > 2 ** MULT_BITS)).any(),

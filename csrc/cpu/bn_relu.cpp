@@ -184,7 +184,7 @@ struct Reduce {
   }
 };
 
-// dx = scale * g + slope * (x - mean) + bias
+// dx = scale * (g + slope * (x - mean) + bias), where the sum may cancel: what multiplies all of it comes last
 template <class T>
 struct Gradient {
   template <int W>
@@ -195,7 +195,7 @@ struct Gradient {
       T* dx = job.row<T>(job.out, row);
       channels<W>(job.c, [=, &job]<int V>(int64_t i) __attribute__((always_inline)) {
         const auto rest = (load<V>(x + i) - load<V>(job.mean + i)) * load<V>(job.slope + i) + load<V>(job.bias + i);
-        store<V>(dx + i, masked<V>(grad + i, y ? y + i : y) * load<V>(job.scale + i) + rest);
+        store<V>(dx + i, (masked<V>(grad + i, y ? y + i : y) + rest) * load<V>(job.scale + i));
       });
     }
   }
@@ -297,12 +297,11 @@ void bn_relu_backward(const void* grad, const void* y, const void* x, const floa
       product[i] += sums_gx[block * c + i];
     }
   for (int64_t i = 0; i < c; i++) {
-    const double factor = double(invstd[i]) * weight[i];
     dbias[i] = float(sum[i]);
     dweight[i] = float(product[i] * invstd[i]);
-    scale[i] = float(factor);
-    slope[i] = float(-factor * invstd[i] * invstd[i] * product[i] / rows);
-    bias[i] = float(-factor * sum[i] / rows);
+    scale[i] = invstd[i] * weight[i];
+    slope[i] = float(-product[i] * invstd[i] * invstd[i] / rows);
+    bias[i] = float(-sum[i] / rows);
   }
   run<Gradient>(job, is_bf16, true, threads);
 }

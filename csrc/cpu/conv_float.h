@@ -34,8 +34,9 @@ struct FloatConv {
 struct FloatKernel {
   int width;    // output channels of a panel
   int step;     // bytes of K that it takes at a time
-  int element;  // bytes of an activation and a weight as it reads them: 2, or 4 where bfloat16 must be widened
+  int element;  // bytes of an activation and of a weight as it reads them: 4 also where bfloat16 has to be widened
   int align;    // Tables::build's
+  int chunk;    // bytes of a panel that stay in L1
   void (*run)(const FloatConv&, int p0, int p1);
   void (*widen)(const uint16_t* from, float* to, int64_t n);
 };

@@ -37,6 +37,17 @@ void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
                const int32_t* mult, const int32_t* bias, const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate);
 
+// ----------------------------------------------------------------------------------------------------- float
+struct ConvFloat {
+  int64_t n, h, w, c, o, kh, kw, stride_h, stride_w, pad_h, pad_w, groups;
+  bool is_bf16, relu;         // x, weight, residual and the output are bf16, else f32
+  const void* x;              // (n, h, w, c)
+  const void* weight;         // (o, kh, kw, c / groups)
+  const float *scale, *bias;  // (o)
+  const void* residual;       // like the output, or null
+};
+void conv_bn_relu(const ConvFloat&, void* out, int threads);
+
 // --------------------------------------------------------------------------------------------------- training
 // x, residual (may be null), y: (rows, c), f32 or bf16 (is_bf16); weight, bias, mean, invstd: c floats. rows = N * H * W.
 void bn_relu(const void* x, const void* residual, const float* weight, const float* bias, float eps, bool relu, bool is_bf16,

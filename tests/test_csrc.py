@@ -1,0 +1,750 @@
+"""The extension's build and its operations, native and plain PyTorch, against references written out in numpy."""
+import fcntl
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import csrc
+from csrc import reference
+from csrc.__main__ import clean
+from csrc.plan import build_plan
+from tests.conftest import ROOT
+
+NHWC = torch.channels_last
+MULT_ONE = 2 ** 22  # a multiplier of 1
+
+
+@pytest.fixture(scope="session")
+def native():
+    if csrc.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert csrc.available(), csrc.describe()
+
+
+def operation(name):
+    csrc.load()
+    return getattr(torch.ops.resnet50, name)
+
+
+def plain(name):
+    """The operation as it runs without the native library; pack_int8 has no other part than the check."""
+    check, function = reference.OPERATIONS.get(name, (reference.check_pack_int8, lambda *args: None))
+
+    def call(*args):
+        check(*args)
+        return function(*args)
+    return call
+
+
+def both(name, *args):
+    """-> the operation's result, which has the bits of the reference"""
+    y, expected = operation(name)(*args), plain(name)(*args)
+    assert y.dtype == expected.dtype and torch.equal(y, expected), (name, csrc.describe())
+    return y
+
+
+def u8(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)).to(
+        memory_format=NHWC if len(shape) == 4 else torch.contiguous_format)
+
+
+def s8(*shape, seed=1):
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed)).to(
+        memory_format=NHWC if len(shape) == 4 else torch.contiguous_format)
+
+
+def s32(n, low, high, seed=2):
+    return torch.randint(low, high, (n,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------- conv_int8
+
+def naive_conv(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None, stride=(1, 1),
+               padding=(0, 0), stride2=(1, 1), groups=1):
+    """csrc/README.md's formula in numpy. Float64 holds every product of 31 and 22 bits, and np.rint is half to even."""
+    x, weight = x.numpy().astype(float), weight.numpy().astype(float)
+    (n, c, h, w), (o, cg, kh, kw) = x.shape, weight.shape
+    padded = np.zeros((n, c, h + 2 * padding[0], w + 2 * padding[1]))
+    padded += 0 if pad_value is None else pad_value.numpy()[None, :, None, None]
+    padded[:, :, padding[0]:padding[0] + h, padding[1]:padding[1] + w] = x
+    oh, ow = (padded.shape[2] - kh) // stride[0] + 1, (padded.shape[3] - kw) // stride[1] + 1
+    acc = np.zeros((n, o, oh, ow)) + bias.numpy()[None, :, None, None]
+    for g in range(groups):
+        outs, ins = slice(g * o // groups, (g + 1) * o // groups), slice(g * cg, (g + 1) * cg)
+        for i in range(kh):
+            for j in range(kw):
+                window = padded[:, ins, i::stride[0], j::stride[1]][:, :, :oh, :ow]
+                acc[:, outs] += np.moveaxis(np.tensordot(window, weight[outs, :, i, j], (1, 1)), -1, 1)
+    if x2 is not None:
+        chosen = x2.numpy().astype(float)[:, :, ::stride2[0], ::stride2[1]]
+        acc += np.moveaxis(np.tensordot(chosen, weight2.numpy().astype(float)[:, :, 0, 0], (1, 1)), -1, 1)
+    if residual is not None:
+        acc += gain.numpy().astype(float)[None, :, None, None] * residual.numpy()
+    assert -2 ** 31 <= acc.min() and acc.max() < 2 ** 31
+    return np.clip(np.rint(acc * mult.numpy()[None, :, None, None] / MULT_ONE), 0, 255).astype(np.uint8)
+
+
+def case(n, c, h, w, o, kernel, stride=1, padding=0, groups=1, residual=False, second=None, pad_value=False, mult=None):
+    """Arguments of conv_int8 whose results spread over 0..255. kernel, stride, padding: a number or two; second:
+    channels and stride of x2."""
+    kernel, stride, padding = (v if isinstance(v, tuple) else (v, v) for v in (kernel, stride, padding))
+    oh, ow = (h + 2 * padding[0] - kernel[0]) // stride[0] + 1, (w + 2 * padding[1] - kernel[1]) // stride[1] + 1
+    weight = s8(o, c // groups, *kernel)
+    typical = 150 * 74 * weight[0].numel() ** 0.5 + 1000
+    mult = s32(o, 1, min(int(200 / typical * MULT_ONE), MULT_ONE)) if mult is None else mult
+    arguments = dict(x=u8(n, c, h, w), weight=weight, mult=mult, bias=s32(o, -5000, 9000), stride=stride,
+                     padding=padding, groups=groups)
+    if residual:
+        arguments.update(residual=u8(n, o, oh, ow, seed=3), gain=s32(o, -100, 300, seed=4))
+    if second:
+        c2, s2 = second
+        arguments.update(x2=u8(n, c2, (oh - 1) * s2 + 1, ow * s2, seed=5), weight2=s8(o, c2, 1, 1, seed=6),
+                         stride2=(s2, s2))
+    if pad_value:
+        arguments.update(pad_value=u8(c, seed=7))
+    return arguments
+
+
+ODD = {
+    "one": (1, 1, 1, 1, 1, 1),
+    "pixel": (3, 59, 1, 1, 113, 1),
+    "channels": (2, 7, 5, 3, 13, 1),
+    "strided": (2, 5, 9, 7, 17, 1, 2),
+    "3x3": (1, 3, 5, 7, 5, 3, 1, 1),
+    "3x3 strided": (2, 6, 8, 11, 20, 3, 2, 1),
+    "no padding": (1, 10, 6, 6, 33, 3),
+    "all padding": (2, 4, 1, 1, 8, 3, 1, 1),
+    "wide padding": (1, 4, 3, 3, 8, 3, 1, 2),
+    "oblong": (2, 9, 6, 10, 65, (1, 5), (2, 3), (0, 2)),
+    "groups": (2, 6, 9, 5, 10, 3, 1, 1, 2),
+    "groups strided": (1, 128, 6, 6, 128, 3, 2, 1, 2),
+    "depthwise": (1, 6, 5, 5, 6, 3, 1, 1, 6),
+    "deep": (1, 2048, 2, 3, 70, 1),
+}
+
+
+@pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("extra", [dict(), dict(residual=True), dict(pad_value=True)], ids=["", "+", "pad"])
+def test_conv_int8_odd_sizes(native, shape, extra):
+    arguments = case(*shape, **extra)
+    y = both("conv_int8", *in_order(arguments))
+    np.testing.assert_array_equal(y.numpy(), naive_conv(**arguments))
+    assert y.is_contiguous(memory_format=NHWC)
+
+
+def in_order(arguments):
+    """Keyword arguments of conv_int8 in the order of its schema."""
+    defaults = dict.fromkeys(("residual", "gain", "x2", "weight2", "pad_value")) | dict(
+        stride=(1, 1), padding=(0, 0), stride2=(1, 1), groups=1)
+    arguments = {**defaults, **arguments}
+    return [arguments[k] for k in ("x", "weight", "mult", "bias", "residual", "gain", "x2", "weight2", "pad_value",
+                                   "stride", "padding", "stride2", "groups")]
+
+
+@pytest.mark.parametrize("shape, second", [
+    ((2, 64, 14, 14, 256, 1), (64, 1)), ((1, 7, 5, 3, 9, 1), (3, 2)), ((3, 128, 1, 1, 70, 1), (5, 2)),
+    ((1, 12, 7, 7, 24, 3, 1, 1), (33, 3))])
+@pytest.mark.parametrize("residual", [False, True])
+def test_conv_int8_with_a_second_input(native, shape, second, residual):
+    arguments = case(*shape, second=second, residual=residual)
+    np.testing.assert_array_equal(both("conv_int8", *in_order(arguments)).numpy(), naive_conv(**arguments))
+
+
+RESNET = [(3, 224, 64, 7, 2, 3)] + [
+    layer for c, mid, size, stride in ((64, 64, 56, 1), (256, 128, 56, 2), (512, 256, 28, 2), (1024, 512, 14, 2))
+    for layer in ((c, size, mid, 1), (mid, size, mid, 3, stride, 1), (mid, size // stride, 4 * mid, 1),
+                  (c, size, 4 * mid, 1, stride), (4 * mid, size // stride, mid, 1),
+                  (mid, size // stride, mid, 3, 1, 1), (4 * c, size, mid, 1, stride))[:7 if c > 64 else 6]]
+
+
+@pytest.mark.parametrize("layer", RESNET, ids=lambda layer: "x".join(map(str, layer)))
+def test_conv_int8_of_every_layer_of_resnet50(native, layer):
+    c, size, o, *rest = layer
+    arguments = case(1, c, size, size, o, *rest, pad_value=c == 3, residual=o > c > 3)
+    np.testing.assert_array_equal(both("conv_int8", *in_order(arguments)).numpy(), naive_conv(**arguments))
+
+
+@pytest.mark.parametrize("pixel", [0, 1, 128, 255])
+@pytest.mark.parametrize("value", [-128, -127, -1, 0, 127])
+@pytest.mark.parametrize("mult", [0, 1, 77, 2 ** 21, MULT_ONE])
+def test_conv_int8_extremes(native, pixel, value, mult):
+    o = 20
+    arguments = dict(x=torch.full((1, 35, 4, 5), pixel, dtype=torch.uint8).to(memory_format=NHWC),
+                     weight=torch.full((o, 35, 3, 3), value, dtype=torch.int8).to(memory_format=NHWC),
+                     mult=torch.full((o,), mult, dtype=torch.int32), bias=s32(o, -10 ** 7, 10 ** 7), padding=(1, 1),
+                     pad_value=torch.full((35,), 255 - pixel, dtype=torch.uint8))
+    np.testing.assert_array_equal(both("conv_int8", *in_order(arguments)).numpy(), naive_conv(**arguments))
+
+
+@pytest.mark.parametrize("gain", [-2 ** 15, -1, 0, 2 ** 15 - 1])
+def test_conv_int8_gain_and_bias_to_the_ends_of_int32(native, gain):
+    """One channel's accumulator may reach the last values of int32, and one more is refused."""
+    weight = torch.tensor([[[[127]]], [[[-128]]]], dtype=torch.int8)
+    high = 2 ** 31 - 1 - 255 * (127 + max(gain, 0))
+    low = -2 ** 31 + 255 * (128 - min(gain, 0))
+    arguments = dict(x=u8(1, 1, 8, 32), weight=weight, mult=torch.tensor([1, 1], dtype=torch.int32),
+                     bias=torch.tensor([high, low], dtype=torch.int32), residual=u8(1, 2, 8, 32, seed=3),
+                     gain=torch.full((2,), gain, dtype=torch.int32))
+    arguments["x"][0, 0, 0, :2] = arguments["residual"][0, :, 0, :2] = 255
+    for mult in (1, 3, 2 ** 21 + 1, MULT_ONE):
+        arguments["mult"].fill_(mult)
+        np.testing.assert_array_equal(both("conv_int8", *in_order(arguments)).numpy(), naive_conv(**arguments))
+    for step in ((1, 0), (0, -1)):
+        wrong = dict(arguments, bias=arguments["bias"] + torch.tensor(step, dtype=torch.int32))
+        for run in (csrc.conv_int8, reference.conv_int8):
+            with pytest.raises(RuntimeError, match="outside int32"):
+                run(**wrong)
+
+
+@pytest.mark.parametrize("shift", range(22))
+def test_conv_int8_rounds_ties_to_even(native, shift):
+    """Multipliers 2^shift, accumulators one below, at and one above a tie, from 9 bits to 31: all ways to round."""
+    values = torch.tensor([-2, -1, 0, 1, 2, 3, 4, 63, 64, 100, 101, 127, 128, 254, 255, 256] * 4)
+    weight = torch.where(torch.arange(len(values)) % 32 < 16, 1, -1).to(torch.int8)
+    arguments = dict(x=torch.tensor([0, 1, 2], dtype=torch.uint8).view(1, 1, 1, 3).to(memory_format=NHWC),
+                     weight=weight.view(-1, 1, 1, 1), mult=torch.full_like(values, 1 << shift).int(),
+                     bias=(((2 * values + 1) << (21 - shift)) - weight).int())
+    y = both("conv_int8", *in_order(arguments))
+    np.testing.assert_array_equal(y.numpy(), naive_conv(**arguments))
+    assert torch.equal(y[0, :, 0, 1].long(), (values + values % 2).clamp(0, 255))  # of v and v + 1 the even one
+
+
+@pytest.mark.parametrize("bits", [12, 16, 20, 23, 25, 29])
+def test_conv_int8_random_sums_of_every_magnitude(native, bits):
+    """The bias sets the magnitude of the sum, and the multiplier brings it back to a byte."""
+    o = 192
+    arguments = case(1, 16, 9, 9, o, 1, mult=s32(o, 1, min(2 ** (30 - bits), MULT_ONE) + 1))
+    arguments["bias"] = s32(o, -2 ** bits // 8, 2 ** bits)
+    y = both("conv_int8", *in_order(arguments))
+    np.testing.assert_array_equal(y.numpy(), naive_conv(**arguments))
+    assert len(y.unique()) > 100
+
+
+# ------------------------------------------------------------------------------------------------- gemm_int8
+
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (3, 59, 113), (5, 2048, 1000), (33, 127, 65), (64, 64, 64), (2, 63, 7)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gemm_int8(native, m, k, n, with_bias):
+    a, b, bias = u8(m, k), s8(n, k), s32(n, -10 ** 6, 10 ** 6) if with_bias else None
+    acc = a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T + (bias.numpy() if with_bias else 0)
+    np.testing.assert_array_equal(both("gemm_int8", a, b, bias).numpy(), acc)
+    scale = torch.exp2(torch.rand(n) * 200 - 100) * torch.where(torch.arange(n) % 3 == 0, -1, 1)
+    np.testing.assert_array_equal(both("gemm_int8", a, b, bias, None, scale).numpy(),
+                                  (acc * scale.numpy().astype(float)).astype(np.float32))
+    mult = s32(n, 0, max(int(300 / (5000 * k ** 0.5) * MULT_ONE), 2))
+    expected = np.clip(np.rint(acc * mult.numpy().astype(float) / MULT_ONE), 0, 255)
+    np.testing.assert_array_equal(both("gemm_int8", a, b, bias, mult).numpy(), expected)
+
+
+def test_gemm_int8_extremes(native):
+    for pixel in (0, 255):
+        for value in (-128, -127, 127):
+            a, b = torch.full((3, 4099), pixel, dtype=torch.uint8), torch.full((5, 4099), value, dtype=torch.int8)
+            assert (both("gemm_int8", a, b) == pixel * value * 4099).all()
+    a, b = torch.full((2, 66_312), 255, dtype=torch.uint8), torch.full((2, 66_312), 127, dtype=torch.int8)
+    for run in (csrc.gemm_int8, reference.gemm_int8):
+        with pytest.raises(RuntimeError, match="outside int32"):
+            run(a, b)  # 255 * 127 * 66,312 is the first that leaves it
+    assert (both("gemm_int8", a[:, 1:].contiguous(), b[:, 1:].contiguous()) == 255 * 127 * 66_311).all()
+
+
+# ---------------------------------------------------------------------------------------------- network_int8
+
+def step(x, out, c, o, kernel=1, stride=1, padding=0, residual=None, pad_value=False):
+    """A convolution of a plan, with random weights that suit it."""
+    arguments = case(1, c, 9, 9, o, kernel, stride, padding, residual=residual is not None, pad_value=pad_value)
+    return dict(kind="conv", x=x, out=out, residual=residual, stride=stride, padding=padding,
+                **{k: arguments[k] for k in ("weight", "mult", "bias", "gain", "pad_value") if k in arguments})
+
+
+SMALL = [step("pixels", "stem", 3, 12, 7, 2, 3, pad_value=True), dict(kind="maxpool", x="stem", out="a"),
+         step("a", "b", 12, 9), step("b", "c", 9, 10, 3, 1, 1), step("c", "d", 10, 12, residual="a"),
+         dict(kind="avgpool", x="d", out="e", mult=3_000_001),
+         dict(kind="linear", x="e", weight=s8(7, 12, seed=10), bias=s32(7, -9999, 9999),
+              scale=torch.linspace(-1, 2, 7))]
+
+
+def naive_network(steps, pixels):
+    """uint8 (N, 3, H, W) -> float32 logits (N, classes) in numpy, one step after the other."""
+    values = {"pixels": pixels}
+    for s in steps:
+        x = values[s["x"]]
+        if s["kind"] == "conv":
+            arguments = {k: s[k] for k in ("weight", "mult", "bias", "gain", "pad_value") if k in s}
+            arguments.update({k: (s[k], s[k]) for k in ("stride", "padding")}, residual=values.get(s["residual"]))
+            values[s["out"]] = torch.from_numpy(naive_conv(x, **arguments))
+        elif s["kind"] == "maxpool":
+            values[s["out"]] = F.max_pool2d(x.float(), 3, 2, 1).to(torch.uint8)
+        elif s["kind"] == "avgpool":
+            j = int(s["mult"] / (x.shape[2] * x.shape[3]) + 0.5)
+            values[s["out"]] = np.clip(np.rint(x.numpy().sum((2, 3), dtype=float) * j / MULT_ONE), 0, 255)
+        else:
+            return ((x @ s["weight"].numpy().astype(float).T + s["bias"].numpy()) * s["scale"].numpy().astype(float)
+                    ).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 33, 18), (2, 3, 1, 5)])
+def test_network_int8(native, shape):
+    pixels, plan = u8(*shape), build_plan(SMALL)
+    np.testing.assert_array_equal(csrc.network_int8(pixels, plan, 7).numpy(), naive_network(SMALL, pixels))
+    nanoseconds = csrc.network_int8_profile(pixels, plan, 7)
+    assert nanoseconds.dtype == torch.int64 and len(nanoseconds) == len(SMALL) + 1 and (nanoseconds >= 0).all()
+    for name in ("network_int8", "network_int8_profile"):
+        tests = ("test_schema", "test_faketensor") + ("test_aot_dispatch_dynamic",) * (name == "network_int8")
+        torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
+
+
+# ------------------------------------------------------------------------------------ conv_bn_relu and bn_relu
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
+def test_conv_bn_relu_is_as_exact_as_pytorch(dtype, shape):
+    """Error against float64 no more than twice that of PyTorch's operations one by one in the same type."""
+    n, c, h, w, o, kernel, stride, padding, groups = (*shape, *(1, 0, 1)[len(shape) - 6:])
+    kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
+    stride, padding = (v if isinstance(v, tuple) else (v, v) for v in (stride, padding))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c, h, w, generator=g).to(dtype, memory_format=NHWC)
+    weight = (torch.randn(o, c // groups, *kernel, generator=g) / weight_size(c // groups, kernel)).to(
+        dtype, memory_format=NHWC)
+    scale, bias = torch.rand(o, generator=g) + 0.5, torch.randn(o, generator=g)
+    for relu in (False, True):
+        for with_residual in (False, True):
+            exact = F.conv2d(x.double(), weight.double(), None, stride, padding, 1, groups)
+            plain = F.conv2d(x, weight, None, stride, padding, 1, groups)
+            residual = torch.randn(exact.shape, generator=g).to(dtype, memory_format=NHWC) if with_residual else None
+            exact = exact * scale.double().view(-1, 1, 1) + bias.double().view(-1, 1, 1)
+            plain = plain * scale.to(dtype).view(-1, 1, 1) + bias.to(dtype).view(-1, 1, 1)
+            if with_residual:
+                exact, plain = exact + residual.double(), plain + residual
+            y = csrc.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
+            assert y.dtype == dtype and y.is_contiguous(memory_format=NHWC) and y.isfinite().all()
+            exact, plain = (t.relu() if relu else t for t in (exact, plain))
+            floor = torch.finfo(dtype).eps * exact.abs().max()
+            assert (y.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor
+
+
+def weight_size(c, kernel):
+    return (c * kernel[0] * kernel[1]) ** 0.5
+
+
+class Float64BnRelu(torch.autograd.Function):
+    """The reference and its backward in float64, where finite differences are sharp."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, relu):
+        y, mean, invstd = reference.bn_relu(x, weight, bias, residual, 1e-5, relu)
+        ctx.relu, ctx.residual = relu, residual is not None
+        ctx.save_for_backward(y, x, weight, mean, invstd)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dresidual, dweight, dbias = reference.bn_relu_backward(grad, *ctx.saved_tensors, ctx.relu, ctx.residual)
+        return dx, dweight, dbias, dresidual if ctx.residual else None, None
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_bn_relu_gradients(relu, with_residual):
+    """gradcheck of the formula in float64; then the operation's float32 gradients against it."""
+    g = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(2, 3, 3, 5, generator=g, dtype=torch.float64).to(memory_format=NHWC).requires_grad_()
+                   for _ in range(2))
+    weight, bias = (torch.randn(3, generator=g, dtype=torch.float64).requires_grad_() for _ in range(2))
+    inputs = (x, weight, bias, residual if with_residual else None)
+    assert torch.autograd.gradcheck(Float64BnRelu.apply, (*inputs, relu))
+
+    wanted = [t for t in inputs if t is not None]
+    upstream = torch.randn(x.shape, generator=g)  # not channels_last: autograd promises no layout
+    expected = torch.autograd.grad(Float64BnRelu.apply(*inputs, relu), wanted, upstream.double())
+    single = [None if t is None else t.detach().float().requires_grad_() for t in inputs]
+    y = csrc.bn_relu(single[0], single[1], single[2], single[3], relu=relu)
+    torch.testing.assert_close(y.double(), Float64BnRelu.apply(*inputs, relu), rtol=1e-5, atol=1e-6)
+    for got, want in zip(torch.autograd.grad(y, [t for t in single if t is not None], upstream), expected):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_bn_relu_follows_batchnorm2d():
+    """Output, running statistics and eval-mode results after three steps are those of torch.nn.BatchNorm2d."""
+    ours, theirs = nn.BatchNorm2d(5, momentum=0.3), nn.BatchNorm2d(5, momentum=0.3)
+    for step in range(3):
+        x = (torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(step)) * 3 + 7).to(memory_format=NHWC)
+        y = csrc.bn_relu(x, ours.weight, ours.bias, None, ours.running_mean, ours.running_var, ours.momentum, ours.eps)
+        torch.testing.assert_close(y, theirs(x).relu(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    assert y.requires_grad and not ours.running_mean.requires_grad and not ours.running_var.requires_grad
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        csrc.bn_relu(x[:1, :, :1, :1].contiguous(memory_format=NHWC), ours.weight, ours.bias, None, ours.running_mean,
+                     ours.running_var)
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+def arguments_of(name):
+    x, f = u8(2, 6, 5, 4), torch.rand(2, 6, 5, 4).to(memory_format=NHWC)
+    vector = torch.ones(6)
+    return {
+        "conv_int8": dict(x=x, weight=s8(8, 6, 3, 3), mult=s32(8, 0, 9), bias=s32(8, 0, 9), residual=u8(2, 8, 3, 2),
+                          gain=s32(8, 0, 9), x2=u8(2, 5, 6, 4), weight2=s8(8, 5, 1, 1), pad_value=u8(6), stride=[1, 1],
+                          padding=[0, 0], stride2=[2, 2], groups=1),
+        "gemm_int8": dict(a=u8(3, 6), b=s8(4, 6), bias=s32(4, 0, 9), mult=s32(4, 0, 9), scale=None),
+        "pack_int8": dict(weight=s8(8, 6, 3, 3), mult=s32(8, 0, 9), bias=s32(8, 0, 9), gain=s32(8, 0, 9),
+                          weight2=s8(8, 5, 1, 1)),
+        "conv_bn_relu": dict(x=f, weight=torch.rand(8, 6, 3, 3).to(memory_format=NHWC), scale=torch.rand(8),
+                             bias=torch.rand(8), residual=torch.rand(2, 8, 3, 2).to(memory_format=NHWC), relu=True,
+                             stride=[1, 1], padding=[0, 0], groups=1),
+        "bn_relu": dict(x=f, weight=vector, bias=vector, residual=f, eps=1e-5, relu=True),
+        "bn_relu_backward": dict(grad=f, y=f, x=f, weight=vector, mean=vector, invstd=vector, relu=True, residual=True),
+    }[name]
+
+
+def spoiled(tensor):
+    """The tensor with a wrong dtype, number of dimensions, size, no elements, and its memory in the wrong order."""
+    yield "dtype", tensor.double()
+    yield "dimensions", tensor[None]
+    if tensor.dim() == 4:
+        yield "layout", torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
+    elif tensor.dim() == 2:
+        yield "layout", tensor.T.contiguous().T
+    if tensor.dim() == 1:
+        yield "size", torch.cat([tensor, tensor[:1]])
+        yield "layout", torch.stack([tensor, tensor], 1)[:, 0]
+    yield "empty", tensor[:0]
+
+
+NAMES = [*reference.OPERATIONS, "pack_int8"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arguments_are_named(native, name):
+    """By the native operation, and by the check that the reference and the fake kernels share."""
+    right = arguments_of(name)
+    for run in (operation(name), plain(name)):
+        run(*right.values())
+    for argument, value in right.items():
+        for what, wrong in spoiled(value) if isinstance(value, torch.Tensor) else ():
+            if what == "layout" and wrong.is_contiguous(memory_format=NHWC if wrong.dim() == 4 else
+                                                        torch.contiguous_format):
+                continue  # a 1x1 weight is in both orders
+            for run in (operation(name), plain(name)):
+                with pytest.raises(RuntimeError, match=rf"{name}: .*(must be|expected).*\("):
+                    run(*{**right, argument: wrong}.values())
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(stride=[0, 1]), "stride"), (dict(stride=[1]), "stride"), (dict(padding=[-1, 0]), "stride"),
+    (dict(groups=4), "groups"), (dict(groups=2), r"weight must be|groups"), (dict(gain=None), "residual"),
+    (dict(weight2=None), "weight2"), (dict(stride2=[1, 1]), "x2"), (dict(weight=s8(8, 6, 6, 3)), "x "),
+    (dict(mult=torch.full((8,), -1, dtype=torch.int32)), "mult"),
+    (dict(mult=torch.full((8,), MULT_ONE + 1, dtype=torch.int32)), "mult"),
+    (dict(gain=torch.full((8,), 2 ** 15, dtype=torch.int32)), "gain"),
+    (dict(gain=torch.full((8,), -2 ** 15 - 1, dtype=torch.int32)), "gain")])
+def test_wrong_combinations_are_named(native, change, message):
+    wrong = {**arguments_of("conv_int8"), **change}
+    for run in (operation("conv_int8"), plain("conv_int8")):
+        with pytest.raises(RuntimeError, match=message):
+            run(*wrong.values())
+
+
+def test_huge_arguments_are_refused_before_memory_is_asked_for():
+    from torch._subclasses import FakeTensorMode
+    csrc.load()
+    with FakeTensorMode():
+        x = torch.empty(2 ** 15, 64, 64, 64, dtype=torch.uint8, memory_format=NHWC)
+        with pytest.raises(RuntimeError, match=r"conv_int8: x must have fewer than 2\^31 elements"):
+            csrc.conv_int8(x, *(torch.empty(s, dtype=d) for s, d in (((4, 64, 1, 1), torch.int8), ((4,), torch.int32),
+                                                                     ((4,), torch.int32))))
+
+
+# ------------------------------------------------------------------------ opcheck, compile, export, threads
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(native, name):
+    """Schema, fake kernel, autograd and tracing agree with the operation: dtypes, sizes and strides."""
+    arguments = list(arguments_of(name).values())
+    if name == "bn_relu":
+        arguments = [t.clone().requires_grad_() if isinstance(t, torch.Tensor) else t for t in arguments]
+    torch.library.opcheck(operation(name).default, arguments)
+
+
+def test_opcheck_of_degenerate_sizes(native):
+    """Where sizes are 1, several strides mean the same memory, and the fake kernel must still name the right ones."""
+    for arguments in (case(1, 1, 1, 1, 1, 1), case(1, 3, 1, 1, 5, 1), case(2, 1, 3, 3, 1, 3, 1, 1)):
+        torch.library.opcheck(torch.ops.resnet50.conv_int8.default, in_order(arguments),
+                              test_utils=("test_schema", "test_faketensor"))
+    ones = torch.ones(3)
+    for shape in ((4, 3, 1, 1), (1, 3, 1, 1), (1, 3, 4, 1)):
+        x = torch.rand(shape).to(memory_format=NHWC)
+        torch.library.opcheck(torch.ops.resnet50.bn_relu.default, (x, ones, ones, None, 1e-5, True),
+                              test_utils=("test_schema", "test_faketensor"))
+    for mult, scale in ((None, None), (None, torch.rand(1)), (s32(1, 0, 9), None)):
+        torch.library.opcheck(torch.ops.resnet50.gemm_int8.default, (u8(1, 1), s8(1, 1), None, mult, scale),
+                              test_utils=("test_schema", "test_faketensor"))
+
+
+class Two(nn.Module):
+    """uint8 (N, 6, H, W) -> float32 (N, 7): a convolution, its pixels summed, a matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        for name, value in case(1, 6, 5, 4, 8, 3, 1, 1).items():
+            if isinstance(value, torch.Tensor) and name != "x":
+                self.register_buffer(name, value)
+        self.register_buffer("head", s8(7, 8))
+        self.register_buffer("scale", torch.rand(7, generator=torch.Generator().manual_seed(9)))
+
+    def forward(self, x):
+        y = csrc.conv_int8(x, self.weight, self.mult, self.bias, padding=(1, 1))
+        return csrc.gemm_int8(y.amax((2, 3)), self.head, None, None, self.scale)
+
+
+def test_compile_whole_graphs():
+    """Inference and training go through torch.compile without a break, with the bits of eager mode."""
+    model, x = Two(), u8(3, 6, 5, 4)
+    assert torch.equal(torch.compile(model, fullgraph=True)(x), model(x))
+
+    def train(x, weight, bias, mean, var):
+        return csrc.bn_relu(x, weight, bias, x * 0.5, mean, var)
+    results = []
+    for f in (train, torch.compile(train, fullgraph=True, backend="aot_eager")):
+        inputs = [torch.linspace(-1, 2, 2 * 3 * 4 * 4).view(2, 3, 4, 4).to(memory_format=NHWC), torch.ones(3),
+                  torch.zeros(3)]
+        inputs, running = [t.requires_grad_() for t in inputs], [torch.zeros(3), torch.ones(3)]
+        y = f(*inputs, *running)
+        y.square().sum().backward()
+        results.append([y.detach(), *(t.grad for t in inputs), *running])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
+def test_export_with_a_free_batch_size(tmp_path):
+    model, path = Two(), tmp_path / "two.pt2"
+    batch = torch.export.Dim("batch", max=64)
+    program = torch.export.export(model, (u8(2, 6, 5, 4),), dynamic_shapes={"x": {0: batch}})
+    torch.export.save(program, path)
+    x = u8(5, 6, 5, 4, seed=3)
+    assert torch.equal(torch.export.load(path).module()(x), model(x))
+
+
+def test_many_threads_and_shapes_at_once(native):
+    cases = [case(1 + i % 3, 6 + i, 5 + i, 9, 16 + i, 3, 1 + i % 2, 1, residual=i % 2 == 0) for i in range(8)]
+    expected, wrong = [naive_conv(**c) for c in cases], []
+    start = threading.Barrier(8)
+
+    def work(i):
+        start.wait()
+        for _ in range(50):
+            if not np.array_equal(csrc.conv_int8(**cases[i]).numpy(), expected[i]):
+                wrong.append(i)
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def in_child(arguments, connection):
+    with csrc._lock:
+        connection.send(csrc.conv_int8(**arguments).numpy())
+
+
+def test_a_forked_process_computes(native):
+    """As in a DataLoader's worker: the parent's threads are not there, not even one that held the lock of load()."""
+    arguments = case(2, 64, 28, 28, 64, 3, 1, 1)
+    expected = csrc.conv_int8(**arguments).numpy()
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=in_child, args=(arguments, theirs))
+    with csrc._lock:
+        child.start()
+    try:
+        assert ours.poll(30), "the forked process hangs"
+        np.testing.assert_array_equal(ours.recv(), expected)
+    finally:
+        child.kill()
+        child.join()
+
+
+# ----------------------------------------------------------------------------------------------------- build
+
+def digest():
+    """Of the int8 bits of a spread of calls."""
+    sha = hashlib.sha256()
+    for shape in ODD.values():
+        for extra in (dict(), dict(residual=True), dict(pad_value=True)):
+            sha.update(csrc.conv_int8(**case(*shape, **extra)).contiguous().numpy().tobytes())
+    for m, k, n in ((3, 59, 113), (5, 2048, 100)):
+        for options in (dict(), dict(mult=s32(n, 0, 9999)), dict(scale=torch.linspace(-1, 1, n))):
+            sha.update(csrc.gemm_int8(u8(m, k), s8(n, k), s32(n, -999, 999), **options).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **env})
+
+
+@pytest.mark.parametrize("env", [dict(RESNET50_EXT="off"), dict(CXX="no-such-compiler")], ids=["off", "no compiler"])
+def test_plain_pytorch_gives_the_same_bits_and_says_so_once(native, env, tmp_path):
+    run = python("import csrc; from tests.test_csrc import digest, Two, u8; import torch; x = u8(3, 6, 5, 4)\n"
+                 "# the library is loaded inside of the trace: nothing came before it\n"
+                 "y = torch.compile(Two(), fullgraph=True, backend='eager')(x)\n"
+                 "print(digest(), csrc.isa(), csrc.available(), y.tolist() == Two()(x).tolist())",
+                 TORCH_EXTENSIONS_DIR=str(tmp_path), **env)
+    assert run.stdout.split() == [digest(), "pytorch", "False", "True"], run.stderr
+    assert run.stderr.count("plain PyTorch") == 1 and "Traceback" not in run.stderr
+    assert env.get("CXX", "RESNET50_EXT=off") in run.stderr
+
+
+def test_require_makes_a_missing_compiler_an_error(tmp_path):
+    run = python("import csrc; csrc.load()", RESNET50_EXT="require", CXX="no-such-compiler",
+                 TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert run.returncode and "BuildError: no C++ compiler: no-such-compiler does not run" in run.stderr
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """The build as a module of its own, with one small source: what it does with sources it does with any."""
+    if csrc.compiler() is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path / "csrc"
+    (folder / "cpu").mkdir(parents=True)
+    for name in ("__init__.py", "reference.py"):
+        shutil.copy(os.path.join(ROOT, "csrc", name), folder)
+    (folder / "ops.cpp").write_text('#include "cpu/answer.h"\nextern "C" int answer() { return ANSWER; }\n')
+    (folder / "cpu" / "answer.h").write_text("#define ANSWER 42\n")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    spec = importlib.util.spec_from_file_location("csrc_copy", folder / "__init__.py",
+                                                  submodule_search_locations=[str(folder)])
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "csrc_copy", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_once_and_again_when_anything_changes(package, monkeypatch, capfd):
+    assert "not built yet" in package.describe()
+    path = package.build()
+    assert os.path.exists(path) and package.build() == path
+    assert capfd.readouterr().err.count("compiling") == 1
+    keys = [package.build_key()]
+    for change in (lambda: monkeypatch.setenv("RESNET50_EXT_CFLAGS", "-DMORE=1"),
+                   lambda: open(os.path.join(package.FOLDER, "cpu", "answer.h"), "a").write("\n"),
+                   lambda: open(os.path.join(package.FOLDER, "cpu", "new.cpp"), "w").close(),
+                   lambda: os.rename(os.path.join(package.FOLDER, "cpu", "new.cpp"),
+                                     os.path.join(package.FOLDER, "cpu", "newer.cpp")),
+                   lambda: monkeypatch.setattr(torch, "__version__", "2.99"),
+                   lambda: monkeypatch.setattr(torch.version, "cuda", "99.0")):
+        change()
+        keys.append(package.build_key())
+    assert len(set(keys)) == len(keys)
+    other = package.build()
+    assert other != path and os.path.exists(path)
+    monkeypatch.setenv("CXX", "no-such-compiler")  # a machine where someone else has built
+    assert package.build() == other
+
+
+def test_errors_are_the_compilers_first_lines(package):
+    with open(os.path.join(package.FOLDER, "ops.cpp"), "a") as f:
+        f.write("int wrong = nowhere;\n")
+    for _ in range(2):  # trying again is not confused by the first time
+        with pytest.raises(package.BuildError, match=r"ops\.cpp:3:13: error: .*nowhere") as caught:
+            package.build()
+        assert len(str(caught.value)) < 600
+    assert os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]) == ["resnet50.lock"]
+
+
+def test_a_killed_build_neither_hangs_nor_poisons_the_next(package, tmp_path):
+    """Killed while the compiler runs, which lives on: as an out-of-memory killer leaves things."""
+    slow, marker = tmp_path / "slow", tmp_path / "compiling"
+    slow.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec c++ --version\ntouch {marker}\nexec sleep 60\n')
+    slow.chmod(0o755)
+    victim = subprocess.Popen([sys.executable, "-c", "import csrc; csrc.build()"], cwd=tmp_path, start_new_session=True,
+                              env={**os.environ, "CXX": str(slow), "PYTHONPATH": str(tmp_path)})
+    try:
+        deadline = time.monotonic() + 60
+        while not marker.exists():
+            assert victim.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        victim.kill()
+        victim.wait()
+        os.environ["RESNET50_BUILD_TIMEOUT"] = "5"
+        cache = os.path.dirname(os.path.dirname(package.build()))
+    finally:
+        os.environ.pop("RESNET50_BUILD_TIMEOUT", None)
+        os.killpg(victim.pid, signal.SIGKILL)
+    assert not [name for name in os.listdir(cache) if name.endswith(".tmp")]
+
+
+def test_waiting_for_another_build_ends(package, monkeypatch):
+    monkeypatch.setenv("RESNET50_BUILD_TIMEOUT", "0.2")
+    folder = os.environ["TORCH_EXTENSIONS_DIR"]
+    os.makedirs(folder)
+    with open(os.path.join(folder, "resnet50.lock"), "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError, match=r"over 0\.2 s and holds .*resnet50\.lock; .*RESNET50_BUILD_TIMEOUT"):
+            package.build()
+    assert os.path.exists(package.build())
+
+
+def test_a_cache_that_cannot_be_written(package, monkeypatch, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(package.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"resnet50-{os.getuid()}"
+    path = package.build()
+    assert path.startswith(str(own)) and own.stat().st_mode & 0o777 == 0o700 and package.build() == path
+    assert capfd.readouterr().err.count("cannot be written") == 1
+    own.chmod(0o777)  # anyone could have put a library there
+    with pytest.raises(package.BuildError, match="not a folder of this user alone"):
+        package.build()
+
+
+def test_threads_that_load_at_once_build_once(package, capfd):
+    paths = []
+    threads = [threading.Thread(target=lambda: paths.append(package.build())) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(paths) == 4 and len(set(paths)) == 1 and capfd.readouterr().err.count("compiling") == 1
+
+
+def test_clean_removes_our_other_builds_only(tmp_path):
+    keep, other = f"resnet50-{'0' * 16}-{'a' * 8}", f"resnet50-{'1' * 16}-{'a' * 8}"
+    for name in (keep, other, other + ".123.tmp", "resnet50-of-someone-else", "their_extension"):
+        (tmp_path / name).mkdir()
+    assert clean(str(tmp_path), keep) == 2
+    assert sorted(os.listdir(tmp_path)) == [keep, "resnet50-of-someone-else", "resnet50.lock", "their_extension"]
+
+
+def test_ahead_of_time(native):
+    run = subprocess.run([sys.executable, "-m", "csrc"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = json.loads(run.stdout.splitlines()[-1])
+    assert os.path.isdir(result["folder"]) and result["isa"] == csrc.isa() and result["seconds"] >= 0, run.stderr
+
+
+def test_schemas_are_those_of_the_native_library(native):
+    """What plain PyTorch registers is parsed from ops.cpp; the library that was compiled from it knows better."""
+    from torch._C import parse_schema
+    parsed = {schema.name.split("::")[-1]: schema for schema in map(parse_schema, csrc.schemas())}
+    assert set(parsed) >= set(csrc.FAKES) and "peak_macs" in parsed
+    for name, schema in parsed.items():
+        compiled = operation(name).default._schema
+        assert str(compiled) == "resnet50::" + str(schema)
