@@ -11,6 +11,7 @@
 #include "conv_float.h"
 #include "layout.h"
 #include "pool.h"
+#include "vec.h"
 
 namespace r50 {
 namespace {
@@ -41,7 +42,7 @@ struct Job {
   }
   int bytes() const { return a.is_bf16 ? 2 : 4; }
   bool widens() const { return bytes() != kernel.element; }
-  int units() const { return int(round_up(k * kernel.element, kernel.step) / 4); }
+  int units() const { return int(round_up(k * kernel.element, std::max(kernel.step, 16)) / 4); }  // fours, for pack()
   int panels() const { return int((og + kernel.width - 1) / kernel.width); }
   int64_t panel_floats() const { return int64_t(units()) * kernel.width; }
   const uint8_t* x(int64_t n, int64_t y) const {
@@ -58,20 +59,37 @@ struct Job {
   void pack(int panel, float* to) const;
 };
 
+// 4x4: columns of `from` -> rows of `to`
+inline void transpose4(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  using I = Vec<4>::U;
+  Vec<4>::F r[4];
+  for (int i = 0; i < 4; i++) r[i] = load<4>(from + i * from_row);
+  const auto a = __builtin_shuffle(r[0], r[1], I{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], I{2, 6, 3, 7});
+  const auto c = __builtin_shuffle(r[2], r[3], I{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], I{2, 6, 3, 7});
+  store<4>(to, __builtin_shuffle(a, c, I{0, 1, 4, 5}));
+  store<4>(to + to_row, __builtin_shuffle(a, c, I{2, 3, 6, 7}));
+  store<4>(to + 2 * to_row, __builtin_shuffle(b, d, I{0, 1, 4, 5}));
+  store<4>(to + 3 * to_row, __builtin_shuffle(b, d, I{2, 3, 6, 7}));
+}
+
 // (og, k) weights -> units of `width` channels each
 void Job::pack(int panel, float* to) const {
-  constexpr int BLOCK = 16;
+  constexpr int BLOCK = 64;
   const auto* weight = static_cast<const uint8_t*>(a.weight);
   const int count = units(), width = kernel.width, per_unit = 4 / kernel.element;
-  for (int first = 0; first < count; first += BLOCK)
-    for (int c = 0; c < width; c++) {
-      const int64_t n = int64_t(panel) * width + c, at = int64_t(first) * per_unit;
-      float block[BLOCK] = {};
-      if (n < og && at < k)
-        copy(weight + ((group * og + n) * k + at) * bytes(), reinterpret_cast<uint8_t*>(block),
-             std::min<int64_t>(BLOCK * per_unit, k - at));
-      for (int i = 0; i < std::min(BLOCK, count - first); i++) to[int64_t(first + i) * width + c] = block[i];
+  for (int first = 0; first < count; first += BLOCK) {
+    const int64_t at = int64_t(first) * per_unit, taken = std::min<int64_t>(BLOCK * per_unit, k - at);
+    const int used = std::min(BLOCK, count - first);
+    for (int c = 0; c < width; c += 4) {
+      float block[4][BLOCK];
+      for (int i = 0; i < 4; i++) {
+        const int64_t n = int64_t(panel) * width + c + i;
+        if (n >= og || taken < BLOCK * per_unit) std::memset(block[i], 0, sizeof block[i]);
+        if (n < og) copy(weight + ((group * og + n) * k + at) * bytes(), reinterpret_cast<uint8_t*>(block[i]), taken);
+      }
+      for (int u = 0; u < used; u += 4) transpose4(block[0] + u, BLOCK, to + int64_t(first + u) * width + c, width);
     }
+  }
 }
 
 // Blocks of one size: `lines` lines of an image, or all lines of `images` images.
@@ -164,10 +182,10 @@ void Block::gather(const uint8_t* from, uint8_t* to) const {
 void run(const Job& job, uint8_t* out, int threads) {
   const ConvFloat& a = job.a;
   const FloatKernel& kernel = job.kernel;
-  const int64_t per_row = job.cg * kernel.element * a.stride_h * a.stride_w;
+  const int64_t per_row = job.cg * kernel.element * std::min(a.stride_h, a.kh) * std::min(a.stride_w, a.kw);
   const int64_t wanted = std::clamp(STRIP_BYTES / per_row, LEAST, MOST);
   int64_t lines = std::clamp<int64_t>(wanted / job.ow, 1, job.oh), images = 1;
-  const int64_t pieces = (job.oh + lines - 1) / lines;
+  const int64_t pieces = std::max<int64_t>(1, (2 * job.oh + lines) / (2 * lines));
   lines = (job.oh + pieces - 1) / pieces;
   if (pieces == 1) images = std::clamp<int64_t>(wanted / (lines * job.ow), 1, a.n);
   std::vector<Block> shapes{Block(job, int(images), int(lines))};  // and what is left over
@@ -225,7 +243,10 @@ void run(const Job& job, uint8_t* out, int threads) {
       const int p0 = int(panels * part / parts), p1 = int(panels * (part + 1) / parts), step = packed ? p1 - p0 : 1;
       for (int p = p0; p < p1; p += step) {
         const int64_t column = int64_t(p) * width, offset = job.out_offset(n, y) + column * job.bytes();
-        if (!packed) job.pack(p, panel);
+        if (!packed) {
+          job.pack(p, panel);
+          c.next = static_cast<const uint8_t*>(a.weight) + (job.group * job.og + (p + 1) * int64_t(width)) * job.k * job.bytes();
+        }
         c.weights = packed ? reinterpret_cast<const float*>(packed.get() + p * panel_bytes) : panel;
         c.scale = scale.data() + column;
         c.bias = bias.data() + column;

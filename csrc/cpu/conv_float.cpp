@@ -53,6 +53,13 @@ INLINE void multiply(const FloatConv& c, const Chunk& chunk, int m, int p) {
   float* acc = c.acc + int64_t(m) * WIDTH;
   typename Isa::F sum[R][N] = {};
   const float* b = c.weights + (int64_t(p) * c.units + chunk.at) * WIDTH;
+  const bool last = &chunk + 1 == c.chunks + c.nchunks;
+  if (last)
+    for (int r = 0; r < R; r++)
+      for (int v = 0; v < N * W * int(sizeof(T)); v += 64) {
+        __builtin_prefetch(c.out + c.outs[m + r] + p * WIDTH * sizeof(T) + v, 1);
+        if (c.residual) __builtin_prefetch(c.residual + c.outs[m + r] + p * WIDTH * sizeof(T) + v);
+      }
   for (int i = chunk.first; i < chunk.last; i++) {
     const uint8_t* rows[R];
     for (int r = 0; r < R; r++) rows[r] = c.a + c.rows[m + r] + c.runs[i].offset;
@@ -70,7 +77,7 @@ INLINE void multiply(const FloatConv& c, const Chunk& chunk, int m, int p) {
 #pragma GCC unroll 4
       for (int v = 0; v < N; v++) sum[r][v] += load<W>(acc + r * WIDTH + v * W);
   }
-  if (&chunk + 1 == c.chunks + c.nchunks) {
+  if (last) {
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) finish<Isa, T, N>(c, m + r, p * WIDTH, sum[r]);
   } else {
@@ -176,11 +183,16 @@ void run(const FloatConv& c, int p0, int p1) {
   for (int p = p0; p < p1; p++) {
     const int vectors = std::min((c.o - p * Isa::V * Isa::W + Isa::W - 1) / Isa::W, Isa::V);
     const Tile* tile = all.data() + (vectors - 1) * ROWS - 1;
-    for (int i = 0; i < c.nchunks; i++)
+    for (int i = 0; i < c.nchunks; i++) {
+      const int64_t end = i + 1 < c.nchunks ? c.chunks[i + 1].at : c.units, bytes = (end - c.chunks[i].at) * Isa::V * Isa::W * 4;
+      const auto* ahead = reinterpret_cast<const uint8_t*>(c.weights + (int64_t(p) * c.units + end) * Isa::V * Isa::W);
+      if (c.next) ahead = c.next + int64_t(c.chunks[i].at) * Isa::V * Isa::W * 4;
       for (int t = 0; t < count; t++) {
         const int m = int(int64_t(c.m) * t / count);
+        for (int64_t l = bytes * t / count / 64; l < bytes * (t + 1) / count / 64; l++) __builtin_prefetch(ahead + 64 * l, 0, 2);
         tile[int64_t(c.m) * (t + 1) / count - m](c, c.chunks[i], m, p);
       }
+    }
   }
 }
 

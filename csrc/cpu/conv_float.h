@@ -29,6 +29,7 @@ struct FloatConv {
   const uint8_t* residual = nullptr;  // at the same offsets as the output
   const int32_t* outs = nullptr;      // byte offset per row, or -1 for a row that is computed and dropped
   float* acc = nullptr;               // m rows of a panel
+  const uint8_t* next = nullptr;      // what will be read after this panel, for prefetching; null: the next panel
 };
 
 struct FloatKernel {
