@@ -3,15 +3,18 @@
   python resnet50.py                                      # stages, parameters, MACs, milliseconds, environment
   python resnet50.py --checkpoint runs/train/best.pt      # the same for a trained or pruned network
   python resnet50.py --profile --batch-size 8             # torch.profiler, operators sorted by time
+  python resnet50.py --fused                              # convolution, batch-norm and ReLU as one kernel of csrc/
 
 The network is He et al. 2015 (arXiv 1512.03385) with the stride on the 3x3 ("v1.5"). Module and parameter names are
 torchvision's, so its files and timm's load with no renaming. Squeeze-and-excitation (arXiv 1709.01507) uses timm's
-names, split attention (ResNeSt, arXiv 2004.08955) the published ones. Imports nothing of this repository.
+names, split attention (ResNeSt, arXiv 2004.08955) the published ones. Imports only csrc/.
 """
 import argparse
 import contextlib
+import functools
 import glob
 import io
+import itertools
 import json
 import os
 import pickle
@@ -20,10 +23,15 @@ import statistics
 import struct
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import csrc
+from csrc.plan import build_plan, tune
+from csrc.reference import MULT_BITS, requantize
 
 FORMAT = "resnet50/1"
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels of the 3x3, blocks, stride of the first block
@@ -79,7 +87,10 @@ class SplitAttention(nn.Module):
         self.fc2 = nn.Conv2d(inner, 2 * cout, 1)
 
     def forward(self, x):  # (N, cin, H, W) -> (N, cout, H, W)
-        a, b = F.relu(self.bn0(self.conv(x))).chunk(2, 1)
+        return self.mix(F.relu(self.bn0(self.conv(x))))
+
+    def mix(self, x):  # (N, 2 * cout, H, W), the two branches -> (N, cout, H, W)
+        a, b = x.chunk(2, 1)
         gap = (a + b).mean((2, 3), keepdim=True)
         wa, wb = self.fc2(F.relu(self.bn1(self.fc1(gap)))).chunk(2, 1)
         share = torch.sigmoid(wa - wb)  # a softmax over two is a sigmoid of the difference
@@ -147,6 +158,7 @@ class ResNet50(nn.Module):
     widths       {convolution name: output channels} where they differ from the full network, as pruning leaves them;
                  "layer1" ... "layer4" name the stream that all blocks of a stage add to
     """
+    precision = "float"
 
     def __init__(self, num_classes=1000, stem=None, stride_on="3x3", attention="none", drop_path=0.0, dropout=0.0,
                  widths=None):
@@ -243,7 +255,397 @@ def normalize(pixels, preprocess):
 def predict(model, pixels):
     """uint8 pixels (N, 3, H, W) -> float32 logits (N, classes). What every consumer calls: where and how the pixels are
     normalised is the model's affair."""
-    return model(normalize(pixels, model.preprocess)).float()
+    return model(pixels if model.precision == "int8" else normalize(pixels, model.preprocess)).float()
+
+
+# ------------------------------------------------------------------------------------------ the network laid flat
+
+class Step(NamedTuple):
+    """One operation, which writes the buffer that bears its name; the first buffer is "pixels"."""
+    kind: str  # conv, maxpool, pool (an average that keeps the map), gate (attention), avgpool (over H and W), linear
+    name: str  # its module's
+    x: str  # the buffer that it reads
+    residual: str | None = None  # another, which it adds before the ReLU
+    bn: str | None = None  # the batch-norm behind a convolution
+    relu: bool = True
+    x2: str | None = None  # the buffer that `folded` reads,
+    folded: "Step | None" = None  # a downsampling convolution that adds into this one's accumulator
+
+
+def flatten(model):
+    """ResNet50 -> its Steps in order. A downsampling convolution is a step of its own, whose buffer is the residual."""
+    steps, x = [], "pixels"
+
+    def add(kind, name, x, residual=None, bn=None, relu=True):
+        steps.append(Step(kind, name, x, residual, bn, relu))
+        return name
+
+    if model.config["stem"] == "deep":
+        x = add("conv", "conv1.0", x, bn="conv1.1")
+        x = add("conv", "conv1.3", x, bn="conv1.4")
+    x = add("conv", "conv1.6" if model.config["stem"] == "deep" else "conv1", x, bn="bn1")
+    if model.config["stem"] != "small":
+        x = add("maxpool", "maxpool", x)
+    for name, block in model.named_modules():
+        if not isinstance(block, Bottleneck):
+            continue
+        at, identity = name + ".", x
+        if block.downsample is not None:
+            i = len(block.downsample) - 2  # 1 where ResNeSt averages first
+            if i and block.downsample[0].kernel_size > 1:
+                identity = add("pool", at + "downsample.0", identity)
+            identity = add("conv", f"{at}downsample.{i}", identity, bn=f"{at}downsample.{i + 1}", relu=False)
+        x = add("conv", at + "conv1", x, bn=at + "bn1")
+        if block.split:
+            x = add("conv", at + "conv2.conv", x, bn=at + "conv2.bn0")
+            x = add("gate", at + "conv2", x)
+            if not isinstance(block.pool, nn.Identity):
+                x = add("pool", at + "pool", x)
+        else:
+            x = add("conv", at + "conv2", x, bn=at + "bn2")
+        if block.se is None:
+            x = add("conv", at + "conv3", x, identity, bn=at + "bn3")
+        else:
+            x = add("conv", at + "conv3", x, bn=at + "bn3", relu=False)
+            x = add("gate", at + "se", x, identity)
+    add("linear", "fc", add("avgpool", "avgpool", x))
+    return steps
+
+
+def fold_downsample(steps):
+    """Where a convolution's residual is a downsampling convolution, both become one step with two inputs."""
+    made = {step.name: step for step in steps}
+    sums = {step.name: made[step.residual] for step in steps
+            if step.kind == "conv" and step.residual and made[step.residual].bn and not made[step.residual].relu}
+    gone = {step.name for step in sums.values()}
+    return [step._replace(residual=None, x2=sums[step.name].x, folded=sums[step.name]) if step.name in sums else step
+            for step in steps if step.name not in gone]
+
+
+class Flat:
+    """A network that runs by its list `steps`; call(step, x, residual, x2) is the subclass's."""
+
+    def run(self, x, steps=None, watch=None):
+        """The first of the steps (default: all) reads x -> what the last makes. watch(step, result) sees each result.
+        A buffer is dropped after its last use."""
+        steps = self.steps if steps is None else steps
+        last = {name: i for i, step in enumerate(steps) for name in (step.x, step.residual, step.x2)}
+        buffers = {steps[0].x: x}
+        for i, step in enumerate(steps):
+            reads = {k: name for k, name in (("x", step.x), ("residual", step.residual), ("x2", step.x2)) if name}
+            y = buffers[step.name] = self.call(step, **{k: buffers[name] for k, name in reads.items()})
+            for name in reads.values():
+                if last[name] == i:
+                    buffers.pop(name, None)
+            if watch:
+                watch(step, y)
+        return y
+
+
+def batch_norm_affine(bn):
+    """Inference: bn(x) = x * scale + shift. -> float64 (C), (C)"""
+    scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
+    return scale, bn.bias.double() - bn.running_mean.double() * scale
+
+
+class FusedResNet50(Flat, ResNet50):
+    """ResNet50 for inference: convolution, batch-norm, residual and ReLU are one operation of csrc/, in float32 or
+    bfloat16. What the weights are when it is made, it keeps."""
+
+    def __init__(self, model, dtype):
+        super().__init__(**model.config)
+        self.load_state_dict(model.state_dict())
+        self.preprocess, self.dtype, self.steps = dict(model.preprocess), dtype, flatten(model)
+        device = next(model.parameters()).device
+        self.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+        for step in self.steps:
+            if step.kind == "conv":
+                for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
+                    self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
+
+    def call(self, step, x, residual=None):
+        if step.kind == "avgpool":
+            return x.mean((2, 3))
+        module = self.get_submodule(step.name)
+        if step.kind == "conv":
+            return csrc.conv_bn_relu(x, module.weight, module.scale, module.shift, residual, step.relu,
+                                     module.stride, module.padding, module.groups)
+        if step.kind == "gate":
+            return module.mix(x) if residual is None else F.relu(module(x) + residual)
+        return module(x)
+
+    def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes)
+        return self.run(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+
+
+def fuse(model, dtype=torch.float32):
+    """ResNet50 -> its fused copy, on the same device."""
+    if model.precision != "float" or dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"--fused: takes a float network in float32 or bfloat16, not {model.precision} in {dtype}", 2)
+    return FusedResNet50(model, dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------- int8
+
+# What may add up in an accumulator: products of one sign, and the bias or the residual. With these the sum stays below
+# 2^24 (with the pixels' mean in the bias, 2^25): int32 holds it whatever the widths, and float32 exactly.
+REACH, HEADROOM = 2 ** 24 - 2 ** 22, 2 ** 20
+GATE_BITS = 12  # a gate is an integer / 2^12, and a sum of two gated values stays exact in float32 (below 2^24)
+
+
+class Int8Conv(nn.Module):
+    """uint8 NHWC (N, C, H, W) -> uint8 (N, O, Ho, Wo), by csrc/README.md's formula. A value of the result stands for
+    scale * (value - zero); pad_value is there where x is pixels."""
+
+    def __init__(self, conv, folded=None, residual=False, pixels=False):
+        super().__init__()
+        self.stride, self.padding, self.groups = conv.stride[0], conv.padding[0], conv.groups
+        self.stride2 = folded.stride[0] if folded else 1
+        o = (conv.out_channels,)
+        for name, dtype, shape in (("weight", torch.int8, conv.weight.shape), ("mult", torch.int32, o),
+                                   ("bias", torch.int32, o), ("gain", torch.int32, o if residual else None),
+                                   ("weight2", torch.int8, folded.weight.shape if folded else None),
+                                   ("pad_value", torch.uint8, (conv.in_channels,) if pixels else None),
+                                   ("scale", torch.float64, ()), ("zero", torch.int32, ())):
+            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype))
+
+    def forward(self, x, residual=None, x2=None):
+        return csrc.conv_int8(x, self.weight, self.mult, self.bias, residual, self.gain, x2, self.weight2,
+                              self.pad_value, *([size] * 2 for size in (self.stride, self.padding, self.stride2)),
+                              self.groups)
+
+
+class Int8AvgPool(nn.Module):
+    """uint8 (N, C, H, W) -> uint8 (N, C). `mult` holds for one pixel: the formula's j is mult / (H * W), rounded."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mult", torch.zeros((), dtype=torch.int32))
+        self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        pixels = x.shape[2] * x.shape[3]
+        mult = (self.mult + pixels // 2) // pixels
+        return requantize(x.sum((2, 3), dtype=torch.int64), mult.view(1)).to(torch.uint8)
+
+
+class Int8Linear(nn.Module):
+    """uint8 (N, C) -> float32 logits (N, classes)"""
+
+    def __init__(self, linear):
+        super().__init__()
+        classes = linear.out_features
+        self.register_buffer("weight", torch.zeros(classes, linear.in_features, dtype=torch.int8))
+        self.register_buffer("bias", torch.zeros(classes, dtype=torch.int32))
+        self.register_buffer("scale", torch.zeros(classes))
+
+    def forward(self, x):
+        return csrc.gemm_int8(x, self.weight, self.bias, scale=self.scale)
+
+
+class Int8Gate(nn.Module):
+    """Attention between uint8 maps: the gates, one per image and channel, come from float64, are rounded to integers,
+    and from there on everything is exact.
+
+    squeeze-and-excitation  x (N, C, H, W), residual the same -> relu(gate(x) * x + residual)
+    split attention         x (N, 2 C, H, W), two branches    -> gate(x) * branch a + (1 - gate(x)) * branch b"""
+
+    def __init__(self, attention):
+        super().__init__()
+        for name in ("fc1", "fc2"):
+            conv = getattr(attention, name)
+            setattr(self, name, nn.Linear(conv.in_channels, conv.out_channels).requires_grad_(False))
+        self.register_buffer("scales", torch.ones(2, dtype=torch.float64))  # of the two maps that are added
+        self.register_buffer("zeros", torch.zeros(2, dtype=torch.int32))
+        self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
+
+    def gate(self, pooled):
+        """float64 (N, C), mean over H and W -> what fc2 says"""
+        hidden = F.relu(F.linear(pooled, self.fc1.weight.double(), self.fc1.bias.double()))
+        return F.linear(hidden, self.fc2.weight.double(), self.fc2.bias.double())
+
+    def forward(self, x, residual=None):
+        mean = (x.double().mean((2, 3)) - self.zeros[0]) * self.scales[0]
+        if residual is None:
+            first, second = self.gate(sum(mean.chunk(2, 1))).chunk(2, 1)
+            gates = [(first - second).sigmoid(), (second - first).sigmoid()]
+            maps = x.chunk(2, 1)
+        else:
+            gates, maps = [self.gate(mean).sigmoid(), torch.ones_like(mean)], (x, residual)
+        acc = 0.0
+        for value, gate, scale, zero in zip(maps, gates, self.scales, self.zeros):
+            factor = (gate * (scale / self.scale * 2 ** GATE_BITS)).round_().float()[:, :, None, None]
+            acc = acc + (value.float() - zero) * factor
+        return (acc / 2 ** GATE_BITS).round_().clamp_(0, 255).to(torch.uint8)
+
+
+class Int8ResNet50(Flat, nn.Module):
+    """uint8 pixels (N, 3, H, W) -> float32 logits (N, num_classes). ResNet50's config; quantize() fills it. Names of
+    modules are ResNet50's, without the batch-norms and what is folded."""
+    precision = "int8"
+
+    def __init__(self, **config):
+        super().__init__()
+        with torch.device("meta"):
+            model = ResNet50(**config)
+        self.config, self.preprocess, self.packed = model.config, dict(PREPROCESS), None
+        self.steps = fold_downsample(flatten(model))
+        for step in sorted(self.steps, key=lambda step: step.name):  # a gate comes before the convolution in it
+            node, (*path, leaf) = self, step.name.split(".")
+            for name in path:
+                if name not in node._modules:
+                    node.add_module(name, nn.Module())
+                node = node.get_submodule(name)
+            if step.kind == "avgpool":
+                module = Int8AvgPool()
+            elif step.kind == "conv":
+                module = Int8Conv(model.get_submodule(step.name), step.folded and model.get_submodule(step.folded.name),
+                                  step.residual is not None, step.x == "pixels")
+            else:
+                kinds = {"gate": Int8Gate, "linear": Int8Linear}
+                module = kinds.get(step.kind, lambda pool: pool)(model.get_submodule(step.name))
+            node.add_module(leaf, module)
+        self.to(memory_format=torch.channels_last).eval()
+
+    def program(self):
+        """-> the steps as csrc.plan.build_plan takes them: names of buffers, tensors, and sizes that are not theirs."""
+        def describe(step):
+            module = self.get_submodule(step.name)
+            sizes = {k: getattr(module, k) for k in ("stride", "padding", "stride2", "groups") if hasattr(module, k)}
+            return dict(kind=step.kind, name=step.name, x=step.x, residual=step.residual, x2=step.x2, out=step.name,
+                        **sizes, **dict(module.named_buffers()))
+        return [describe(step) for step in self.steps]
+
+    def call(self, step, x, **more):
+        module = self.get_submodule(step.name)
+        if step.kind in ("maxpool", "pool"):
+            return module(x.float()).round().to(torch.uint8)
+        return module(x, **more)
+
+    def plan(self):
+        """The network packed for this machine, made once."""
+        if self.packed is None:
+            self.packed = tune(build_plan(self.program()), self.preprocess["crop"])
+        return self.packed
+
+    def _apply(self, fn, recurse=True):
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self.packed = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def forward(self, pixels):
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        if self.config["attention"] == "none" and pixels.device.type == "cpu" and csrc.available():
+            return csrc.network_int8(pixels, self.plan(), self.config["num_classes"])
+        return self.run(pixels)
+
+
+@torch.no_grad()
+def observe(model, batches):
+    """float ResNet50, iterable of uint8 pixels (N, 3, H, W) -> {step name: (low, high)} for every step's result."""
+    fused, ranges = fuse(model), {}
+
+    def watch(step, y):
+        low, high = ranges.get(step.name, (0.0, 0.0))
+        ranges[step.name] = min(low, y.min().item()), max(high, y.max().item())
+    for pixels in batches:
+        fused.run(normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last), watch=watch)
+    if not ranges:
+        raise UserError("quantization needs images to observe, and there are none")
+    return ranges
+
+
+def fill_conv(module, name, weights, bias, residual, low, high, centre):
+    """The integers of one convolution. weights: [(float64 (O, C, kh, kw), scale of its input)], one or two; bias
+    float64 (O); residual: its scale or None; low, high: range of the result; centre (C): inputs that stand for zero.
+
+    One unit of the accumulator is mult / 2^22 * scale exactly, so rounding `mult` costs nothing; it is the least for
+    which the largest weight fits 127, or just above it where that makes the residual's gain an integer too."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    flat = [w.flatten(1) * scale for w, scale in weights]
+    reach = torch.maximum(*(sum((sign * w).clamp(min=0).sum(1) for w in flat) for sign in (1, -1))) * 255
+    least = torch.stack([w.abs().amax(1) / 127 for w in flat]
+                        + [(bias.abs() - low) / HEADROOM, reach / REACH]).amax(0)
+    if residual:
+        least = least.clamp(min=residual * 255 / HEADROOM)
+    scale = max((high - low) / 255, least.max().item()) or 1.0  # where all is zero, any will do
+    if not (least * scale).isfinite().all():
+        raise UserError(f"{name}: a weight or the range of the results is not finite")
+    zero = round(-low / scale)
+    least = least.clamp(min=scale / 2 ** MULT_BITS)
+    unit = residual / (residual / least).floor().clamp(min=1) if residual else least
+    mult = torch.maximum((unit / scale * 2 ** MULT_BITS).round(), (least / scale * 2 ** MULT_BITS).ceil())
+    mult = mult.clamp(1, 2 ** MULT_BITS)
+    unit = mult * scale / 2 ** MULT_BITS
+    ints = [(w * s / unit.view(-1, 1, 1, 1)).round().clamp(-127, 127) for w, s in weights]
+    offset = (ints[0] * centre.view(1, -1, 1, 1)).flatten(1).sum(1)  # of the weights as they are now
+    values = dict(weight=ints[0], weight2=ints[1] if ints[1:] else None, mult=mult,
+                  bias=((bias + zero * scale) / unit - offset).round(),
+                  gain=(residual / unit).round() if residual else None)
+    for key, value in values.items():
+        if value is not None:
+            getattr(module, key).copy_(value)
+    module.scale.fill_(scale)
+    module.zero.fill_(zero)
+
+
+@torch.no_grad()
+def quantize(model, batches=None, ranges=None):
+    """Post-training quantization of a float ResNet50 on the CPU -> Int8ResNet50. `ranges`, or what observe() says of
+    the `batches` of pixels, give uint8 activations one scale per tensor; weights are symmetric, one per channel."""
+    ranges = observe(model, batches) if ranges is None else ranges
+    result = Int8ResNet50(**model.config)
+    result.preprocess = dict(model.preprocess)
+    mean, std = (torch.tensor(model.preprocess[key], dtype=torch.float64) * 255 for key in ("mean", "std"))
+    scales, zeros = {"pixels": 1.0}, {}
+
+    def folded(step):
+        scale, shift = batch_norm_affine(model.get_submodule(step.bn))
+        weight = model.get_submodule(step.name).weight.double() * scale.view(-1, 1, 1, 1)
+        return weight / std.view(1, -1, 1, 1) if step.x == "pixels" else weight, shift
+
+    for step in result.steps:
+        module, scale = result.get_submodule(step.name), scales[step.x]
+        low, high = ranges[step.name]
+        if step.kind == "conv":
+            weight, bias = folded(step)
+            weights, centre = [(weight, scale)], torch.zeros(weight.shape[1], dtype=torch.float64)
+            if step.x == "pixels":
+                centre = mean  # and padding is the nearest byte
+                module.pad_value.copy_(mean.round().clamp(0, 255))
+            if step.folded:
+                weight2, bias2 = folded(step.folded)
+                weights.append((weight2, scales[step.x2]))
+                bias = bias + bias2
+            fill_conv(module, step.name, weights, bias, scales.get(step.residual), 0.0 if step.relu else low, high,
+                      centre)
+            zeros[step.name] = module.zero.item()
+        elif step.kind == "gate":
+            attention, both = model.get_submodule(step.name), [step.x, step.residual or step.x]
+            module.scales.copy_(torch.tensor([scales[name] for name in both], dtype=torch.float64))
+            module.zeros.copy_(torch.tensor([zeros.get(name, 0) for name in both]))
+            module.scale.fill_(max(high / 255, sum(module.scales).item() / 15))
+            for name in ("fc1", "fc2"):
+                getattr(module, name).weight.copy_(getattr(attention, name).weight.flatten(1))
+                getattr(module, name).bias.copy_(getattr(attention, name).bias)
+            if not step.residual:  # split attention has a batch-norm there
+                factor, shift = batch_norm_affine(attention.bn1)
+                module.fc1.weight.mul_(factor[:, None])
+                module.fc1.bias.mul_(factor).add_(shift)
+        elif step.kind == "avgpool":
+            module.scale.fill_(max(high / 255, scale / 256))
+            module.mult.copy_((scale / module.scale * 2 ** MULT_BITS).round())
+        elif step.kind == "linear":
+            weight, bias = model.fc.weight.double() * scale, model.fc.bias.double()
+            unit = torch.maximum(weight.abs().amax(1) / 127, bias.abs() / HEADROOM).clamp(min=1e-30).float()
+            module.weight.copy_((weight / unit[:, None]).round().clamp(-127, 127))
+            module.bias.copy_((bias / unit).round())
+            module.scale.copy_(unit)
+        scales[step.name] = module.scale.item() if step.kind in ("conv", "gate", "avgpool") else scale
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
@@ -281,8 +683,9 @@ def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None
     """One dict of plain types and tensors, loadable with weights_only=True.
     `state` is what last.pt adds for resuming."""
     model = getattr(model, "module", model)
-    checkpoint = dict(format=FORMAT, model=model.state_dict(), config=model.config, classes=list(classes), wnids=wnids,
-                      preprocess=model.preprocess, metrics=metrics or {}, args=args or {}, **state)
+    checkpoint = dict(format=FORMAT, precision=model.precision, model=model.state_dict(), config=model.config,
+                      classes=list(classes), wnids=wnids, preprocess=model.preprocess, metrics=metrics or {},
+                      args=args or {}, **state)
     # serialised in memory first: a full disk is then an OSError of write(), not an abort inside torch
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -351,9 +754,11 @@ def load_checkpoint(path):
     if isinstance(raw, dict) and str(raw.get("format", "")).startswith("resnet50/"):
         if raw["format"] != FORMAT:
             raise UserError(f"{path}: format {raw['format']!r}; this version reads {FORMAT!r}")
+        if raw.setdefault("precision", "float") not in ("float", "int8"):
+            raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float' and 'int8'")
         return raw
-    return dict(format=None, model=find_state_dict(raw, path), config={}, classes=None, wnids=None, preprocess=None,
-                metrics={}, args={})
+    return dict(format=None, precision="float", model=find_state_dict(raw, path), config={}, classes=None, wnids=None,
+                preprocess=None, metrics={}, args={})
 
 
 def load_weights(model, state, path):
@@ -376,8 +781,8 @@ def load_weights(model, state, path):
 
 
 def build_model(checkpoint, path, **config):
-    """A checkpoint dict -> ResNet50 in eval mode, channels_last, with .preprocess. `config` (None = not said) supplies
-    what a foreign file lacks; where the file says otherwise it is refused, not overridden."""
+    """A checkpoint dict -> ResNet50 or Int8ResNet50 in eval mode, channels_last, with .preprocess. `config` (None = not
+    said) supplies what a foreign file lacks; where the file says otherwise it is refused, not overridden."""
     config = {k: v for k, v in config.items() if v is not None}
     for key, value in checkpoint["config"].items():
         if key in ("drop_path", "dropout"):  # regularisation is the run's choice, not the network's shape
@@ -387,7 +792,7 @@ def build_model(checkpoint, path, **config):
     if not checkpoint["config"] and "num_classes" not in config and "fc.weight" in checkpoint["model"]:
         config["num_classes"] = len(checkpoint["model"]["fc.weight"])
     try:
-        model = ResNet50(**config)
+        model = (Int8ResNet50 if checkpoint["precision"] == "int8" else ResNet50)(**config)
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
     load_weights(model, checkpoint["model"], path)
@@ -409,8 +814,8 @@ def fetch_weights(name):
     transform = weights.transforms()
     preprocess = dict(resize=transform.resize_size[0], crop=transform.crop_size[0],
                       interpolation=transform.interpolation.value, mean=list(transform.mean), std=list(transform.std))
-    return dict(format=None, model=state, config={}, classes=list(weights.meta["categories"]), wnids=None,
-                preprocess=preprocess, metrics={}, args={})
+    return dict(format=None, precision="float", model=state, config={}, classes=list(weights.meta["categories"]),
+                wnids=None, preprocess=preprocess, metrics={}, args={})
 
 
 def read_classes(path):
@@ -449,9 +854,10 @@ def add_model_args(parser):
     return group
 
 
-def load_model(args, defaults=(), **config):
+def load_model(args, defaults=(), trains=False, **config):
     """What add_model_args' flags name -> (model, checkpoint dict, source text), or (None, None, None) if they name
-    nothing and none of the files in `defaults` exists. args.classes replaces the checkpoint's class names."""
+    nothing and none of the files in `defaults` exists. args.classes replaces the checkpoint's class names. A script
+    that `trains` gets no int8 network."""
     path = args.checkpoint or next((p for p in defaults if os.path.exists(p)), None)
     if args.checkpoint and args.weights:
         raise UserError("--checkpoint and --weights exclude each other", code=2)
@@ -461,6 +867,9 @@ def load_model(args, defaults=(), **config):
         checkpoint = load_checkpoint(path)
     else:
         return None, None, None
+    if trains and checkpoint["precision"] == "int8":
+        raise UserError(f"{path}: is an int8 network, which cannot be trained; start from the float checkpoint it was "
+                        "made of")
     model = build_model(checkpoint, path, stride_on=args.stride_on, attention=args.attention, stem=args.stem,
                         num_classes=args.num_classes, **config)
     if args.classes:
@@ -473,9 +882,35 @@ def load_model(args, defaults=(), **config):
 
 # ---------------------------------------------------------------------------------------------------- summary
 
+def example(model, batch_size, size):
+    """-> what model(x) takes, where the model is: uint8 pixels or floats (N, 3, size, size), NHWC"""
+    weight = model.fc.weight
+    x = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=weight.device)
+    x = x if model.precision == "int8" else normalize(x, model.preprocess).to(weight.dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def weights(model):
+    """(name, tensor) of what is counted as parameters; scales and statistics are not."""
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers()
+                if model.precision == "int8" and name.rsplit(".", 1)[1] in ("weight", "weight2", "bias"))
+
+
 def count_macs(model, size=224):
     """-> {name of a convolution or linear layer: multiply-accumulates for one (3, size, size) image}."""
     macs, handles = {}, []
+    if isinstance(model, Flat):
+        def watch(step, y):
+            if step.kind in ("conv", "gate", "linear"):
+                module = model.get_submodule(step.name)
+                parts = (module.fc1, module.fc2) if step.kind == "gate" else (module,)
+                weights = sum(getattr(p, k).numel() for p in parts for k in ("weight", "weight2")
+                              if getattr(p, k, None) is not None)
+                macs[step.name] = weights * (y[0, 0].numel() if step.kind == "conv" else 1)
+        with torch.no_grad():
+            model.run(example(model, 1, size), watch=watch)
+        return macs
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             def hook(module, inputs, output, name=name):
@@ -483,8 +918,7 @@ def count_macs(model, size=224):
             handles.append(module.register_forward_hook(hook))
     training = model.training
     with torch.no_grad():
-        parameter = next(model.parameters())
-        model.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
+        model.eval()(example(model, 1, size))
     model.train(training)
     for handle in handles:
         handle.remove()
@@ -505,8 +939,18 @@ def measure(fn, device, repeats=7):
     return statistics.median(times[2:])
 
 
+def stage_of(name):
+    """The stage that a parameter or step belongs to."""
+    first = name.split(".")[0]
+    return {"conv1": "stem", "bn1": "stem", "maxpool": "stem", "avgpool": "head", "fc": "head"}.get(first, first)
+
+
 def stages(model):
     """(name, callable) in forward order; together they are the network."""
+    if isinstance(model, Flat):
+        for name, steps in itertools.groupby(model.steps, lambda step: stage_of(step.name)):
+            yield name, functools.partial(model.run, steps=list(steps))
+        return
     yield "stem", lambda x: model.maxpool(F.relu(model.bn1(model.conv1(x))))
     for i in range(1, len(STAGES) + 1):
         yield f"layer{i}", getattr(model, f"layer{i}")
@@ -516,17 +960,13 @@ def stages(model):
 @torch.no_grad()
 def summarize(model, size, batch_size, device):
     """-> rows of (stage, output shape, parameters, MACs per image, milliseconds per batch)."""
-    belongs = {"conv1": "stem", "bn1": "stem", "fc": "head"}
-    macs, rows = count_macs(model, size), []
-    x = torch.rand(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    macs, rows, x = count_macs(model, size), [], example(model, batch_size, size)
     for name, stage in stages(model):
-        def mine(key):
-            return belongs.get(key.split(".")[0], key.split(".")[0]) == name
-        params = sum(p.numel() for k, p in model.named_parameters() if mine(k))
+        params = sum(p.numel() for k, p in weights(model) if stage_of(k) == name)
         milliseconds = measure(lambda: stage(x), device)
         x = stage(x)
         rows.append((name, "x".join(map(str, x.shape[1:])), params,
-                     sum(v for k, v in macs.items() if mine(k)), milliseconds))
+                     sum(v for k, v in macs.items() if stage_of(k) == name), milliseconds))
     return rows
 
 
@@ -549,7 +989,7 @@ def environment():
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"torch": torch.__version__, "torchvision": torchvision.__version__, "python": platform.python_version(),
             "CUDA": cuda, "GPUs": ", ".join(gpus) or "none", "CPU": f"{platform.machine()} {' '.join(cpu_isa())}",
-            "threads": torch.get_num_threads(), "extension": "none in this checkout: PyTorch's own operators run"}
+            "threads": torch.get_num_threads(), "extension": csrc.describe()}
 
 
 def get_args_parser():
@@ -560,6 +1000,8 @@ def get_args_parser():
     parser.add_argument("--batch-size", type=int, default=1, metavar="N",
                         help="images per timed batch (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--fused", action="store_true",
+                        help="run a float network's convolutions and batch-norms as one kernel each")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of one forward pass")
     return parser
 
@@ -575,18 +1017,20 @@ def main(args):
         except ValueError as error:
             raise UserError(error, code=2) from error
     model.to(device)
+    if args.fused:
+        model = fuse(model)
     size = args.image_size or model.preprocess["crop"]
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     for key, value in environment().items():
         say(f"{key:12} {value}")
-    say(f"\n{'':12} {source or 'untrained'}, {size} px, batch {args.batch_size} on {device}")
+    say(f"\n{'':12} {source or 'untrained'}, {model.precision}, {size} px, batch {args.batch_size} on {device}")
     rows = summarize(model, size, args.batch_size, device)
     say(f"{'stage':8}{'output':>14}{'parameters':>14}{'GMAC':>9}{'ms':>9}")
     for name, shape, params, macs, milliseconds in rows:
         say(f"{name:8}{shape:>14}{params:>14,}{macs / 1e9:>9.3f}{milliseconds:>9.2f}")
     params, macs = sum(r[2] for r in rows), sum(r[3] for r in rows)
     with torch.no_grad():
-        x = torch.rand(args.batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        x = example(model, args.batch_size, size)
         milliseconds = measure(lambda: model(x), device)
         say(f"{'total':8}{'':>14}{params:>14,}{macs / 1e9:>9.3f}{milliseconds:>9.2f}")
         if args.profile:
@@ -595,8 +1039,8 @@ def main(args):
             with profile(activities=activities) as profiler:
                 model(x)
             say(profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=20))
-    return dict(params=params, macs=macs, latency_ms=round(milliseconds, 3), batch_size=args.batch_size,
-                image_size=size, device=str(device), checkpoint=source)
+    return dict(precision=model.precision, params=params, macs=macs, latency_ms=round(milliseconds, 3),
+                batch_size=args.batch_size, image_size=size, device=str(device), checkpoint=source)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from resnet50 import (
     UserError,
     add_model_args,
     cpu_isa,
+    fuse,
     load_checkpoint,
     load_model,
     load_weights,
@@ -83,7 +84,7 @@ RECIPES = dict(
         lr_warmup_epochs=2.0, lr_warmup_decay=1e-4, label_smoothing=0.1, image_size=192, progressive=[160, 0.74, 0.86],
         val_size=224, val_resize=256, tta=True),
 )
-NOT_SAVED = ("resume", "overwrite", "config", "eval_only")  # what args.json does not repeat in another run
+NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,6 +149,7 @@ def get_args_parser():
                    help="go on from PATH, or with 'auto' from OUT/last.pt if it is there")
     g.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     g.add_argument("--eval-only", action="store_true", help="score a checkpoint (default: OUT/best.pt) and stop")
+    g.add_argument("--fused", action="store_true", help="with --eval-only: convolution, batch-norm, ReLU in one kernel")
     g.add_argument("--epochs", type=positive, metavar="N")
     g.add_argument("--batch-size", type=batch_size, metavar="N",
                    help="images per process and forward pass; 'auto': the largest that fits")
@@ -485,7 +487,7 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
              poll=lambda: False, on_corrupt="error"):
     """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in
     percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict()."""
-    device = next(model.parameters()).device
+    device = world.device
     loader = loader or data.make_loader(dataset,
                                         data.eval_batches(len(dataset.files), batch_size, world.rank, world.size),
                                         workers, device.type == "cuda")
@@ -853,14 +855,19 @@ def eval_only(args, world):
     given = dict(resize=args.val_resize, interpolation=args.interpolation)
     model.preprocess.update({k: v for k, v in given.items() if v is not None})
     model.to(world.device)
+    amp = amp_dtype(args, world.device)
+    if model.precision == "int8" and amp:
+        raise UserError(f"--amp-dtype {args.amp_dtype}: {source} is an int8 network", code=2)
+    if args.fused:
+        model, amp = fuse(model, amp or torch.float32), None  # it casts by itself
     dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
     size = 32 if args.batch_size == "auto" else args.batch_size
     if world.rank == 0:
         print("\n".join(notes + [f"{source} on {len(val)} images, "
                                  f"{model.preprocess['resize']} -> {model.preprocess['crop']} px"]), file=sys.stderr)
     start = time.perf_counter()
-    result = evaluate(model, dataset, size, world, workers=args.workers, amp=amp_dtype(args, world.device),
-                      tta=args.tta, on_corrupt=args.on_corrupt)
+    result = evaluate(model, dataset, size, world, workers=args.workers, amp=amp, tta=args.tta,
+                      on_corrupt=args.on_corrupt)
     seconds = time.perf_counter() - start
     return dict(result, checkpoint=source, data=args.data or data.DEMO,
                 images_per_second=round(result["images"] / seconds, 2))
@@ -872,7 +879,7 @@ def make_model(args, classes, world):
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
     if args.checkpoint or args.weights:
-        model, _, source = load_model(args, **shape)
+        model, _, source = load_model(args, trains=True, **shape)
         if model.config["num_classes"] != len(classes):
             raise UserError(f"{source}: has {model.config['num_classes']} outputs, the data {len(classes)} classes; "
                             "finetune.py replaces the head")
@@ -929,6 +936,8 @@ def check_args(args):
         refuse("--sync-bn: PyTorch has synchronised batch-norm on CUDA only")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         refuse(f"--device {args.device}: PyTorch sees no CUDA device here")
+    if args.fused and not args.eval_only:
+        refuse("--fused goes with --eval-only")
     if args.workers < 0:
         refuse(f"--workers {args.workers}: must not be negative")
 

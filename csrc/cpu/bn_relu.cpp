@@ -6,9 +6,8 @@
 //              dx = invstd * weight * (g - dbias / rows - (x - mean) * invstd * dweight / rows)
 //
 // Each direction reads its input twice: sums over the rows, then the result. The rows are cut into blocks by their
-// number alone; a block is summed in float32, and the blocks' sums in float64 in their order, so that the result does
-// not depend on the threads. One template of gcc vectors serves every instruction set: their width and the caller's
-// target make the difference.
+// number alone, and the blocks' sums are added in their order, so that the result does not depend on the threads. One
+// template of gcc vectors serves every instruction set: their width and the caller's target make the difference.
 //
 // Tried and refused: several rows at a time in Reduce (its writes of the residual's gradient go to as many places, 0.6x
 // to 0.8x), both gradients written by the second pass (0.75x to 1x), stores that bypass the caches (1.1x, paid back by
@@ -78,10 +77,15 @@ INLINE void store(bf16* p, const typename Vec<W>::F& v) {  // round half to even
 
 template <int W>
 INLINE void accumulate(double* p, const typename Vec<W>::F& v) {
-  typename Vec<W>::D sum;
-  std::memcpy(&sum, p, sizeof sum);
-  sum += __builtin_convertvector(v, typename Vec<W>::D);
-  std::memcpy(p, &sum, sizeof sum);
+  constexpr int H = W > 1 ? W / 2 : 1;  // as many float64 as one register holds; gcc takes wider ones through the stack
+  typename Vec<H>::F parts[W / H];
+  std::memcpy(parts, &v, sizeof v);
+  for (int i = 0; i < W / H; i++) {
+    typename Vec<H>::D sum;
+    std::memcpy(&sum, p + i * H, sizeof sum);
+    sum += __builtin_convertvector(parts[i], typename Vec<H>::D);
+    std::memcpy(p + i * H, &sum, sizeof sum);
+  }
 }
 
 struct Job {  // one call: tensors of (rows, c), vectors of c floats; `a` and `b` hold a vector of c sums per block

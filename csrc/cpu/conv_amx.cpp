@@ -47,8 +47,7 @@ struct Leaving {
         ahead_rows(std::max(0, std::min(next.m, conv.m - ROWS)) - unit.m),  // the last unit may be shorter
         left(unit.rows - done) {}
 
-  // inlined without exception: one call, and all constants would lie in memory
-  [[gnu::always_inline]] void step() {
+  R50_INLINE void step() {
     if (left <= 0) return;
     for (int i = 0; i < RATE; i++) {
       const int64_t offset = outs[i];
@@ -67,8 +66,7 @@ struct Nothing {
 
 // One half (registers 2h and 2h + 1 of the panel) of a unit.
 template <class Rows>
-[[gnu::always_inline]] inline void half_unit(const Conv& conv, const Unit& unit, int h, int32_t* acc, Rows leaving, const int8_t*& fetch,
-                                             int fetches) {
+R50_INLINE void half_unit(const Conv& conv, const Unit& unit, int h, int32_t* acc, Rows leaving, const int8_t*& fetch, int fetches) {
   const Packed& w = *conv.w;
   const int32_t* start = w.start(unit.panel) + 32 * h;
   tile_load<0>(start, 0);

@@ -16,9 +16,8 @@
 namespace r50 {
 namespace {
 
-constexpr int64_t STRIP_BYTES = 192 << 10;   // of a block's input, to stay in a 512 KiB L2 beside a chunk of weights
-constexpr int64_t LEAST = 48, MOST = 192;    // rows of a block: enough to pay for loading a panel; more gain nothing
-constexpr int SLACK = 64;                    // bytes that are read, or for a moment written, behind the end of a copy
+constexpr int64_t ROWS = 192;  // of a block, about: they pay for loading a chunk of weights from beyond L2, and fit there themselves
+constexpr int SLACK = 64;      // bytes that are read, or for a moment written, behind the end of a copy
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -182,12 +181,11 @@ void Block::gather(const uint8_t* from, uint8_t* to) const {
 void run(const Job& job, uint8_t* out, int threads) {
   const ConvFloat& a = job.a;
   const FloatKernel& kernel = job.kernel;
-  const int64_t per_row = job.cg * kernel.element * std::min(a.stride_h, a.kh) * std::min(a.stride_w, a.kw);
-  const int64_t wanted = std::clamp(STRIP_BYTES / per_row, LEAST, MOST);
-  int64_t lines = std::clamp<int64_t>(wanted / job.ow, 1, job.oh), images = 1;
-  const int64_t pieces = std::max<int64_t>(1, (2 * job.oh + lines) / (2 * lines));
+  int64_t lines = std::clamp<int64_t>(ROWS / job.ow, 1, job.oh), images = 1;
+  int64_t pieces = std::max<int64_t>(1, (2 * job.oh + lines) / (2 * lines));  // of an image, about `ROWS` rows each
   lines = (job.oh + pieces - 1) / pieces;
-  if (pieces == 1) images = std::clamp<int64_t>(wanted / (lines * job.ow), 1, a.n);
+  pieces = (job.oh + lines - 1) / lines;
+  if (pieces == 1) images = std::clamp<int64_t>(ROWS / (lines * job.ow), 1, a.n);
   std::vector<Block> shapes{Block(job, int(images), int(lines))};  // and what is left over
   if (const int64_t rest = pieces == 1 ? a.n % images : job.oh % lines)
     shapes.emplace_back(job, int(pieces == 1 ? rest : 1), int(pieces == 1 ? lines : rest));

@@ -31,7 +31,7 @@ struct Epilogue512 {
     valid = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
   }
 
-  [[gnu::always_inline]] static __m512i round16(__m512i acc, __m512 scale, __m512 addend) {
+  static R50_INLINE __m512i round16(__m512i acc, __m512 scale, __m512 addend) {
     if constexpr (rounding == DOUBLE) {
       const __m512d magic = _mm512_set1_pd(6755399441055744.0);  // 1.5 * 2^52: the low half of the sum is the integer
       const __m512i low = _mm512_castpd_si512(_mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(acc)),
@@ -47,7 +47,7 @@ struct Epilogue512 {
   }
 
   // acc: 4 registers of 16 int32; the row's first byte of this panel, in the residual and in the output
-  [[gnu::always_inline]] void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
+  R50_INLINE void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
     __m512i sum0 = _mm512_load_si512(acc), sum1 = _mm512_load_si512(acc + 16);
     __m512i sum2 = _mm512_load_si512(acc + 32), sum3 = _mm512_load_si512(acc + 48);
     if constexpr (residual) {

@@ -1,0 +1,176 @@
+// The AVX-512 intrinsics that the int8 kernels use, as plain C++, so that any CPU runs the kernels' own source.
+//
+// Each function does what Intel's Software Developer's Manual says of its instruction, element by element, and no more is here
+// than the kernels call. An aligned load or store of an unaligned address, a fault on the processor, throws. Masked loads and
+// stores touch the selected bytes only, so that a sanitizer sees what the processor would fault on.
+#pragma once
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+template <class T, int N, int ALIGNMENT>
+struct alignas(ALIGNMENT) EmulatedVector {
+  std::array<T, N> lane;
+};
+using __m256 = EmulatedVector<float, 8, 32>;
+using __m256i = EmulatedVector<int32_t, 8, 32>;
+using __m512 = EmulatedVector<float, 16, 64>;
+using __m512d = EmulatedVector<double, 8, 64>;
+using __m512i = EmulatedVector<int32_t, 16, 64>;
+using __mmask32 = uint32_t;
+using __mmask64 = uint64_t;
+
+namespace emulated {
+
+// the same bits as lanes of another type, and back
+template <class T, class V>
+std::array<T, sizeof(V) / sizeof(T)> lanes(const V& v) {
+  return std::bit_cast<std::array<T, sizeof(V) / sizeof(T)>>(v);
+}
+template <class V, class T, size_t N>
+V vector(const std::array<T, N>& lanes) {
+  static_assert(sizeof(V) == sizeof lanes, "every bit of the register has a value");
+  return std::bit_cast<V>(lanes);
+}
+
+template <class V, class F>
+V each(F&& f) {  // lane i = f(i)
+  V v;
+  for (size_t i = 0; i < v.lane.size(); i++) v.lane[i] = f(i);
+  return v;
+}
+
+inline void check_aligned(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 64) throw std::runtime_error("emulated AVX-512: an aligned access of an unaligned address");
+}
+template <class V>
+V load(const void* p) {
+  check_aligned(p);
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class To, class From>
+To saturate(From x) {
+  return To(x < From(std::numeric_limits<To>::min()) ? std::numeric_limits<To>::min()
+            : x > From(std::numeric_limits<To>::max()) ? std::numeric_limits<To>::max() : x);
+}
+
+// bytes of a and b in turn, from the low (0) or high (8) half of each 128-bit part
+inline __m512i unpack(const __m512i& a, const __m512i& b, int half) {
+  const auto x = lanes<uint8_t>(a), y = lanes<uint8_t>(b);
+  std::array<uint8_t, 64> to;
+  for (int part = 0; part < 64; part += 16)
+    for (int i = 0; i < 8; i++) to[part + 2 * i] = x[part + half + i], to[part + 2 * i + 1] = y[part + half + i];
+  return vector<__m512i>(to);
+}
+
+}  // namespace emulated
+
+// ------------------------------------------------------------------------------------------------ memory
+inline __m512 _mm512_load_ps(const void* p) { return emulated::load<__m512>(p); }
+inline __m512i _mm512_load_si512(const void* p) { return emulated::load<__m512i>(p); }
+inline void _mm512_store_si512(void* p, const __m512i& v) {
+  emulated::check_aligned(p);
+  std::memcpy(p, &v, sizeof v);
+}
+inline __m512i _mm512_maskz_loadu_epi8(__mmask64 mask, const void* p) {
+  std::array<uint8_t, 64> to{};
+  for (int i = 0; i < 64; i++)
+    if (mask >> i & 1) to[i] = static_cast<const uint8_t*>(p)[i];
+  return emulated::vector<__m512i>(to);
+}
+inline void _mm512_mask_storeu_epi8(void* p, __mmask64 mask, const __m512i& v) {
+  const auto from = emulated::lanes<uint8_t>(v);
+  for (int i = 0; i < 64; i++)
+    if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = from[i];
+}
+
+// ------------------------------------------------------------------------------------- constants and casts
+inline __m512i _mm512_setzero_si512() { return {}; }
+inline __m512i _mm512_set1_epi32(int32_t x) { return emulated::each<__m512i>([&](int) { return x; }); }
+inline __m512d _mm512_set1_pd(double x) { return emulated::each<__m512d>([&](int) { return x; }); }
+inline __m512 _mm512_castsi512_ps(const __m512i& v) { return std::bit_cast<__m512>(v); }
+inline __m512i _mm512_castps_si512(const __m512& v) { return std::bit_cast<__m512i>(v); }
+inline __m512i _mm512_castpd_si512(const __m512d& v) { return std::bit_cast<__m512i>(v); }
+inline __m256i _mm512_extracti64x4_epi64(const __m512i& v, int half) {
+  return emulated::each<__m256i>([&](int i) { return v.lane[8 * half + i]; });
+}
+inline __m256 _mm512_extractf32x8_ps(const __m512& v, int half) {
+  return emulated::each<__m256>([&](int i) { return v.lane[8 * half + i]; });
+}
+inline __m256i _mm512_castsi512_si256(const __m512i& v) { return _mm512_extracti64x4_epi64(v, 0); }
+inline __m256 _mm512_castps512_ps256(const __m512& v) { return _mm512_extractf32x8_ps(v, 0); }
+inline __m512i _mm512_inserti64x4(const __m512i& v, const __m256i& x, int half) {
+  return emulated::each<__m512i>([&](int i) { return i / 8 == half ? x.lane[i % 8] : v.lane[i]; });
+}
+inline __m512i _mm512_castsi256_si512(const __m256i& v) {  // the upper half is undefined: here something that would be seen
+  return _mm512_inserti64x4(_mm512_set1_epi32(int32_t(0xdeadbeef)), v, 0);
+}
+
+// ----------------------------------------------------------------------------------------------- numbers
+inline __m512 _mm512_cvtepi32_ps(const __m512i& v) {  // rounds to nearest even, as the default mode says
+  return emulated::each<__m512>([&](int i) { return float(v.lane[i]); });
+}
+inline __m512d _mm512_cvtepi32_pd(const __m256i& v) {
+  return emulated::each<__m512d>([&](int i) { return double(v.lane[i]); });
+}
+inline __m512d _mm512_cvtps_pd(const __m256& v) {
+  return emulated::each<__m512d>([&](int i) { return double(v.lane[i]); });
+}
+inline __m256i _mm512_cvtepi64_epi32(const __m512i& v) {  // the low half of each
+  return emulated::each<__m256i>([&](int i) { return v.lane[2 * i]; });
+}
+inline __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& c) {  // one rounding
+  return emulated::each<__m512>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline __m512d _mm512_fmadd_pd(const __m512d& a, const __m512d& b, const __m512d& c) {
+  return emulated::each<__m512d>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline __m512i _mm512_min_epi32(const __m512i& a, const __m512i& b) {
+  return emulated::each<__m512i>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline __m512i _mm512_max_epi32(const __m512i& a, const __m512i& b) {
+  return emulated::each<__m512i>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline __m512i _mm512_slli_epi32(const __m512i& v, unsigned bits) {  // a count past the width gives 0
+  return emulated::each<__m512i>([&](int i) { return bits > 31 ? 0 : int32_t(uint32_t(v.lane[i]) << bits); });
+}
+
+// --------------------------------------------------------------------------------------- bytes and words
+inline __m512i _mm512_unpacklo_epi8(const __m512i& a, const __m512i& b) { return emulated::unpack(a, b, 0); }
+inline __m512i _mm512_unpackhi_epi8(const __m512i& a, const __m512i& b) { return emulated::unpack(a, b, 8); }
+inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, const __m512i& a, const __m512i& b) {
+  auto to = emulated::lanes<uint16_t>(a);
+  const auto other = emulated::lanes<uint16_t>(b);
+  for (int i = 0; i < 32; i++)
+    if (mask >> i & 1) to[i] = other[i];
+  return emulated::vector<__m512i>(to);
+}
+inline __m512i _mm512_packus_epi16(const __m512i& a, const __m512i& b) {  // per 128 bits: 8 of a, 8 of b
+  const auto x = emulated::lanes<int16_t>(a), y = emulated::lanes<int16_t>(b);
+  std::array<uint8_t, 64> to;
+  for (int i = 0; i < 64; i++) to[i] = emulated::saturate<uint8_t>((i & 8 ? y : x)[i / 16 * 8 + i % 8]);
+  return emulated::vector<__m512i>(to);
+}
+inline __m512i _mm512_dpbusd_epi32(const __m512i& sum, const __m512i& a, const __m512i& b) {  // wraps, never saturates
+  const auto x = emulated::lanes<uint8_t>(a);
+  const auto y = emulated::lanes<int8_t>(b);
+  return emulated::each<__m512i>([&](int i) {
+    int32_t dot = 0;
+    for (int j = 4 * i; j < 4 * i + 4; j++) dot += x[j] * y[j];
+    return int32_t(uint32_t(sum.lane[i]) + uint32_t(dot));
+  });
+}
+inline __m512i _mm512_dpwssd_epi32(const __m512i& sum, const __m512i& a, const __m512i& b) {
+  const auto x = emulated::lanes<int16_t>(a), y = emulated::lanes<int16_t>(b);
+  return emulated::each<__m512i>([&](int i) {
+    const int64_t dot = int64_t(x[2 * i]) * y[2 * i] + int64_t(x[2 * i + 1]) * y[2 * i + 1];
+    return int32_t(uint32_t(sum.lane[i]) + uint32_t(dot));
+  });
+}

@@ -1,0 +1,58 @@
+// pool.cpp as several programs' threads use it at the same time, for ThreadSanitizer: unsynchronized writes whose order only the
+// pool and its barriers guarantee, changing thread counts, and an exception now and then.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "pool.h"
+
+namespace {
+
+constexpr int CALLERS = 3, CALLS = 60;
+
+void expect(bool fine, const char* what) {
+  if (fine) return;
+  std::fprintf(stderr, "races: %s\n", what);
+  std::exit(1);
+}
+
+void call(int round) {
+  const int threads = 1 + round % 4;
+  std::vector<int> first(threads), second(threads);
+  r50::Barrier barrier(threads);
+  int active = 0;
+  r50::parallel(threads, [&](int thread, int count) {
+    if (thread == 0) active = count;
+    first[thread] = thread + 1;
+    if (count > 1) barrier.wait();
+    second[thread] = first[(thread + 1) % count];  // what a neighbour wrote before the barrier
+    if (count > 1) barrier.wait();
+    first[thread] = -1;
+  });
+  expect(active == threads || active == 1, "neither all threads nor one took part");
+  for (int i = 0; i < active; i++) expect(second[i] == (i + 1) % active + 1 && first[i] == -1, "a body did not run to its end");
+  bool caught = false;
+  try {
+    r50::parallel(threads, [&](int thread, int count) {
+      if (thread == count - 1) throw std::runtime_error("expected");
+    });
+  } catch (const std::runtime_error&) {
+    caught = true;
+  }
+  expect(caught, "an exception was lost");
+}
+
+}  // namespace
+
+int main() {
+  std::vector<std::thread> callers;
+  for (int i = 0; i < CALLERS; i++)
+    callers.emplace_back([i] {
+      for (int round = 0; round < CALLS; round++) call(round + i);
+    });
+  for (auto& caller : callers) caller.join();
+  std::puts("done");
+}

@@ -1,0 +1,429 @@
+"""The int8 kernels of csrc/cpu, all four on any CPU (tests/emulate), bit for bit against exact integers in numpy; the
+mistakes that these tests must notice; the same cases under sanitizers; what the compiler made of the AVX-512 loops."""
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import csrc.plan
+from resnet50 import ResNet50
+from tests.conftest import ROOT
+from tests.emulate import kernels as emulate
+from tests.emulate.kernels import HERE, ISAS, SOURCE, Case, Kernels, conv_sums, requantize
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+MAX_MACS = 3e6  # of one layer in test_layers: the emulation does some 10^9 a second
+SANITIZE = ("-Og", "-g1", "-fno-sanitize-recover=all")
+RACES = (*SANITIZE, "-fsanitize=thread")
+
+
+@pytest.fixture(scope="session")
+def builds(pytestconfig, tmp_path_factory):
+    """All that the tests compile, from the start and beside them: {name: function that waits and returns the path}."""
+    builder = emulate.Builder(pytestconfig.cache.mkdir("kernels"))
+    cpu = lambda *names: [os.path.join(SOURCE, f"{name}.cpp") for name in names]  # noqa: E731
+    folder = tmp_path_factory.mktemp("faulty")
+    yield dict(
+        library=builder.library("-O1"),
+        isa=builder.start(".so", cpu("isa"), ["-DRESNET50_EMULATED"], "-shared"),
+        faulty=builder.library("-O1", other=plant(folder)),
+        sanitized=builder.library(*SANITIZE, "-fsanitize=address,undefined"),
+        races=builder.start("", [os.path.join(HERE, "races.cpp"), *cpu("pool")], RACES, *RACES),
+        native=builder.start(".so", cpu("conv_vnni", "conv_amx"), ["-O3"], "-shared"))
+    builder.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def library(builds):
+    return builds["library"]()
+
+
+@pytest.fixture
+def kernels(library):
+    k = Kernels(library)
+    yield k
+    assert k.lib.face_configured() == 0, "a kernel returned without tile_release"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("group", emulate.GROUPS)
+def test_values(kernels, isa, group):
+    emulate.GROUPS[group](kernels, isa)
+
+
+# ---------------------------------------------------------------------------------------------- the network's layers
+
+def layer_shapes(**config):
+    """{(h, w, c, o, kernel, stride, padding)} of the convolutions of ResNet50(**config) at 224 pixels"""
+    shapes = set()
+
+    def note(m, inputs, _):
+        shapes.add((*inputs[0].shape[2:], m.in_channels, m.out_channels, m.kernel_size, m.stride, m.padding))
+    with torch.device("meta"):
+        model = ResNet50(**config).eval()
+        for m in model.modules():
+            if isinstance(m, nn.Conv2d):
+                m.register_forward_hook(note)
+        model(torch.empty(1, 3, 224, 224))
+    return shapes
+
+
+def pruned():
+    """Widths that are multiples of 8 and ones that are not, as no table of ours has them."""
+    widths = {"layer1": 184, "layer2": 392, "layer3": 619, "layer4": 1001}
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            for conv in (1, 2):
+                widths[f"layer{stage + 1}.{block}.conv{conv}"] = (24, 40, 59)[(block + conv) % 3] << stage
+    return widths
+
+
+@pytest.fixture(scope="module")
+def layers():
+    """A Case of every distinct layer, its image cut to MAX_MACS: channels, window, stride and parity stay. Those with
+    1x1 windows and stride 1, such as the last of each block, add a residual."""
+    shapes = layer_shapes() | layer_shapes(stride_on="1x1") | layer_shapes(stem="deep") | layer_shapes(widths=pruned())
+    cases = []
+    for i, (h, w, c, o, kernel, stride, padding) in enumerate(sorted(shapes)):
+        macs = h * w * c * o * kernel[0] * kernel[1] / stride[0] / stride[1]
+        cut = lambda size: size - 2 * int((size - max(3, size * min(1, MAX_MACS / macs) ** 0.5)) / 2)  # noqa: E731
+        cases.append(Case(1, cut(h), cut(w), c, o, kernel, stride, padding, residual=kernel == stride, seed=i))
+    return cases
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_layers(kernels, isa, layers):
+    assert len(layers) > 50
+    emulate.check_layers(kernels, isa, layers)
+
+
+# -------------------------------------------------------------------------------------------------------- networks
+
+def result(step, values):
+    """What one step of csrc/plan.py makes of the activations uint8 (n, h, w, c)."""
+    x, kind = values[step["x"]], step["kind"]
+    if kind == "maxpool":
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2].max((-1, -2))
+    if kind == "avgpool":
+        pixels = x.shape[1] * x.shape[2]
+        mult = np.array((2 * step["mult"] + pixels) // (2 * pixels))  # mult / pixels, rounded half up
+        return requantize(x.sum((1, 2), dtype=np.int64), mult)[:, None, None]
+    if kind == "linear":
+        acc = x[:, 0, 0].astype(np.int64) @ step["weight"].numpy().astype(np.int64).T + step["bias"].numpy()
+        return (acc * step["scale"].numpy().astype(np.float64)).astype(np.float32)
+    weight, fill = step["weight"].numpy().transpose(0, 2, 3, 1), step.get("pad_value")
+    acc = conv_sums(x, weight, (step["stride"],) * 2, (step["padding"],) * 2, None if fill is None else fill.numpy())
+    if step.get("x2"):
+        weight2 = step["weight2"].numpy().transpose(0, 2, 3, 1)
+        acc += conv_sums(values[step["x2"]], weight2, (step["stride2"],) * 2, (0, 0))
+    acc += step["bias"].numpy()
+    if step.get("residual"):
+        acc += step["gain"].numpy().astype(np.int64) * values[step["residual"]]
+    return requantize(acc, step["mult"].numpy())
+
+
+def execute(steps, pixels):
+    values = {"pixels": pixels}
+    for step in steps:
+        values[step.get("out", "logits")] = result(step, values)
+    return values["logits"]
+
+
+class Network:
+    """Steps with random weights, scaled as they are added so that `pixels` give values all over 0..255."""
+
+    def __init__(self, pixels):
+        self.rng, self.steps, self.values = np.random.default_rng(7), [], {"pixels": pixels}
+
+    def draw(self, low, high, size, dtype=torch.int32):
+        return torch.from_numpy(self.rng.integers(low, high, size)).to(dtype)
+
+    def add(self, kind, x, **step):
+        step = dict(kind=kind, x=x, out=f"{len(self.steps)}", **step)
+        self.steps.append(step)
+        self.values[step["out"]] = result(step, self.values)
+        return step["out"]
+
+    def conv(self, x, o, kernel=1, stride=1, x2=None, stride2=1, fill=False, residual=None):
+        channels = self.values[x].shape[-1]
+        step = dict(weight=self.draw(-128, 128, (o, channels, kernel, kernel), torch.int8), stride=stride,
+                    padding=kernel // 2)
+        if fill:
+            step["pad_value"] = self.draw(60, 200, channels, torch.uint8)
+        if x2:
+            step |= dict(x2=x2, stride2=stride2,
+                         weight2=self.draw(-128, 128, (o, self.values[x2].shape[-1], 1, 1), torch.int8))
+        reach = 75 * (channels * kernel ** 2 * 120 ** 2) ** 0.5
+        if residual:
+            step |= dict(residual=residual, gain=self.draw(int(-reach / 60), int(reach / 60), o).clamp_(-32767, 32767))
+        return self.add("conv", x, bias=self.draw(int(-reach), int(reach), o),
+                        mult=self.draw(int(2 ** 22 * 40 / reach), int(2 ** 22 * 160 / reach), o), **step)
+
+    def block(self, x, mid, o, stride=1, on_1x1=False, fill=False):
+        y = self.conv(x, mid, stride=stride if on_1x1 else 1)
+        y = self.conv(y, mid, 3, stride=1 if on_1x1 else stride, fill=fill)
+        if self.values[x].shape[-1] == o and stride == 1:
+            return self.conv(y, o, residual=x)
+        return self.conv(y, o, x2=x, stride2=stride)
+
+    def head(self, x, classes):
+        x = self.add("avgpool", x, mult=2 ** 21 + 12345)
+        weight = self.draw(-128, 128, (classes, self.values[x].shape[-1]), torch.int8)
+        scale = torch.from_numpy(self.rng.uniform(-1e-3, 1e-3, classes).astype(np.float32))
+        self.steps.append(dict(kind="linear", x=x, weight=weight, bias=self.draw(-1000, 1000, classes), scale=scale))
+        return self.steps
+
+
+def standard(pixels):
+    net = Network(pixels)
+    x = net.add("maxpool", net.conv("pixels", 64, 7, 2, fill=True))
+    for mid, o, stride in ((64, 128, 1), (64, 128, 1), (64, 192, 2), (64, 192, 1), (128, 128, 2)):
+        x = net.block(x, mid, o, stride)
+    return net.head(x, 59)
+
+
+def narrow(pixels):
+    """Pruned widths, the v1 wiring, a small stem."""
+    net = Network(pixels)
+    x = net.conv("pixels", 24, 3, fill=True)
+    for mid, o, stride in ((24, 40, 1), (59, 40, 1)):
+        x = net.block(x, mid, o, stride, on_1x1=True)
+    x = net.conv(x, 113, 3, 2)  # neighbouring pixels of a sum, and bytes of three that fill no tile
+    for mid, o, stride in ((24, 113, 1), (59, 64, 2)):
+        x = net.block(x, mid, o, stride, on_1x1=True)
+    return net.head(x, 1)
+
+
+def filled(pixels):
+    """Borders with values inside the network, as quantizers with zero points need them, before strides of 1 and 2."""
+    net = Network(pixels)
+    x = net.conv("pixels", 64, 3, fill=True)
+    for mid, o, stride in ((64, 64, 1), (64, 128, 2), (128, 128, 1), (24, 64, 2)):
+        x = net.block(x, mid, o, stride, fill=True)
+    return net.head(x, 10)
+
+
+NETWORKS = [(standard, 1, 45, 59), (standard, 11, 17, 23), (standard, 8, 8, 9), (narrow, 3, 13, 9), (narrow, 8, 5, 4),
+            (filled, 1, 11, 12), (filled, 16, 5, 6)]
+
+
+@pytest.fixture(scope="module")
+def networks(library, tmp_path_factory):
+    """-> .npz files, each with the plan of every instruction set, pixels, and the logits to expect"""
+    kernels, paths = Kernels(library), []
+    kernel_layout = lambda t: None if t is None else np.ascontiguousarray(t.numpy().transpose(0, 2, 3, 1))  # noqa: E731
+
+    def pack(weight, mult, bias, gain=None, weight2=None):
+        vectors = [None if v is None else v.numpy() for v in (mult, bias, gain)]
+        return torch.from_numpy(kernels.pack(kernel_layout(weight), *vectors, kernel_layout(weight2)).copy())
+    for i, (make, n, h, w) in enumerate(NETWORKS):
+        pixels = np.random.default_rng(i).integers(0, 256, (n, h, w, 3), np.uint8)
+        steps = make(pixels)
+        plans = {}
+        for isa in ISAS:
+            kernels.use(isa)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(csrc.plan, "load", lambda: True)
+                patch.setattr(csrc.plan, "isa", lambda: isa)
+                patch.setattr(torch.ops.resnet50, "pack_int8", pack, raising=False)
+                plans[isa] = csrc.plan.build_plan(steps).numpy()
+        paths.append(str(tmp_path_factory.mktemp("network") / f"{i}.npz"))
+        np.savez(paths[-1], pixels=pixels, logits=execute(steps, pixels), **plans)
+    return paths
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_networks(kernels, isa, networks):
+    for path in networks:
+        emulate.check_network(kernels, isa, path)
+
+
+# ------------------------------------------------------------------------------------------- refusals, choice of ISA
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pack_refuses(kernels, isa):
+    kernels.use(isa)
+    good = dict(weight=np.full((1, 1, 1, 3), 127, np.int8), mult=2 ** 22, bias=2 ** 31 - 1 - 3 * 255 * 127, gain=0)
+    for change, message in (
+            ({}, None), (dict(bias=good["bias"] + 1), "could reach 2147483648"),
+            (dict(gain=1), "could reach 2147483902"), (dict(mult=2 ** 22 + 1), "mult 4194305 and gain 0"),
+            (dict(mult=-1), "mult -1"), (dict(gain=32768, bias=0), "gain 32768"),
+            (dict(gain=-32769, bias=0), "gain -32769")):
+        given = {k: np.array([v], np.int32) if isinstance(v, int) else v for k, v in (good | change).items()}
+        if message:
+            with pytest.raises(RuntimeError, match=re.escape(message)):
+                kernels.pack(**given)
+        else:
+            kernels.pack(**given)
+
+
+def test_choice_of_isa(builds):
+    """RESNET50_ISA, which each process reads once; the emulation claims every feature."""
+    code = ("import ctypes, sys; name = ctypes.CDLL(sys.argv[1])._ZN3r508isa_nameEv\n"
+            "name.restype = ctypes.c_char_p; print(name())")
+    for given in ("", "plain", "avx2", "vnni", "amx", "sse"):
+        done = subprocess.run([sys.executable, "-c", code, builds["isa"]()], text=True,
+                              env={**os.environ, "RESNET50_ISA": given},
+                              capture_output=True)
+        if given == "sse":
+            assert done.returncode and "RESNET50_ISA=sse: none of amx, vnni, avx2, plain" in done.stderr
+        else:
+            assert done.stdout.strip() == repr((given or "amx").encode()), done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the emulation itself
+
+def bf16(values):
+    """float32 -> (bits uint16, the value they stand for), cut"""
+    bits = values.astype(np.float32).view(np.uint32) >> 16
+    return bits.astype(np.uint16), (bits << 16).astype(np.uint32).view(np.float32)
+
+
+def test_emulated_tiles(kernels):
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (16, 64), np.uint8)
+    b = rng.integers(-128, 128, (16, 16, 4), np.int8)  # (k / 4, n, k % 4)
+    c = rng.integers(-2 ** 31, 2 ** 31, (16, 16), np.int32)
+    c[0], c[1] = 2 ** 31 - 1, -2 ** 31  # sums that wrap
+    want = c + a.astype(np.int64) @ b.transpose(0, 2, 1).reshape(64, 16).astype(np.int64)
+    kernels.call("face_tile_dot", *(v.ctypes.data_as(emulate.ctypes.c_void_p) for v in (a, b, c)), 0)
+    assert want.max() >= 2 ** 31 and want.min() < -2 ** 31 and np.array_equal(c, want.astype(np.int32))
+
+    (a, x), (b, y) = bf16(rng.normal(size=(16, 16, 2))), bf16(rng.normal(size=(16, 16, 2)))  # a: (m, k / 2, k % 2)
+    c = rng.normal(size=(16, 16)).astype(np.float32)
+    c[0], a[1], x[1] = 1e-39, 1, 0  # denormals count as zeros
+    exact = np.where(np.abs(c) < 1e-38, 0, c) + np.einsum("mki,kni->mn", x.astype(np.float64), y.astype(np.float64))
+    scale = np.abs(c) + np.einsum("mki,kni->mn", np.abs(x), np.abs(y))
+    start = c.copy()
+    kernels.call("face_tile_dot", *(v.ctypes.data_as(emulate.ctypes.c_void_p) for v in (a, b, c)), 1)
+    assert (np.abs(c - exact) <= 20 * 2 ** -24 * scale).all() and np.array_equal(c[1], start[1]) and (c[0] != 0).all()
+    with pytest.raises(RuntimeError, match="without a configuration"):
+        kernels.call("face_tile_unconfigured")
+
+
+# ------------------------------------------------------------------------------------------------------ planted faults
+
+def run_cases(library, *groups, **env):
+    return subprocess.run([sys.executable, "-m", "tests.emulate.kernels", library, *groups], cwd=ROOT,
+                          capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **env})
+
+
+FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, instruction sets, cases that must notice)
+    "permutation": ("pack.cpp", "((c / 8 & 1) * 2 + (c & 1)) * 16",
+                    "(FAULT ? (c & 1) * 2 + (c / 8 & 1) : (c / 8 & 1) * 2 + (c & 1)) * 16", "vnni,amx", "odd"),
+    "gain in the other half": ("pack.cpp", ": c & 1 ?", ": c & (FAULT ? 2 : 1) ?", "vnni,amx", "extremes"),
+    "no magic in the start": ("pack.cpp", "if (h.rounding == BIASED) start",
+                              "if (h.rounding == BIASED && !FAULT) start", "vnni,amx", "odd"),
+    "float past 2^24": ("pack.cpp", "reach >= 1 << 24", "reach >= (1 << 24) + FAULT", "vnni,amx", "extremes"),
+    "no clamp after double": ("epilogue512.h", "return _mm512_max_epi32",
+                              "if (FAULT) return y; return _mm512_max_epi32", "vnni,amx", "extremes"),
+    "panel's last channels": ("epilogue512.h", "left >= 64 ?", "left >= (FAULT ? 0 : 64) ?", "vnni,amx", "odd"),
+    "rows of a pass": ("conv_vnni.cpp", "case 5: multiply<5>",
+                       "case 5: FAULT ? multiply<4>(conv, m, p, acc) : multiply<5>", "vnni", "odd"),
+    "second operand": ("conv_vnni.cpp", "in = conv.in[s];", "in = conv.in[FAULT ? 0 : s];", "vnni", "odd"),
+    "dropped row stored": ("conv_amx.cpp", "if (offset >= 0) epi", "if (FAULT || offset >= 0) epi", "amx", "sweeps"),
+    "tap": ("conv_amx.cpp", "*x1 = a1 + in.taps[t]", "*x1 = a1 + in.taps[FAULT && t ? t - 1 : t]", "amx", "odd"),
+    "scratch overwritten": ("conv_amx.cpp", "(single ? 0", "(FAULT || single ? 0", "amx", "odd"),
+    "rows left over": ("conv_amx.cpp", "if (2 * multiplies", "if ((FAULT ? 4 : 2) * multiplies", "amx", "odd"),
+    "rows finished twice": ("conv_amx.cpp", "std::min(last.rows,", "FAULT ? 0 : std::min(last.rows,", "amx", "sweeps"),
+    "last unit": ("conv_amx.cpp", "while (rest.left > 0)", "while (!FAULT && rest.left > 0)", "amx", "odd"),
+    "last group": ("conv_amx.cpp", "unit.m + unit.rows - 16", "unit.m + (FAULT ? 0 : unit.rows - 16)", "amx", "odd"),
+    "panel of the rows that wait": ("conv_amx.cpp", "epilogue(*conv.w, unit.panel)",
+                                    "epilogue(*conv.w, FAULT ? next.panel : unit.panel)", "amx", "odd"),
+    "block of 40 rows": ("conv_amx.cpp", "std::clamp(wanted, 1, 2",
+                         "FAULT && conv.block ? conv.block : std::clamp(wanted, 1, 2", "amx", "sweeps"),
+    "tiles kept": ("conv_amx.cpp", "  tile_release();", "  if (!FAULT) tile_release();", "amx", "gemm"),
+    "distance of rows": ("layout.cpp", "all[next].in == first.in + i * step &&",
+                         "(FAULT || all[next].in == first.in + i * step) &&", "amx", "odd"),
+    "taps of odd widths": ("network.cpp", "f.planes && f.whole", "f.planes && (FAULT || f.whole)", "amx", "network"),
+    "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
+}
+
+
+def plant(folder):
+    """Copies what FAULTS names, with all the mistakes, each of which EMULATED_FAULT turns on. -> files to compile"""
+    texts = {}
+    for i, (name, text, wrong, *_) in enumerate(FAULTS.values()):
+        if name not in texts:
+            with open(os.path.join(SOURCE, name)) as f:
+                texts[name] = f.read()
+        if texts[name].count(text) != 1:
+            pytest.fail(f"{name} has {texts[name].count(text)} times {text!r}: plant {list(FAULTS)[i]!r} anew")
+        texts[name] = texts[name].replace(text, wrong.replace("FAULT", f"(emulated_fault == {i})"))
+    for name, text in texts.items():
+        with open(os.path.join(folder, name), "w") as f:
+            f.write(f"extern int emulated_fault;\n{text}")
+    return [os.path.join(folder, name) for name in texts if name.endswith(".cpp")]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(builds, networks, fault):
+    *_, isas, group = FAULTS[fault]
+    groups = [f"network={path}" for path in networks] if group == "network" else [group]
+    done = run_cases(builds["faulty"](), isas, *groups, EMULATED_FAULT=str(list(FAULTS).index(fault)))
+    assert done.returncode < 0 or "differs" in done.stderr, done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- sanitizers
+
+def preload(*names):
+    """Sanitizers must come first in a process; libstdc++ with them, for exceptions."""
+    paths = [subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+             for name in (*names, "libstdc++.so")]
+    if not all(map(os.path.isabs, paths)):
+        pytest.skip(f"this g++ comes without {' '.join(names)}")
+    return " ".join(paths)
+
+
+def test_address_and_undefined_behaviour(builds, networks):
+    """Operands lie in memory of exactly their size; odd shapes, every layout, whole networks."""
+    sanitizers = preload("libasan.so", "libubsan.so")
+    done = run_cases(builds["sanitized"](), ",".join(ISAS), "odd", "gemm", "sweeps=25",
+                     *(f"network={networks[i]}" for i in (2, 3, 5)), LD_PRELOAD=sanitizers,
+                     ASAN_OPTIONS="detect_leaks=0")
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr[:4000]
+
+
+def test_races(builds):
+    """pool.cpp with callers at the same time, barriers and exceptions, under ThreadSanitizer."""
+    preload("libtsan.so")
+    # libtsan of gcc 12 does not start where the system spreads addresses over more bits than it expects
+    same_addresses = ["setarch", "-R"] if shutil.which("setarch") else []
+    done = subprocess.run([*same_addresses, builds["races"]()], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "done\n", done.stdout + done.stderr[:4000]
+
+
+# ------------------------------------------------------------------------------------------------------- machine code
+
+def loops(path):
+    """-> (function, instructions) of every backward jump, from objdump"""
+    text = subprocess.run(["objdump", "-d", "--no-show-raw-insn", "-C", path], capture_output=True, text=True,
+                          check=True)
+    for function in re.split(r"\n(?=[0-9a-f]{16} <)", text.stdout):
+        lines = [(int(at, 16), line) for at, line in re.findall(r"^ *([0-9a-f]+):\t(.+)$", function, re.M)]
+        index = {at: i for i, (at, _) in enumerate(lines)}
+        for i, (_, line) in enumerate(lines):
+            if (jump := re.match(r"j\w+ +([0-9a-f]+) ", line)) and index.get(int(jump[1], 16), i + 1) <= i:
+                yield function.split("\n")[0], [line for _, line in lines[index[int(jump[1], 16)]:i + 1]]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs objdump of x86-64")
+@pytest.mark.parametrize("instruction, kernel, most, variants", [
+    ("vpdpbusd", "multiply", 24, 6), ("tdpbusd", "sweep", 4, 9)])  # at most: 6 rows x 4 registers; 2 x 2 tiles
+def test_loops_stay_in_registers(builds, instruction, kernel, most, variants):
+    """The loops around the multiplies, as -O3 compiles them: no vector goes to the stack or comes from it, no function
+    is called. Without this the epilogue of AMX takes longer than the multiplies that should hide it."""
+    count = 0
+    for name, body in loops(builds["native"]()):
+        if kernel in name and 0 < sum(instruction in line for line in body) <= most:  # the innermost
+            count += 1
+            assert not [line for line in body if re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm|call", line)], name
+    assert count >= variants
