@@ -194,9 +194,9 @@ def narrow(pixels):
     """Pruned widths, the v1 wiring, a small stem."""
     net = Network(pixels)
     x = net.conv("pixels", 24, 3, fill=True)
-    for mid, o, stride in ((24, 40, 1), (59, 40, 1)):
+    for mid, o, stride in ((24, 40, 1), (59, 40, 1), (24, 113, 2)):
         x = net.block(x, mid, o, stride, on_1x1=True)
-    x = net.conv(x, 113, 3, 2)  # neighbouring pixels of a sum, and bytes of three that fill no tile
+    x = net.conv(x, 113, 3, 2)  # three pixels of 113 bytes fill no tiles
     for mid, o, stride in ((24, 113, 1), (59, 64, 2)):
         x = net.block(x, mid, o, stride, on_1x1=True)
     return net.head(x, 1)

@@ -366,7 +366,7 @@ def parse():
     p.add_argument("--full", action="store_true", help=f"also {' and '.join(SLOW_TO_BUILD)}, minutes of compiling")
     p.add_argument("--batches", type=numbers, default=[1, 8, 32], metavar="N[,N]")
     p.add_argument("--threads", type=numbers, default=[1, 2], metavar="N[,N]")
-    p.add_argument("--seconds", type=float, default=180, help="of measuring, all configurations (default %(default)s)")
+    p.add_argument("--seconds", type=float, default=150, help="of measuring, all configurations (default %(default)s)")
     p.add_argument("--isa", choices=("amx", "vnni", "avx2", "plain"), help="hold everything to this instruction set")
     p.add_argument("--per-layer", action="store_true", help="the layers of our int8 network instead")
     args = p.parse_args()
