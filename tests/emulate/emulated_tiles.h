@@ -1,4 +1,4 @@
-// csrc/cpu/tiles.h on any CPU: eight tiles of 16 rows of 64 bytes per thread, and an exception where the processor would fault.
+// csrc/cpu/tiles.h on any CPU: eight tiles of 16 rows of 64 bytes per thread; an exception where the processor faults.
 // Loads and stores go straight to the caller's memory, byte for byte, so that a sanitizer sees what they touch.
 #pragma once
 #include <atomic>
@@ -17,7 +17,7 @@ struct EmulatedTiles {
   bool configured = false;
 };
 inline thread_local EmulatedTiles emulated_tiles;
-inline std::atomic<int> emulated_configured{0};  // threads that hold a configuration: 0 between kernels, or one forgot tile_release
+inline std::atomic<int> emulated_configured{0};  // threads that hold a configuration: none between kernels
 
 template <int T>
 uint8_t* emulated_tile() {
@@ -43,7 +43,8 @@ template <int T>
 void tile_load(const void* from, int64_t stride) {  // stride 0: one row sixteen times
   uint8_t* tile = emulated_tile<T>();
   for (int r = 0; r < EmulatedTiles::ROWS; r++)
-    std::memcpy(tile + r * EmulatedTiles::ROW_BYTES, static_cast<const uint8_t*>(from) + r * stride, EmulatedTiles::ROW_BYTES);
+    std::memcpy(tile + r * EmulatedTiles::ROW_BYTES, static_cast<const uint8_t*>(from) + r * stride,
+                EmulatedTiles::ROW_BYTES);
 }
 template <int T>
 void tile_store(void* to, int64_t stride) {
@@ -74,7 +75,9 @@ void tile_dot_u8s8() {  // wraps, never saturates
 }
 
 // Denormal operands and results are zeros whatever MXCSR says.
-inline float emulated_flush(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+inline float emulated_flush(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
 inline float emulated_bf16(const uint8_t* p) {
   uint16_t half;
   std::memcpy(&half, p, 2);
@@ -92,8 +95,8 @@ void tile_dot_bf16() {
       float chain[2] = {};
       for (int k = 0; k < 16; k++)
         for (int i = 0; i < 2; i++)
-          chain[i] = emulated_flush(std::fma(emulated_bf16(a + 64 * m + 4 * k + 2 * i), emulated_bf16(b + 64 * k + 4 * n + 2 * i),
-                                             chain[i]));
+          chain[i] = emulated_flush(std::fma(emulated_bf16(a + 64 * m + 4 * k + 2 * i),
+                                             emulated_bf16(b + 64 * k + 4 * n + 2 * i), chain[i]));
       float sum;
       std::memcpy(&sum, to + 64 * m + 4 * n, 4);
       sum = emulated_flush(emulated_flush(sum) + emulated_flush(chain[0] + chain[1]));

@@ -1,8 +1,8 @@
 // The AVX-512 intrinsics that the int8 kernels use, as plain C++, so that any CPU runs the kernels' own source.
 //
-// Each function does what Intel's Software Developer's Manual says of its instruction, element by element, and no more is here
-// than the kernels call. An aligned load or store of an unaligned address, a fault on the processor, throws. Masked loads and
-// stores touch the selected bytes only, so that a sanitizer sees what the processor would fault on.
+// Each function does what Intel's Software Developer's Manual says of its instruction, element by element; there are no
+// more of them than the kernels call. An aligned access of an unaligned address, a fault on the processor, throws.
+// Masked loads and stores touch the selected bytes only, so that a sanitizer sees what the processor would fault on.
 #pragma once
 #include <array>
 #include <bit>
@@ -45,7 +45,8 @@ V each(F&& f) {  // lane i = f(i)
 }
 
 inline void check_aligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 64) throw std::runtime_error("emulated AVX-512: an aligned access of an unaligned address");
+  if (reinterpret_cast<uintptr_t>(p) % 64)
+    throw std::runtime_error("emulated AVX-512: an aligned access of an unaligned address");
 }
 template <class V>
 V load(const void* p) {
@@ -109,7 +110,7 @@ inline __m256 _mm512_castps512_ps256(const __m512& v) { return _mm512_extractf32
 inline __m512i _mm512_inserti64x4(const __m512i& v, const __m256i& x, int half) {
   return emulated::each<__m512i>([&](int i) { return i / 8 == half ? x.lane[i % 8] : v.lane[i]; });
 }
-inline __m512i _mm512_castsi256_si512(const __m256i& v) {  // the upper half is undefined: here something that would be seen
+inline __m512i _mm512_castsi256_si512(const __m256i& v) {  // the upper half is undefined: something that would be seen
   return _mm512_inserti64x4(_mm512_set1_epi32(int32_t(0xdeadbeef)), v, 0);
 }
 

@@ -1,5 +1,5 @@
-// csrc/cpu as plain C functions for tests/emulate/kernels.py, which calls them through ctypes. It stands in for isa.cpp: the tests
-// choose the instruction set call by call. Every function returns 0, or 1 with the sentence that face_error() has.
+// csrc/cpu as plain C functions for tests/emulate/kernels.py, which calls them through ctypes, in place of isa.cpp: the
+// tests choose the instruction set call by call. Functions return 0, or 1 with the sentence that face_error() has.
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -71,18 +71,21 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   const Window window{int(a.kh), int(a.kw), int(a.stride_h), int(a.stride_w), int(a.pad_h), int(a.pad_w)};
   const int oh = outputs(int(a.h), window.kh, window.stride_h, window.pad_h);
   const int ow = outputs(int(a.w), window.kw, window.stride_w, window.pad_w);
-  const Input x(Layout(n, int(a.h), int(a.w), int(a.c), int(std::max(a.pad_h, a.pad_w)), s.planes, s.interleaved), a.x, a.pad_value,
-                s.align);
+  const int border = int(std::max(a.pad_h, a.pad_w));
+  const Input x(Layout(n, int(a.h), int(a.w), int(a.c), border, s.planes, s.interleaved), a.x, a.pad_value, s.align);
   std::unique_ptr<Input> x2;
   if (a.x2)
-    x2 = std::make_unique<Input>(Layout(n, int(a.h2), int(a.w2), int(a.c2), 0, s.planes, s.interleaved), a.x2, nullptr, s.align);
+    x2 = std::make_unique<Input>(Layout(n, int(a.h2), int(a.w2), int(a.c2), 0, s.planes, s.interleaved), a.x2, nullptr,
+                                 s.align);
 
   // one run of kw * c bytes per row of the window where pixels touch, or where splitting it leaves no padding
   const bool merged = x.layout.dense() || a.c % 64 == 0;
-  const PackedShape shape{int(a.o), a.x2 ? 2 : 1, {int(merged ? a.kh : a.kh * a.kw), 1}, {int(merged ? a.kw * a.c : a.c), int(a.c2)}};
+  const int64_t taps = merged ? a.kh : a.kh * a.kw, k = merged ? a.kw * a.c : a.c;
+  const PackedShape shape{int(a.o), a.x2 ? 2 : 1, {int(taps), 1}, {int(k), int(a.c2)}};
   const int8_t* const weights[2] = {a.weight, a.weight2};
   Bytes blob;
-  pack_int8(isa(), shape, weights, a.mult, a.bias, a.gain, [&](int64_t bytes) { return (blob = allocate(bytes)).get(); });
+  pack_int8(isa(), shape, weights, a.mult, a.bias, a.gain,
+            [&](int64_t bytes) { return (blob = allocate(bytes)).get(); });
   const auto& w = *reinterpret_cast<const Packed*>(blob.get());
   *rounding = w.rounding;
 
@@ -103,7 +106,8 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
     conv.residual = to;
   }
   Tables tables;
-  tables.build(x.layout, window, out, x2 ? &x2->layout : nullptr, int(a.stride2_h), int(a.stride2_w), element, int(s.align));
+  tables.build(x.layout, window, out, x2 ? &x2->layout : nullptr, int(a.stride2_h), int(a.stride2_w), element,
+               int(s.align));
   tables.attach(conv, w.operands);
   conv.in[0].a = x.data.get();
   if (x2) conv.in[1].a = x2->data.get();
@@ -140,23 +144,25 @@ int face_configured() { return emulated_configured; }
 int face_conv(const ConvInt8* conv, uint8_t* out, int threads) {
   return guarded([&] { conv_int8(*conv, out, threads); });
 }
-int face_gemm(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale, int64_t m, int64_t n,
-              int64_t k, void* out, int threads) {
+int face_gemm(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale,
+              int64_t m, int64_t n, int64_t k, void* out, int threads) {
   return guarded([&] { gemm_int8(a, b, bias, mult, scale, m, n, k, out, threads); });
 }
 int face_sweep(const Sweep* s, uint8_t* out, int32_t* rounding) {
   return guarded([&] { sweep(*s, out, rounding); });
 }
 // -> the blob, which lives until the next call, and its size; null where it failed
-const uint8_t* face_pack(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
-                         const int32_t* mult, const int32_t* bias, const int32_t* gain, int64_t* bytes) {
+const uint8_t* face_pack(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2,
+                         const int8_t* weight2, const int32_t* mult, const int32_t* bias, const int32_t* gain,
+                         int64_t* bytes) {
   const int failed = guarded([&] {
     pack_int8(o, kh, kw, c, weight, c2, weight2, mult, bias, gain,
               [&](int64_t size) { return (packed = allocate(*bytes = size)).get(); });
   });
   return failed ? nullptr : packed.get();
 }
-int face_network(const uint8_t* plan, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits, int threads) {
+int face_network(const uint8_t* plan, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
+                 int threads) {
   return guarded([&] { network_int8(plan, bytes, pixels, n, h, w, logits, threads); });
 }
 // one product of tiles, and one tile too early

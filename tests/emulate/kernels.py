@@ -1,4 +1,4 @@
-"""The int8 kernels of csrc/cpu, built so that any x86 or other CPU runs all four of them, and what they must compute.
+"""The int8 kernels of csrc/cpu, built so that any x86-64 CPU runs all four of them, and what they must compute.
 
 AVX-512 and AMX are emulated (emulated_x86.h, emulated_tiles.h); AVX2 and plain C++ are compiled as they are. Everything
 here needs numpy and g++ alone, because `python -m tests.emulate.kernels LIBRARY ISAS GROUP...` also runs in processes
@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 
@@ -21,6 +22,7 @@ SOURCE = os.path.join(os.path.dirname(os.path.dirname(HERE)), "csrc", "cpu")
 UNITS = ("conv_plain", "conv_avx2", "conv_vnni", "conv_amx", "pack", "layout", "conv_int8", "network", "pooling",
          "pool")
 FLAGS = ("-std=c++20", "-fPIC", "-Wno-psabi", "-pthread")
+WEEK = 7 * 24 * 3600  # seconds that an unused build is kept
 MULT_BITS = 22
 GAINS = (-32768, 32767)
 
@@ -42,6 +44,9 @@ class Builder:
         self.folder = str(folder)
         self.version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
         self.pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        for path in (os.path.join(folder, name) for name in os.listdir(folder)):
+            if time.time() - os.path.getmtime(path) > WEEK:
+                os.unlink(path)
 
     def run(self, key, suffix, *command):
         """g++ `command` -o file, unless the file of this key is there. -> path"""
@@ -53,6 +58,7 @@ class Builder:
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])
             os.replace(temporary, path)
+        os.utime(path)
         return path
 
     def compile(self, path, *flags):
@@ -330,7 +336,7 @@ def check_extremes(kernels, isa):
         compare(kernels.conv(case), case.want, f"{isa}: conv_int8: {name}: {case.text}")
 
 
-def check_sweeps(kernels, isa, count=90):
+def check_sweeps(kernels, isa, count=70):
     """Layouts, blocks, parts and kinds that only a network's plan uses, drawn `count` times."""
     kernels.use(isa)
     for seed in range(int(count)):

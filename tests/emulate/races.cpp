@@ -1,5 +1,5 @@
-// pool.cpp as several programs' threads use it at the same time, for ThreadSanitizer: unsynchronized writes whose order only the
-// pool and its barriers guarantee, changing thread counts, and an exception now and then.
+// pool.cpp as several programs' threads use it at the same time, for ThreadSanitizer: unsynchronized writes whose order
+// only the pool and its barriers guarantee, changing thread counts, and an exception now and then.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -33,7 +33,8 @@ void call(int round) {
     first[thread] = -1;
   });
   expect(active == threads || active == 1, "neither all threads nor one took part");
-  for (int i = 0; i < active; i++) expect(second[i] == (i + 1) % active + 1 && first[i] == -1, "a body did not run to its end");
+  for (int i = 0; i < active; i++)
+    expect(second[i] == (i + 1) % active + 1 && first[i] == -1, "a body did not run to its end");
   bool caught = false;
   try {
     r50::parallel(threads, [&](int thread, int count) {
