@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import csrc
 from csrc.plan import build_plan, tune
-from csrc.reference import MULT_BITS, requantize
+from csrc.reference import MULT_BITS
 
 FORMAT = "resnet50/1"
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels of the 3x3, blocks, stride of the first block
@@ -424,9 +424,7 @@ class Int8AvgPool(nn.Module):
         self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x):
-        pixels = x.shape[2] * x.shape[3]
-        mult = (self.mult + pixels // 2) // pixels
-        return requantize(x.sum((2, 3), dtype=torch.int64), mult.view(1)).to(torch.uint8)
+        return csrc.avg_pool_int8(x, self.mult.view(1))
 
 
 class Int8Linear(nn.Module):
@@ -518,7 +516,9 @@ class Int8ResNet50(Flat, nn.Module):
 
     def call(self, step, x, **more):
         module = self.get_submodule(step.name)
-        if step.kind in ("maxpool", "pool"):
+        if step.kind == "maxpool":
+            return csrc.max_pool_int8(x, module.kernel_size, module.stride, module.padding)
+        if step.kind == "pool":
             return module(x.float()).round().to(torch.uint8)
         return module(x, **more)
 

@@ -8,11 +8,13 @@ A call goes to torch.ops.resnet50.*, which torch.compile and torch.export see as
 exported graph calls csrc.load() first. Without a compiler the same operations run as plain PyTorch (csrc/reference.py)
 and give the same int8 bits.
 
-RESNET50_EXT            off: plain PyTorch; require: a build that fails is an error; unset: whichever can be had
+RESNET50_EXT            off: plain PyTorch; cpu: no CUDA kernels; require: a build that fails is an error; unset:
+                        whatever can be had. CUDA kernels are built where PyTorch has CUDA and nvcc is found.
 RESNET50_EXT_CFLAGS     more flags for compiler and linker, such as -O1 -fsanitize=address
 RESNET50_BUILD_TIMEOUT  seconds to wait for another process that builds (600)
 RESNET50_ISA            amx, vnni, avx2 or plain: no more than this
-TORCH_EXTENSIONS_DIR    where builds are kept (~/.cache/resnet50); MAX_JOBS and CXX as for any PyTorch extension
+TORCH_CUDA_ARCH_LIST    GPUs to compile for; unset: those that are here, or 8.0;9.0+PTX
+TORCH_EXTENSIONS_DIR    where builds are kept (~/.cache/resnet50); MAX_JOBS, CXX and CUDA_HOME as for any extension
 """
 import contextlib
 import glob
@@ -36,7 +38,8 @@ from . import reference
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 TARGET = "0x020b000000000000"  # PyTorch 2.11: its stable ABI is all that ops.cpp uses, and later ones run it
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
+FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}", f"-I{FOLDER}"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{FOLDER}"]
 ISAS = ("plain", "avx2", "vnni", "amx")  # in the order of csrc/cpu/kernels.h
 
 
@@ -48,21 +51,43 @@ class BuildError(RuntimeError):
 
 def sources():
     """The files that are compiled or included, in a fixed order."""
-    return sorted(path for kind in ("cpp", "h") for path in glob.glob(os.path.join(FOLDER, "**", f"*.{kind}"),
-                                                                      recursive=True))
+    return sorted(path for kind in ("cpp", "h", "cu", "cuh")
+                  for path in glob.glob(os.path.join(FOLDER, "**", f"*.{kind}"), recursive=True))
 
 
 def cflags():
     return FLAGS + shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
 
 
-def compiler():
-    """Eight hex digits of the compiler's version, or None without one."""
-    try:
-        command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
-        return hashlib.sha256(subprocess.run(command, capture_output=True, check=True).stdout).hexdigest()[:8]
-    except (OSError, subprocess.SubprocessError):
-        return None
+def compilers():
+    """-> the C++ compiler and nvcc, as eight hex digits of their version and of the GPUs to compile for; None where
+    there is none, and "cpu" for an nvcc that is not wanted."""
+    def version(*command, more=""):
+        try:
+            said = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
+            return hashlib.sha256(said + more.encode()).hexdigest()[:8]
+        except (OSError, subprocess.SubprocessError):
+            return None
+    nvcc = "cpu"
+    if torch.version.cuda and os.environ.get("RESNET50_EXT") != "cpu":
+        nvcc = version(os.path.join(cuda_home(), "bin", "nvcc"), more=gpus())
+    return version(*shlex.split(os.environ.get("CXX") or "c++")), nvcc
+
+
+def cuda_home():
+    """The folder of the CUDA toolkit; it need not exist."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = os.path.realpath(shutil.which("nvcc") or "")  # may be a script that lies apart from the toolkit
+    homes = [named] if named else [os.path.dirname(os.path.dirname(found)), "/usr/local/cuda"]
+    return next((home for home in homes if os.path.exists(os.path.join(home, "include", "cuda_runtime.h"))), homes[-1])
+
+
+def gpus():
+    """The GPUs to compile for, as TORCH_CUDA_ARCH_LIST has it."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return os.environ["TORCH_CUDA_ARCH_LIST"]
+    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(here)) or "8.0;9.0+PTX"
 
 
 def build_key():
@@ -91,11 +116,15 @@ def cache_folders():
     return [root, own]
 
 
-def find_build(folders, version):
-    """-> path of a library built from these files with these flags, or None. Without a compiler (None) any will do."""
-    for folder in folders:
-        for path in glob.glob(os.path.join(glob.escape(folder), f"resnet50-{build_key()}-{version or '*'}",
-                                           "resnet50*.so")):
+def build_name(versions):
+    """The folder of a build from these files with these flags by these compilers; a pattern where one is missing."""
+    return "-".join(["resnet50", build_key(), *(version or "*" for version in versions)])
+
+
+def find_build(folders, versions):
+    """-> path of a library, or None. Without a compiler (None) what any has built will do."""
+    for folder in folders:  # "cpu", which is no hexadecimal number, comes last
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), build_name(versions), "resnet50*.so"))):
             return path
 
 
@@ -124,20 +153,22 @@ def locked(folder):
 
 def build():
     """-> path of the shared library, which is compiled if nobody has yet. Raises BuildError."""
-    folders, version = cache_folders(), compiler()
-    path = find_build(folders, version)
+    folders, versions = cache_folders(), compilers()
+    path = find_build(folders, versions)
     if path:
         return path
-    if version is None:
+    if versions[0] is None:
         raise BuildError(f"no C++ compiler: {os.environ.get('CXX') or 'c++'} does not run")
     if len(folders) > 1:
         print(f"resnet50: {folders[0]} cannot be written; the extension goes to {folders[-1]}", file=sys.stderr)
     with locked(folders[-1]):
-        return find_build(folders, version) or compile_into(folders[-1], f"resnet50-{build_key()}-{version}")
+        versions = versions[0], versions[1] or "cpu"
+        return find_build(folders, versions) or compile_into(folders[-1], build_name(versions), versions[1] != "cpu")
 
 
-def compile_into(folder, name):
-    """Compiles in a folder that nobody knows and renames that: killed at any point, it leaves no half of a library."""
+def compile_into(folder, name, cuda):
+    """Compiles in a folder that nobody knows and renames that: killed at any point, it leaves no half of a library.
+    Where the CUDA kernels do not compile, the library has those for the CPU alone."""
     print(f"resnet50: compiling the extension into {os.path.join(folder, name)}, once", file=sys.stderr, flush=True)
     for stale in glob.glob(os.path.join(glob.escape(folder), "resnet50-*.tmp")):  # of builds that were killed
         shutil.rmtree(stale, ignore_errors=True)
@@ -151,8 +182,14 @@ def compile_into(folder, name):
             import ninja
             os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
         extra = shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
-        cpp_extension.load("resnet50", [path for path in sources() if path.endswith(".cpp")], extra_cflags=cflags(),
-                           extra_ldflags=extra, build_directory=temporary, with_cuda=False, is_python_module=False)
+        wanted = [path for path in sources() if path.endswith((".cpp", ".cu"))
+                  and (cuda or not path.startswith(os.path.join(FOLDER, "cuda")))]
+        if cuda:
+            cpp_extension.CUDA_HOME = cuda_home()
+        with arch_list(gpus() if cuda else None):
+            cpp_extension.load("resnet50", wanted, extra_cflags=cflags() + ["-DUSE_CUDA"] * cuda, extra_ldflags=extra,
+                               extra_cuda_cflags=CUDA_FLAGS, build_directory=temporary, with_cuda=cuda,
+                               is_python_module=False)
         library, = glob.glob(os.path.join(temporary, "resnet50*.so"))
         with open(library, "rb") as f:
             os.fsync(f.fileno())
@@ -160,10 +197,27 @@ def compile_into(folder, name):
         return os.path.join(folder, name, os.path.basename(library))
     except (ImportError, OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        wrong = [line.strip() for line in lines if re.search(r"error: |undefined reference", line)]
-        raise BuildError("the extension does not build: " + " | ".join((wrong or lines)[:3])) from error
+        wrong = [line.strip() for line in lines if re.search(r"error: |undefined reference|cannot find", line)]
+        message = "the extension does not build: " + " | ".join((wrong or lines)[:3])
+        if not cuda or os.environ.get("RESNET50_EXT") == "require":
+            raise BuildError(message) from error
+        print(f"resnet50: with CUDA {message}; once more without", file=sys.stderr, flush=True)
+        return compile_into(folder, name, False)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def arch_list(value):
+    """TORCH_CUDA_ARCH_LIST for cpp_extension, which compiles for every GPU there is where nobody says for which."""
+    old = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if value:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = value
+    try:
+        yield
+    finally:
+        if value and old is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -199,8 +253,8 @@ load._dynamo_marked_constant = True
 
 def _load():
     mode, reason = os.environ.get("RESNET50_EXT") or "auto", "RESNET50_EXT=off"
-    if mode not in ("auto", "off", "require"):
-        raise RuntimeError(f"RESNET50_EXT={mode}: expected off or require, or nothing")
+    if mode not in ("auto", "off", "cpu", "require"):
+        raise RuntimeError(f"RESNET50_EXT={mode}: expected off, cpu or require, or nothing")
     if mode != "off":
         try:
             torch.ops.load_library(build())
@@ -273,6 +327,8 @@ FAKES = {
     "conv_bn_relu": lambda *args: _nhwc(args[0], reference.check_conv_bn_relu(*args)),
     "network_int8": lambda *args: args[0].new_empty(reference.check_network_int8(*args), dtype=torch.float32),
     "gemm_int8": _fake_gemm_int8, "pack_int8": _fake_pack_int8, "network_int8_profile": _fake_network_int8_profile,
+    "max_pool_int8": lambda *args: _nhwc(args[0], reference.check_max_pool_int8(*args)),
+    "avg_pool_int8": lambda *args: args[0].new_empty(reference.check_avg_pool_int8(*args)),
     "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
 
 
@@ -326,10 +382,26 @@ def network_int8_profile(pixels, plan, classes):
     return _native("network_int8_profile", pixels, plan, classes)
 
 
+def max_pool_int8(x, kernel, stride, padding):
+    """uint8 (N, C, H, W) NHWC -> uint8 (N, C, Ho, Wo): maxima of square windows."""
+    load()
+    return torch.ops.resnet50.max_pool_int8(x, kernel, stride, padding)
+
+
+def avg_pool_int8(x, mult):
+    """uint8 (N, C, H, W) NHWC, mult int32 (1) -> uint8 (N, C): clamp(RNE(j / 2^22 * sum)), j = mult / (H W) rounded."""
+    load()
+    return torch.ops.resnet50.avg_pool_int8(x, mult)
+
+
 def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
     """relu(conv(x, weight) * scale + bias + residual) for inference. x (N, C, H, W) NHWC, weight (O, C / groups, kh,
-    kw) and residual float32 or bfloat16, scale and bias float32 (O): a batch-norm folds into these."""
+    kw) and residual float32 or bfloat16 (on CUDA float16 too), scale and bias float32 (O): a batch-norm folds into
+    these. float32 on CUDA is PyTorch's own convolution."""
     load()
+    if x.is_cuda and x.dtype == torch.float32:
+        reference.check_conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
+        return reference.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
     return torch.ops.resnet50.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
 
 
@@ -363,6 +435,11 @@ def available():
     return load()
 
 
+def has_cuda():
+    """Whether the library has CUDA kernels, with or without a GPU to run them."""
+    return load() and torch._C._dispatch_has_kernel_for_dispatch_key("resnet50::conv_int8", "CUDA")
+
+
 def isa():
     """The instruction set that the int8 kernels use: plain, avx2, vnni or amx; "pytorch" without the native library."""
     if not load():
@@ -373,8 +450,8 @@ def isa():
 
 def describe():
     """One line on what runs; it loads a library that is built but builds none."""
-    if _state is None and os.environ.get("RESNET50_EXT") != "off" and (version := compiler()):
+    if _state is None and os.environ.get("RESNET50_EXT") != "off" and (versions := compilers())[0]:
         with contextlib.suppress(BuildError, OSError):  # load() says what is wrong with the folders
-            if not find_build(cache_folders(), version):
+            if not find_build(cache_folders(), versions):
                 return "not built yet: its first use builds it, or python -m csrc"
-    return f"native, {isa()}" if load() else f"plain PyTorch: {_state[1]}"
+    return f"native, {isa()}{' and CUDA' if has_cuda() else ''}" if load() else f"plain PyTorch: {_state[1]}"

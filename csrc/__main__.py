@@ -13,26 +13,30 @@ import time
 
 import csrc
 
+BUILD = r"resnet50-[0-9a-f]{16}-[0-9a-f]{8}-(cpu|[0-9a-f]{8})(\.\d+\.tmp)?"
+
 
 def clean(folder, keep):
     """Removes this extension's other builds from the folder, and what killed ones left. -> how many"""
     with csrc.locked(folder):
         stale = [name for name in os.listdir(folder) if name != keep
-                 and re.fullmatch(r"resnet50-[0-9a-f]{16}-[0-9a-f]{8}(\.\d+\.tmp)?", name)]  # others may use the folder
+                 and re.fullmatch(BUILD, name)]  # others may use the folder
         for name in stale:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     return len(stale)
 
 
 def main(args):
-    os.environ["RESNET50_EXT"] = "require"
+    if os.environ.get("RESNET50_EXT") != "cpu":
+        os.environ["RESNET50_EXT"] = "require"
     start = time.perf_counter()
     try:
         csrc.load()
         folder = os.path.dirname(csrc.build())
     except (RuntimeError, OSError) as error:
         sys.exit(f"csrc: error: {error}")
-    result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa())
+    result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa(),
+                  cuda=csrc.has_cuda())
     if args.clean:
         result["removed"] = clean(*os.path.split(folder))
     print(json.dumps(result))

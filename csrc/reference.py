@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 MULT_BITS = 22  # y = acc * mult / 2^22
 MAX_GAIN = 2 ** 15
+FLOATS = torch.float32, torch.bfloat16, torch.float16  # the last on CUDA only, where there are kernels
 MAX_NUMEL = 2 ** 31  # the kernels address the pixels of a batch with int32
 
 
@@ -86,6 +87,23 @@ def check_gemm_int8(a, b, bias=None, mult=None, scale=None):
     return a.shape[0], b.shape[0]
 
 
+def check_max_pool_int8(x, kernel, stride, padding):
+    op = "max_pool_int8"
+    expect(op, "x", x, torch.uint8, ("N", "C", "H", "W"))
+    refuse(kernel < 1 or stride < 1 or not 0 <= 2 * padding <= kernel,
+           f"{op}: kernel {kernel}, stride {stride}, padding {padding}; expected two numbers from 1, and one from 0 to "
+           "half the kernel")
+    size = [(x.shape[i] + 2 * padding - kernel) // stride + 1 for i in (2, 3)]
+    refuse(min(size) < 1, f"{op}: x is {tuple(x.shape)}; expected at least {kernel} pixels with the padding {padding}")
+    return *x.shape[:2], *size
+
+
+def check_avg_pool_int8(x, mult):
+    expect("avg_pool_int8", "x", x, torch.uint8, ("N", "C", "H", "W"))
+    expect("avg_pool_int8", "mult", mult, torch.int32, (1,), x.device)
+    return x.shape[:2]
+
+
 def check_pack_int8(weight, mult, bias, gain=None, weight2=None):
     op, d = "pack_int8", weight.device
     expect(op, "weight", weight, torch.int8, ("O", "C", "kh", "kw"))
@@ -104,7 +122,7 @@ def check_network_int8(pixels, plan, classes):
 
 def check_conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
     op, d = "conv_bn_relu", x.device
-    expect(op, "x", x, (torch.float32, torch.bfloat16), ("N", "C", "H", "W"))
+    expect(op, "x", x, FLOATS, ("N", "C", "H", "W"))
     expect(op, "weight", weight, x.dtype, ("O", "C / groups", "kh", "kw"), d)
     size = conv_size(op, x, weight, stride, padding, groups)
     expect(op, "scale", scale, torch.float32, (size[1],), d)
@@ -116,7 +134,7 @@ def check_conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=
 
 def check_bn_relu(x, weight, bias, residual, eps, relu):
     op, d = "bn_relu", x.device
-    expect(op, "x", x, (torch.float32, torch.bfloat16), ("N", "C", "H", "W"))
+    expect(op, "x", x, FLOATS, ("N", "C", "H", "W"))
     expect(op, "weight", weight, torch.float32, (x.shape[1],), d)
     expect(op, "bias", bias, torch.float32, (x.shape[1],), d)
     if residual is not None:
@@ -126,7 +144,7 @@ def check_bn_relu(x, weight, bias, residual, eps, relu):
 
 def check_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
     op, d = "bn_relu_backward", x.device
-    expect(op, "x", x, (torch.float32, torch.bfloat16), ("N", "C", "H", "W"))
+    expect(op, "x", x, FLOATS, ("N", "C", "H", "W"))
     for name, tensor in (("grad", grad), ("y", y)):
         expect(op, name, tensor, x.dtype, tuple(x.shape), d)
     for name, tensor in (("weight", weight), ("mean", mean), ("invstd", invstd)):
@@ -205,6 +223,17 @@ def gemm_int8(a, b, bias=None, mult=None, scale=None):
     return acc.int() if scale is None else (acc.double() * scale.double()).float()
 
 
+def max_pool_int8(x, kernel, stride, padding):
+    """uint8 (N, C, H, W) -> uint8 (N, C, Ho, Wo): maxima of square windows."""
+    return nhwc(F.max_pool2d(x.float(), kernel, stride, padding), torch.uint8)
+
+
+def avg_pool_int8(x, mult):
+    """uint8 (N, C, H, W), mult int32 (1) -> uint8 (N, C), the sum over H and W requantized by mult / (H W), rounded."""
+    pixels = x.shape[2] * x.shape[3]
+    return requantize(x.sum((2, 3), dtype=torch.int64), (mult + pixels // 2) // pixels).to(torch.uint8)
+
+
 def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
     """relu(conv(x, weight) * scale + bias + residual). x float32 or bfloat16 (N, C, H, W), weight (O, C / groups, kh,
     kw) and residual of the same type, scale and bias float32 (O); computed in float32, rounded to x's type once."""
@@ -238,5 +267,7 @@ def bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
 
 
 OPERATIONS = {"conv_int8": (check_conv_int8, conv_int8), "gemm_int8": (check_gemm_int8, gemm_int8),
+              "max_pool_int8": (check_max_pool_int8, max_pool_int8),
+              "avg_pool_int8": (check_avg_pool_int8, avg_pool_int8),
               "conv_bn_relu": (check_conv_bn_relu, conv_bn_relu), "bn_relu": (check_bn_relu, bn_relu),
               "bn_relu_backward": (check_bn_relu_backward, bn_relu_backward)}

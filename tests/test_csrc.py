@@ -30,7 +30,7 @@ MULT_ONE = 2 ** 22  # a multiplier of 1
 
 @pytest.fixture(scope="session")
 def native():
-    if csrc.compiler() is None:
+    if csrc.compilers()[0] is None:
         pytest.skip("no C++ compiler")
     assert csrc.available(), csrc.describe()
 
@@ -394,6 +394,24 @@ def test_bn_relu_follows_batchnorm2d():
                      ours.running_var)
 
 
+@pytest.mark.parametrize("kernel, stride, padding", [(3, 2, 1), (2, 2, 0), (1, 1, 0), (4, 3, 2), (5, 1, 0)])
+def test_pools_are_maxima_and_rounded_means(kernel, stride, padding):
+    """Against loops over windows of numpy."""
+    x = u8(2, 3, 7, 6, seed=kernel)
+    padded = np.zeros((2, 3, 7 + 2 * padding, 6 + 2 * padding), np.uint8)
+    padded[:, :, padding:padding + 7, padding:padding + 6] = x.numpy()
+    rows, columns = ((size + 2 * padding - kernel) // stride + 1 for size in (7, 6))
+    want = np.array([[padded[:, :, i * stride:i * stride + kernel, j * stride:j * stride + kernel].max((2, 3))
+                      for j in range(columns)] for i in range(rows)]).transpose(2, 3, 0, 1)
+    got = csrc.max_pool_int8(x, kernel, stride, padding)
+    assert got.is_contiguous(memory_format=NHWC) and np.array_equal(got.numpy(), want)
+    for mult in (0, 1, 42 * 1000 + 21, MULT_ONE):
+        j = (mult + 21) // 42
+        means = np.rint(x.numpy().astype(np.int64).sum((2, 3)) * j / MULT_ONE)  # to even; exact in float64
+        got = csrc.avg_pool_int8(x, torch.tensor([mult], dtype=torch.int32))
+        assert np.array_equal(got.numpy(), means.clip(0, 255))
+
+
 # ------------------------------------------------------------------------------------------- what is refused
 
 def arguments_of(name):
@@ -409,6 +427,8 @@ def arguments_of(name):
         "conv_bn_relu": dict(x=f, weight=torch.rand(8, 6, 3, 3).to(memory_format=NHWC), scale=torch.rand(8),
                              bias=torch.rand(8), residual=torch.rand(2, 8, 3, 2).to(memory_format=NHWC), relu=True,
                              stride=[1, 1], padding=[0, 0], groups=1),
+        "max_pool_int8": dict(x=x, kernel=3, stride=2, padding=1),
+        "avg_pool_int8": dict(x=x, mult=s32(1, 0, MULT_ONE)),
         "bn_relu": dict(x=f, weight=vector, bias=vector, residual=f, eps=1e-5, relu=True),
         "bn_relu_backward": dict(grad=f, y=f, x=f, weight=vector, mean=vector, invstd=vector, relu=True, residual=True),
     }[name]
@@ -621,7 +641,7 @@ def test_require_makes_a_missing_compiler_an_error(tmp_path):
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """The build as a module of its own, with one small source: what it does with sources it does with any."""
-    if csrc.compiler() is None:
+    if csrc.compilers()[0] is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path / "csrc"
     (folder / "cpu").mkdir(parents=True)
@@ -630,6 +650,7 @@ def package(tmp_path, monkeypatch):
     (folder / "ops.cpp").write_text('#include "cpu/answer.h"\nextern "C" int answer() { return ANSWER; }\n')
     (folder / "cpu" / "answer.h").write_text("#define ANSWER 42\n")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("RESNET50_EXT", "cpu")
     spec = importlib.util.spec_from_file_location("csrc_copy", folder / "__init__.py",
                                                   submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)
@@ -668,6 +689,46 @@ def test_errors_are_the_compilers_first_lines(package):
             package.build()
         assert len(str(caught.value)) < 600
     assert os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]) == ["resnet50.lock"]
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch with CUDA")
+def test_kernels_for_cuda_that_do_not_compile_leave_those_for_the_cpu(package, monkeypatch, tmp_path, capfd):
+    """A toolkit whose compiler fails: one line says so, once, and the next process is not made to try again."""
+    toolkit = tmp_path / "cuda"
+    fails = "#!/bin/sh\n[ $1 = --version ] && echo 13.0 && exit\necho 'a.cu(1): error: no' >&2\nexit 1\n"
+    for path, text in (("include/cuda_runtime.h", ""), ("bin/nvcc", fails)):
+        (toolkit / path).parent.mkdir(parents=True)
+        (toolkit / path).write_text(text)
+        (toolkit / path).chmod(0o755)
+    (tmp_path / "csrc" / "cuda").mkdir()
+    (tmp_path / "csrc" / "cuda" / "kernel.cu").write_text("")
+    plain = package.build()
+    assert capfd.readouterr().err.count("compiling") == 1
+    monkeypatch.setenv("RESNET50_EXT", "auto")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    path = package.build()
+    assert os.path.exists(path) and path != plain
+    said = capfd.readouterr().err
+    assert said.count("once more without") == 1 and "error: no" in said, said
+    assert package.build() == path and not capfd.readouterr().err
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))  # as where someone built, and now there is no toolkit
+    assert package.build() == path
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setenv("RESNET50_EXT", "require")
+    with pytest.raises(package.BuildError, match=r"a\.cu\(1\): error: no"):
+        package.build()
+
+
+def test_the_toolkit_and_the_gpus_that_are_compiled_for(native, monkeypatch, tmp_path):
+    """CUDA kernels are in the library wherever nvcc is, with or without a GPU; without one, for two kinds of it."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert torch.cuda.device_count() or csrc.gpus() == "8.0;9.0+PTX"
+    home = csrc.cuda_home()
+    assert csrc.has_cuda() == (torch.version.cuda is not None and os.path.exists(os.path.join(home, "bin", "nvcc")))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert csrc.gpus() == "8.6" and csrc.cuda_home() == str(tmp_path) and csrc.compilers()[1] in (None, "cpu")
 
 
 def test_a_killed_build_neither_hangs_nor_poisons_the_next(package, tmp_path):
@@ -727,7 +788,7 @@ def test_threads_that_load_at_once_build_once(package, capfd):
 
 
 def test_clean_removes_our_other_builds_only(tmp_path):
-    keep, other = f"resnet50-{'0' * 16}-{'a' * 8}", f"resnet50-{'1' * 16}-{'a' * 8}"
+    keep, other = f"resnet50-{'0' * 16}-{'a' * 8}-cpu", f"resnet50-{'1' * 16}-{'a' * 8}-{'b' * 8}"
     for name in (keep, other, other + ".123.tmp", "resnet50-of-someone-else", "their_extension"):
         (tmp_path / name).mkdir()
     assert clean(str(tmp_path), keep) == 2

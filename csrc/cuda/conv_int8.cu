@@ -1,0 +1,46 @@
+// conv_int8 and gemm_int8: uint8 by int8 in int32, requantized with integers alone (csrc/README.md has the formula).
+#include "cuda/conv.cuh"
+
+namespace r50::gpu {
+namespace {
+
+struct Int8 {
+  using Element = uint8_t;
+  using Accumulator = int32_t;
+  static R50_DEVICE void multiply_add(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_u8s8(d, a, b);
+  }
+};
+
+struct Requantized : Int8 {
+  using Output = uint8_t;
+  static constexpr bool RESIDUAL = true;
+  static R50_DEVICE uint8_t finish(const Conv& p, int n, int32_t acc, const uint8_t* residual) {
+    if (p.bias) acc += p.bias[n];
+    if (p.residual) acc += p.gain[n] * *residual;
+    const int64_t product = int64_t(acc) * p.mult[n];
+    // half less one, and one more where the quotient is odd: ties go to the even neighbour
+    const int32_t y = int32_t((product + ((1 << 21) - 1) + (product >> 22 & 1)) >> 22);
+    return uint8_t(y < 0 ? 0 : y > 255 ? 255 : y);
+  }
+};
+
+// The accumulators themselves, with or without the bias, or as many bits of float32.
+struct Raw : Int8 {
+  using Output = int32_t;
+  static constexpr bool RESIDUAL = false;
+  static R50_DEVICE int32_t finish(const Conv& p, int n, int32_t acc, const int32_t*) {
+    if (p.bias) acc += p.bias[n];
+    return p.scale ? __float_as_int(float(double(acc) * double(p.scale[n]))) : acc;
+  }
+};
+
+}  // namespace
+
+size_t conv_int8_scratch(const Conv& p) { return scratch_of<int32_t>(p, 1); }
+void conv_int8(const Conv& p, void* scratch, Stream stream) { choose<Requantized, Raw>(p, 1, scratch, stream); }
+void gemm_int8(const Conv& p, Stream stream) {
+  aligned(p, 1) ? run<Raw, Small, true>(p, 1, stream) : run<Raw, Small, false>(p, 1, stream);
+}
+
+}  // namespace r50::gpu
