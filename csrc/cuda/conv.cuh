@@ -212,14 +212,13 @@ template <class T, class Output, class F>
 R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int group, F&& f) {
   constexpr int PIECES = T::BN * int(sizeof(Output)) / CHUNK;
   const int columns = p.o / p.groups - first_column;  // that exist from here on
-  const bool aligned = columns * sizeof(Output) % CHUNK == 0 && p.o * sizeof(Output) % CHUNK == 0 &&
-                       (group * (p.o / p.groups) + first_column) * sizeof(Output) % CHUNK == 0;
+  const bool whole = p.pieces && p.o / p.groups * sizeof(Output) % CHUNK == 0;
   for (int piece = threadIdx.x; piece < T::BM * PIECES; piece += T::THREADS) {
     const int row = piece / PIECES, column = piece % PIECES * int(CHUNK / sizeof(Output));
     if (first_row + row >= p.m || column >= columns) continue;
     const size_t place = size_t(first_row + row) * p.o + group * (p.o / p.groups) + first_column + column;
     const int shared = row * T::template PITCH<Output> + column * int(sizeof(Output));
-    if (aligned) {
+    if (whole) {
       f(shared, place, true);
     } else {
       for (int j = 0; j < int(CHUNK / sizeof(Output)) && column + j < columns; j++)
@@ -285,10 +284,12 @@ __global__ void __launch_bounds__(256)
 
 // ------------------------------------------------------------------------------------------------- the host's side
 
-// Whether every 16-byte chunk of k lies in one tap and one input, aligned.
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % CHUNK == 0; }
+
+// Whether every 16-byte chunk of k lies in one tap and one input, at a multiple of 16.
 inline bool aligned(const Conv& p, int size) {
   for (const Input& in : p.in)
-    if (in.group_channels * size % CHUNK || in.c * size % CHUNK) return false;
+    if (in.group_channels * size % CHUNK || in.c * size % CHUNK || !aligned(in.x) || !aligned(in.weight)) return false;
   return !p.pad_value;
 }
 
@@ -299,7 +300,8 @@ dim3 grid(const Conv& p, int parts) {
 }
 
 template <class Type, class T, bool ALIGNED>
-void run(const Conv& p, int parts, Stream stream) {
+void run(Conv p, int parts, Stream stream) {
+  p.pieces = aligned(p.residual) && aligned(p.out) && p.o * sizeof(typename Type::Output) % CHUNK == 0;
   launch(conv<Type, T, ALIGNED>, grid<T>(p, parts), T::THREADS, T::template SHARED<typename Type::Output>, stream, p);
 }
 

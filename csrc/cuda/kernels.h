@@ -25,6 +25,7 @@ struct Conv {
   const int32_t *mult, *bias, *gain;  // (O): int8, see csrc/README.md
   const float *scale, *shift;         // (O): y = acc * scale + shift
   bool relu;
+  bool pieces;  // set by the launch: rows of `residual` and `out` are multiples of 16 bytes at multiples of 16
 };
 
 enum class Float { FLOAT32, FLOAT16, BFLOAT16 };
