@@ -84,8 +84,7 @@ class Product {
       load(step + STAGES - 1);  // into the buffer that all threads have read, one step ago
       multiply(shared + (step - begin) % STAGES * T::STAGE);
     }
-    cp_async_wait<0>();
-    __syncthreads();  // the epilogue writes over the buffers
+    __syncthreads();  // the epilogue writes over the buffers; the copies under way are empty groups
   }
 
   // f(row, column, values): two neighbours of a row of the tile at a time
@@ -149,32 +148,41 @@ class Product {
           cp_async16(shared + place, weights + (k < bytes ? k : 0), inside && k < bytes);
         }
       } else {
-        union {
-          uint4 vector;
-          Element element[CHUNK / SIZE];
-        } values;
-        values.vector = make_uint4(0, 0, 0, 0);
-        Position here = at;
-#pragma unroll  // so that the elements stay in registers
-        for (int j = 0; j < CHUNK / SIZE; j++) {
-          if (k + j * SIZE >= bytes || !inside) {
-            // beyond the end of k or of the channels: zeros
-          } else if (activations) {
+        *reinterpret_cast<uint4*>(to + place) = gather(activations, i, inside ? weights : nullptr, bytes);
+      }
+    }
+  }
+
+  // A chunk element by element: k ends inside of it, or it spans taps, or padding is not zero. Elements enter their
+  // words by shifts, for an array with a running index would lie in slow memory.
+  R50_DEVICE uint4 gather(bool activations, int i, const unsigned char* weights, int bytes) const {
+    const Input& in = p.in[operand];
+    Position here = at;
+    uint32_t word[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+      word[n] = 0;
+#pragma unroll 1
+      for (int j = 0; j < 4; j += SIZE) {
+        Element value = 0;
+        if (k + 4 * n + j < bytes) {
+          if (activations) {
             const int y = rows.y[i] + here.ky, x = rows.x[i] + here.kx;
             const size_t pixel = (size_t(y) * in.w + x) * in.c * SIZE;
             if (unsigned(y) < unsigned(in.h) && unsigned(x) < unsigned(in.w))
-              values.element[j] = *reinterpret_cast<const Element*>(rows.image[i] + pixel + here.byte);
+              value = *reinterpret_cast<const Element*>(rows.image[i] + pixel + here.byte);
             else if (SIZE == 1 && p.pad_value)
-              values.element[j] = Element(p.pad_value[group * in.group_channels + here.byte]);
-          } else {
-            values.element[j] = *reinterpret_cast<const Element*>(weights + k + j * SIZE);
+              value = Element(p.pad_value[group * in.group_channels + here.byte]);
+          } else if (weights) {
+            value = *reinterpret_cast<const Element*>(weights + k + 4 * n + j);
           }
-          here.byte += SIZE;
-          here.wrap(channel_bytes(in), in.kw);
         }
-        *reinterpret_cast<uint4*>(to + place) = values.vector;
+        word[n] |= uint32_t(value) << 8 * j;
+        here.byte += SIZE;
+        here.wrap(channel_bytes(in), in.kw);
       }
     }
+    return make_uint4(word[0], word[1], word[2], word[3]);
   }
 
   R50_DEVICE void multiply(uint32_t stage) {

@@ -13,6 +13,8 @@ KERNELS = ("conv_int8.cu", "conv_half.cu", "pooling.cu", "bn_relu.cu")
 # The hooks of the thread sanitizer are the emulator's own: what they see must be what the source says, so no
 # vectorisation, and no contraction, which nvcc does where the source does not spell it out.
 FLAGS = ("-O1", "-g1", "-fno-tree-vectorize", "-ffp-contract=off", "-Wno-unknown-pragmas", "-fsanitize=alignment")
+WRAPPERS = ("mma_u8s8", "mma_f16", "mma_bf16", "ldmatrix4", "cp_async16", "pack_f16", "pack_bf16", "unpack_f16",
+            "unpack_bf16")  # wrappers.cu
 FLOATS = dict(float32=0, float16=1, bfloat16=2)  # kernels.h
 ORDERS = dict(forward=0, reverse=1, shuffled=2)
 
@@ -32,9 +34,23 @@ def start(builder, faults=None):
     """Compiles kernels, emulator and face, meanwhile. `faults` is a folder with a copy of csrc/cuda that has mistakes
     in it. -> function that waits and returns the library's path"""
     sources = [os.path.join(faults or CSRC, "cuda", name) for name in KERNELS]
-    sources += [os.path.join(HERE, name) for name in ("emulator.cpp", "face.cpp")]
+    sources += [os.path.join(HERE, name) for name in ("emulator.cpp", "face.cpp", "wrappers.cu")]
     objects = [builder.pool.submit(compile_with, builder, path, folder=faults) for path in sources]
     return lambda: builder.link(".so", *(o.result() for o in objects), "-shared", "-ldl")
+
+
+def start_operations(builder):
+    """The same under the operations of library resnet50, as the CPU's kernels: for a process with RESNET50_EXT=off."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    from csrc import FLAGS as ABI
+    flags = [flag for flag in ABI if flag.startswith("-D")] + [f"-I{path}" for path in include_paths()]
+    sources = [os.path.join(CSRC, "cuda", name) for name in KERNELS] + [os.path.join(HERE, "emulator.cpp")]
+    objects = [builder.pool.submit(compile_with, builder, path) for path in sources]
+    objects.append(builder.pool.submit(compile_with, builder, os.path.join(CSRC, "cuda", "bindings.cpp"), *flags))
+    libraries = [option for path in library_paths() for option in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    return lambda: builder.link(".so", *(o.result() for o in objects), "-shared", "-ldl", *libraries, "-ltorch_cpu",
+                                "-lc10")
 
 
 class Input(ctypes.Structure):  # kernels.h
@@ -158,6 +174,13 @@ class Device:
         conv.relu = relu
         scratch = self.scratch(self.lib.face_conv_half_scratch(ctypes.byref(conv)))
         self.call("face_conv_half", ctypes.byref(conv), FLOATS[type], scratch)
+        return self.get(out, pointer)
+
+    def wrapper(self, name, words, results):
+        """uint32 (32, words) -> uint32 (32, results), a row per lane"""
+        self.lib.device_reset()
+        out, pointer = self.empty((32, results), np.uint32)
+        self.call("face_wrapper", WRAPPERS.index(name), self.put(words), pointer)
         return self.get(out, pointer)
 
     def max_pool_int8(self, x, kernel, stride, padding):

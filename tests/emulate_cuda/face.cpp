@@ -25,6 +25,8 @@ int guarded(F&& f) {
 
 }  // namespace
 
+void run_wrapper(int which, const uint32_t* in, uint32_t* out);  // wrappers.cu
+
 using namespace r50::gpu;
 
 extern "C" {
@@ -47,6 +49,9 @@ int face_max_pool_int8(const Pool* p) {
 }
 int face_avg_pool_int8(const uint8_t* x, uint8_t* out, int n, int pixels, int c, const int32_t* mult) {
   return guarded([&] { avg_pool_int8(x, out, n, pixels, c, mult, nullptr); });
+}
+int face_wrapper(int which, const uint32_t* in, uint32_t* out) {
+  return guarded([&] { run_wrapper(which, in, out); });
 }
 int face_bn_relu(const BatchNorm* p, void* scratch) {
   return guarded([&] { bn_relu(*p, scratch, nullptr); });

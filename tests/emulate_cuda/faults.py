@@ -1,0 +1,119 @@
+"""Mistakes planted in csrc/cuda, and what runs to notice them: python -m tests.emulate_cuda.faults LIBRARY GROUP.
+Without torch, whose import takes longer than a group."""
+import os
+import sys
+
+import numpy as np
+
+from tests.emulate.kernels import Case, compare, extremes
+from tests.emulate_cuda.device import CSRC, Device
+
+FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, what must be said, where)
+    "no barrier in the main loop": ("conv.cuh", "cp_async_wait<STAGES - 2>();\n      __syncthreads();",
+        "cp_async_wait<STAGES - 2>();\n      if (!FAULT) __syncthreads();",
+        "race in shared memory|under way", "conv"),
+    "no barrier before the epilogue": ("conv.cuh", "__syncthreads();  // the epilogue",
+        "if (!FAULT) __syncthreads();  // the epilogue",
+        "race in shared", "conv"),
+    "no barrier before the stores": ("conv.cuh", "  __syncthreads();\n  each_piece<T, Output>",
+        "  if (!FAULT) __syncthreads();\n  each_piece<T, Output>",
+        "race in shared", "conv"),
+    "no barrier behind the residual": ("conv.cuh", "    __syncthreads();\n  }\n  product.each",
+        "    if (!FAULT) __syncthreads();\n  }\n  product.each",
+        "race in shared", "conv"),
+    "a barrier for half of the warps": ("conv.cuh", "__syncthreads();  // the epilogue",
+        "if (!FAULT || threadIdx.x < 64) __syncthreads();  // the epilogue",
+        "race in shared|not all threads|barriers on different lines", "conv"),
+    "a wait that is off by one": ("conv.cuh", "cp_async_wait<STAGES - 2>();",
+        "FAULT ? cp_async_wait<STAGES - 1>() : cp_async_wait<STAGES - 2>();",
+        "under way", "conv"),
+    "a buffer refilled too early": ("conv.cuh", "load(step + STAGES - 1);",
+        "load(step + STAGES - 1 + (FAULT ? 1 : 0));",
+        "race in shared|under way|differs|uninitialised", "conv"),
+    "rows beyond the last": ("conv.cuh", "row < p.m ?",
+        "FAULT || row < p.m ?",
+        "outside of every buffer", "rows"),
+    "an edge of the image": ("conv.cuh", "valid = k < bytes && unsigned(y) < unsigned(in.h)",
+        "valid = k < bytes && unsigned(y) < unsigned(in.h) + (FAULT ? 1 : 0)",
+        "outside of every buffer|differs", "conv"),
+    "channels beyond the last": ("conv.cuh", "const bool inside = activations || first_column + row < p.o / p.groups",
+        "const bool inside = activations || FAULT || first_column + row < p.o / p.groups",
+        "outside of every buffer", "conv"),
+    "k beyond the end": ("conv.cuh", "k < bytes",
+        "(FAULT || k < bytes)",
+        "outside of every buffer|differs", "ragged"),
+    "no zeros where nothing is copied": ("conv.cuh", "cp_async16(shared + place, rows.image[i] + pixel, valid);",
+        "if (!FAULT || valid) cp_async16(shared + place, rows.image[i] + pixel, valid);",
+        "uninitialised shared|differs", "conv"),
+    "a swizzle on one side": ("conv.cuh", "(chunk_a ^ (row / 2 % CHUNKS)) * CHUNK",
+        "(chunk_a ^ (FAULT ? row % CHUNKS : row / 2 % CHUNKS)) * CHUNK",
+        "differs", "conv"),
+    "no swizzle": ("conv.cuh", "row / 2 % CHUNKS",
+        "(FAULT ? 0 : row / 2 % CHUNKS)",
+        "bank conflicts", "conv"),
+    "scale beyond the last channel": ("conv.cuh", "for (int j = 0; j < 2 && channel + j < p.o / p.groups; j++)",
+        "for (int j = 0; j < 2 && (FAULT || channel + j < p.o / p.groups); j++)",
+        "outside of every buffer", "odd"),
+    "16 bytes to an odd address": ("conv.cuh", "const bool whole = p.pieces &&",
+        "const bool whole = FAULT || p.pieces &&",
+        "not aligned|outside of every buffer|differs|never written", "odd"),
+    "a grid that is rounded down": ("conv.cuh", "rows = (p.m + T::BM - 1) / T::BM",
+        "rows = FAULT && p.m > T::BM ? p.m / T::BM : (p.m + T::BM - 1) / T::BM",
+        "never written", "conv"),
+    "parts that overlap": ("conv.cuh", "end = int(int64_t(steps) * (part + 1) / parts)",
+        "end = int(int64_t(steps) * (part + 1) / parts) + (FAULT && parts > 1 && part == 0 ? 1 : 0)",
+        "differs", "split"),
+    "parts in one place": ("conv.cuh", "static_cast<Output*>(p.out) + size_t(part) * p.m * p.o",
+        "static_cast<Output*>(p.out) + size_t(FAULT ? 0 : part) * p.m * p.o",
+        "two blocks write", "split"),
+    "a lane that leaves its warp": ("conv.cuh", "    for (int half = 0; half < 2; half++) {  // 32 bytes",
+        "    for (int half = 0; half < 2; half++) {\n      if (FAULT && threadIdx.x == 37) break;  // 32 bytes",
+        "diverges|has left|deadlock", "conv"),
+    "ties away from even": ("conv_int8.cu", "((1 << 21) - 1) + (product >> 22 & 1)",
+        "((1 << 21) - 1) + (FAULT ? 1 : product >> 22 & 1)",
+        "differs", "extremes"),
+    "sums of a block not waited for": ("bn_relu.cu", "rows /= 2) {\n    __syncthreads();",
+        "rows /= 2) {\n    if (!FAULT) __syncthreads();",
+        "race in shared|uninitialised shared", "norm"),
+}
+
+
+
+def plant(folder):
+    """Copies csrc/cuda with all of FAULTS, each of which EMULATED_FAULT turns on."""
+    (folder / "cuda").mkdir()
+    texts = {}
+    for name in os.listdir(os.path.join(CSRC, "cuda")):
+        if name.endswith((".cu", ".cuh")) and name != "dev.cuh":
+            with open(os.path.join(CSRC, "cuda", name)) as f:
+                texts[name] = f.read()
+    for i, (what, (name, text, wrong, *_)) in enumerate(FAULTS.items()):
+        assert text in texts[name], f"{name} has no {text!r} any more: plant {what!r} anew"
+        texts[name] = texts[name].replace(text, wrong.replace("FAULT", f"(emulated_fault == {i})"))
+    for name, text in texts.items():
+        (folder / "cuda" / name).write_text(f"extern const int emulated_fault;\n{text}")
+
+
+GROUPS = dict(
+    conv=[dict(n=2, h=9, w=11, c=64, o=72, kernel=(3, 3), padding=(1, 1), residual=True)],
+    rows=[dict(n=1, h=5, w=5, c=32, o=16)], ragged=[dict(n=1, h=9, w=9, c=80, o=144)],
+    odd=[dict(n=1, h=7, w=7, c=64, o=59, residual=True)], split=[dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3))])
+
+
+def run_group(device, group):
+    device.use(order="shuffled", seed=1, multiprocessors=16 if group == "split" else 2)
+    if group == "norm":
+        rng = np.random.default_rng(0)
+        x, one = rng.standard_normal((100, 16), np.float32), np.ones(16, np.float32)
+        mean = x.astype(np.float64).mean(0).astype(np.float32)
+        compare(device.bn_relu(x, one, one)[1].round(3), mean.round(3), "mean")
+        return
+    for case in (case for _, case, _ in extremes()) if group == "extremes" else (
+            Case(**shape, seed=i) for i, shape in enumerate(GROUPS[group])):
+        compare(device.conv_int8(case), case.want, case.text)
+        if device.lib.device_conflicts():
+            raise AssertionError(f"{device.lib.device_conflicts()} bank conflicts")
+
+
+if __name__ == "__main__":
+    run_group(Device(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,482 @@
+"""The CUDA kernels against exact references: on the emulator (tests/emulate_cuda), which also sees races, accesses out
+of bounds and alignment, values read before they are written; and with a GPU the same cases on that: pytest -m cuda."""
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import csrc
+from csrc import reference
+from resnet50 import ResNet50, quantize
+from tests.conftest import ROOT
+from tests.emulate.kernels import ODD, Builder, Case, compare, extremes, requantize
+from tests.emulate_cuda import device as emulated
+from tests.emulate_cuda import ptx
+from tests.emulate_cuda.faults import FAULTS, GROUPS, plant
+from tests.test_int8 import VARIANTS, WIDTHS, photographs
+from tests.test_resnet50 import randomise
+
+NHWC = torch.channels_last
+emulates = pytest.mark.skipif(shutil.which("g++") is None or os.uname().machine != "x86_64",
+                              reason="the emulator needs g++ and x86-64")
+
+
+class Gpu:
+    """emulated.Device's calls, on a GPU through the operations of library resnet50."""
+
+    def use(self, **_):
+        pass
+
+    def tensor(self, array):
+        """An array NHWC, or of fewer dimensions, on the GPU"""
+        if array is None:
+            return None
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor
+
+    def array(self, tensor):
+        return (tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor).contiguous().cpu().numpy()
+
+    def conv_int8(self, case):
+        weight2 = None if case.weight2 is None else case.weight2[:, None, None]
+        x, weight, residual, x2, weight2, mult, bias, gain, pad_value = map(self.tensor, (
+            case.x, case.weight, case.residual, case.x2, weight2, case.mult, case.bias, case.gain, case.pad_value))
+        return self.array(csrc.conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, case.stride,
+                                         case.padding, case.stride2, case.groups))
+
+    def gemm_int8(self, *args, **options):
+        return self.array(csrc.gemm_int8(*map(self.tensor, args), **{k: self.tensor(v) for k, v in options.items()}))
+
+    def conv_half(self, x, weight, scale, shift, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1,
+                  type="bfloat16"):
+        half = lambda a: None if a is None else self.tensor(a.view(np.int16)).view(getattr(torch, type))  # noqa: E731
+        y = csrc.conv_bn_relu(half(x), half(weight), self.tensor(scale), self.tensor(shift), half(residual), relu,
+                              stride, padding, groups)
+        return self.array(y.view(torch.int16)).view(np.uint16)
+
+    def max_pool_int8(self, x, *args):
+        return self.array(csrc.max_pool_int8(self.tensor(x), *args))
+
+    def avg_pool_int8(self, x, mult):
+        return self.array(csrc.avg_pool_int8(self.tensor(x), torch.tensor([mult], dtype=torch.int32, device="cuda")))
+
+    def rows(self, array, type):
+        """(m, c) -> (m, c, 1, 1), which is NHWC"""
+        if array is None:
+            return None
+        tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).cuda()
+        return (tensor if array.dtype == np.float32 else tensor.view(getattr(torch, type)))[:, :, None, None].to(
+            memory_format=NHWC)
+
+    def flat(self, tensor):
+        tensor = tensor[:, :, 0, 0] if tensor.dim() == 4 else tensor
+        return tensor.contiguous().cpu().numpy() if tensor.dtype == torch.float32 else \
+            tensor.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
+
+    def bn_relu(self, x, weight, bias, residual=None, eps=1e-5, relu=True, type="float32"):
+        csrc.load()
+        return [*map(self.flat, torch.ops.resnet50.bn_relu(
+            self.rows(x, type), self.tensor(weight), self.tensor(bias), self.rows(residual, type), eps, relu))]
+
+    def bn_relu_backward(self, grad, y, x, weight, mean, invstd, relu=True, residual=False, type="float32"):
+        csrc.load()
+        made = torch.ops.resnet50.bn_relu_backward(*(self.rows(a, type) for a in (grad, y, x)),
+                                                   *map(self.tensor, (weight, mean, invstd)), relu, residual)
+        return [self.flat(t) if t.numel() else None for t in made]
+
+
+@pytest.fixture(scope="session")
+def libraries(pytestconfig, tmp_path_factory):
+    builder = Builder(pytestconfig.cache.mkdir("cuda"))
+    folder = tmp_path_factory.mktemp("faults")
+    plant(folder)
+    yield dict(right=emulated.start(builder), faulty=emulated.start(builder, faults=str(folder)),
+               operations=emulated.start_operations(builder))
+    builder.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def emulator(libraries):
+    return emulated.Device(libraries["right"]())
+
+
+@pytest.fixture(params=[pytest.param("emulated", marks=emulates), pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+        return Gpu()
+    emulator = request.getfixturevalue("emulator")
+    emulator.use()
+    return emulator
+
+
+# Layers that fill the larger tiles, and those with few pixels and a long k, which is split.
+LAYERS = [
+    dict(n=1, h=28, w=28, c=64, o=64),
+    dict(n=2, h=30, w=27, c=64, o=128, kernel=(3, 3), padding=(1, 1), residual=True),
+    dict(n=1, h=14, w=14, c=256, o=256, residual=True),
+    dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3), padding=(1, 1)),
+    dict(n=1, h=7, w=7, c=2048, o=80, residual=True),
+    dict(n=3, h=23, w=21, c=80, o=144, stride=(2, 2), c2=48, stride2=(2, 2)),
+    dict(n=1, h=7, w=7, c=512, o=144, c2=1024, stride2=(2, 2)),
+    dict(n=2, h=15, w=15, c=96, o=160, kernel=(3, 3), padding=(1, 1), stride=(2, 2), groups=2),
+    dict(n=8, h=7, w=9, c=16, o=200, kernel=(3, 3), padding=(1, 1)),
+    dict(n=1, h=40, w=33, c=3, o=64, kernel=(7, 7), stride=(2, 2), padding=(3, 3), pad_value=True),
+]
+
+
+@pytest.mark.parametrize("order", emulated.ORDERS)
+def test_convolutions_are_exact(device, order):
+    """Sizes, strides, groups, paddings, second inputs; odd ones take the path that gathers byte by byte."""
+    for i, shape in enumerate(ODD + LAYERS):
+        case = Case(**shape, seed=i)
+        device.use(order=order, seed=i)
+        compare(device.conv_int8(case), case.want, case.text)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16, 132])
+def test_every_tile_and_split_gives_the_same(device, multiprocessors):
+    """The number of multiprocessors decides on the tile and on the parts of k."""
+    for i, shape in enumerate(LAYERS):
+        case = Case(**shape, seed=50 + i)
+        device.use(order="shuffled", seed=i, multiprocessors=multiprocessors)
+        compare(device.conv_int8(case), case.want, f"{multiprocessors}: {case.text}")
+
+
+def test_extremes(device):
+    for name, case, _ in extremes():
+        compare(device.conv_int8(case), case.want, name)
+
+
+@emulates
+def test_fragments_are_loaded_without_conflicts(emulator):
+    emulator.use()
+    for i, shape in enumerate(LAYERS):
+        emulator.conv_int8(Case(**shape, seed=i))
+        assert emulator.lib.device_multiplies() > 0 and emulator.lib.device_conflicts() == 0
+
+
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (5, 2048, 100), (70, 59, 113), (3, 512, 16), (129, 80, 65)])
+def test_gemm(device, m, k, n):
+    rng = np.random.default_rng(m)
+    a, b = rng.integers(0, 256, (m, k), np.uint8), rng.integers(-128, 128, (n, k), np.int8)
+    bias, scale = rng.integers(-10 ** 6, 10 ** 6, n, np.int32), (rng.random(n) - 0.5).astype(np.float32)
+    sums = a.astype(np.int64) @ b.T.astype(np.int64)
+    mult = rng.integers(0, 2 ** 22 // max(int(np.abs(sums).max()) // 128, 1) + 2, n).astype(np.int32)
+    compare(device.gemm_int8(a, b), sums.astype(np.int32), "sums")
+    compare(device.gemm_int8(a, b, bias), (sums + bias).astype(np.int32), "sums and bias")
+    want = ((sums + bias).astype(np.float64) * scale.astype(np.float64)).astype(np.float32)
+    compare(device.gemm_int8(a, b, bias, scale=scale), want, "float32")
+    compare(device.gemm_int8(a, b, bias, mult=mult), requantize(sums + bias, mult), "uint8")
+    compare(device.gemm_int8(a, b, mult=mult), requantize(sums, mult), "uint8 without bias")
+
+
+@pytest.mark.parametrize("size, kernel, stride, padding", [
+    ((2, 9, 7, 48), 3, 2, 1), ((1, 5, 6, 3), 2, 2, 0), ((3, 8, 8, 16), 1, 1, 0), ((1, 7, 4, 17), 4, 3, 2)])
+def test_pools(device, size, kernel, stride, padding):
+    x = np.random.default_rng(kernel).integers(0, 256, size, np.uint8)
+    nchw = torch.from_numpy(x).permute(0, 3, 1, 2)
+    want = reference.max_pool_int8(nchw, kernel, stride, padding).permute(0, 2, 3, 1).contiguous().numpy()
+    compare(device.max_pool_int8(x, kernel, stride, padding), want, "max")
+    pixels = size[1] * size[2]
+    for mult in (0, pixels // 2, 1000 * pixels + 1, 2 ** 22):
+        want = reference.avg_pool_int8(nchw, torch.tensor([mult], dtype=torch.int32)).numpy()
+        compare(device.avg_pool_int8(x, mult), want, f"mean, {mult}")
+
+
+def bits(tensor):
+    """16-bit floats NHWC or flat -> uint16"""
+    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+HALVES = [  # n, h, w, c, o, kernel, stride, padding, groups
+    (2, 9, 7, 32, 64, 3, 1, 1, 1), (1, 11, 13, 3, 24, 7, 2, 3, 1), (1, 7, 7, 512, 80, 1, 1, 0, 1),
+    (3, 17, 17, 64, 136, 3, 2, 1, 2), (1, 1, 1, 1, 1, 1, 1, 0, 1), (1, 30, 30, 64, 128, 1, 1, 0, 1),
+    (2, 6, 5, 59, 113, 3, 1, 1, 1), (1, 8, 8, 8, 8, 2, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("type", ["bfloat16", "float16"])
+def test_conv_bn_relu_rounds_once(device, type):
+    """Within the rounding of the result, one part in 2^8 or 2^11, and of float32 sums."""
+    dtype = getattr(torch, type)
+    for i, (n, h, w, c, o, k, stride, padding, groups) in enumerate(HALVES):
+        g = torch.Generator().manual_seed(i)
+        x = torch.randn(n, h, w, c, generator=g).to(dtype)
+        weight = (torch.randn(o, k, k, c // groups, generator=g) / (k * k * c // groups) ** 0.5).to(dtype)
+        scale, shift = torch.rand(o, generator=g), torch.randn(o, generator=g)
+        exact = F.conv2d(x.double().permute(0, 3, 1, 2), weight.double().permute(0, 3, 1, 2), None, stride, padding, 1,
+                         groups) * scale[:, None, None].double() + shift[:, None, None].double()
+        residual = torch.randn(exact.shape, generator=g).to(dtype) if i % 2 == 0 else None
+        exact = exact if residual is None else exact + residual.double()
+        exact = (exact.relu() if i % 3 else exact).permute(0, 2, 3, 1)
+        got = device.conv_half(bits(x), bits(weight), scale.numpy(), shift.numpy(),
+                               None if residual is None else bits(residual.permute(0, 2, 3, 1)), bool(i % 3),
+                               (stride,) * 2, (padding,) * 2, groups, type)
+        got = torch.from_numpy(got.view(np.int16)).view(dtype).double()
+        limit = exact.abs() * 2.0 ** (-8 if type == "bfloat16" else -11) + 1e-5
+        assert ((got - exact).abs() <= limit).all(), (i, ((got - exact).abs() / limit).max())
+
+
+def test_not_a_number_stays_in_its_window(device):
+    x = np.zeros((1, 9, 9, 16), np.uint16)
+    x[0, 4, 4, 3] = 0x7fc0
+    weight = np.full((16, 3, 3, 16), 0x3f80, np.uint16)
+    y = device.conv_half(x, weight, np.ones(16, np.float32), np.ones(16, np.float32), padding=(1, 1))
+    nan = (y & 0x7fff) > 0x7f80
+    inside = np.zeros((9, 9), bool)
+    inside[3:6, 3:6] = True
+    assert (nan == inside[None, :, :, None]).all() and (y[~nan] == 0x3f80).all()
+
+
+# --------------------------------------------------------------------------------------------------- batch-norm
+
+@pytest.mark.parametrize("type", emulated.FLOATS)
+@pytest.mark.parametrize("m, c, offset", [(300, 64, 0), (77, 24, 100), (5, 3, 0), (2, 1, -3), (1500, 16, 1000),
+                                          (40, 264, 5)])
+def test_bn_relu(device, type, m, c, offset):
+    """Forward and backward against float64; an offset of many deviations costs no more than x's own rounding."""
+    g, dtype = torch.Generator().manual_seed(m), getattr(torch, type)
+    x, residual, grad = ((torch.randn(m, c, generator=g) + o).to(dtype) for o in (offset, 0, 0))
+    weight, bias = torch.rand(c, generator=g) + 0.5, torch.randn(c, generator=g)
+    array = lambda t: t.numpy() if type == "float32" else bits(t)  # noqa: E731
+    wide = lambda a: torch.from_numpy(a).double() if a.dtype == np.float32 else \
+        torch.from_numpy(a.view(np.int16)).view(dtype).double()  # noqa: E731
+    ulp = dict(float32=2e-6, float16=2 ** -10, bfloat16=2 ** -7)[type]
+    for with_residual, relu in ((False, False), (False, True), (True, True)):
+        y, mean, invstd = device.bn_relu(array(x), weight.numpy(), bias.numpy(), array(residual) if with_residual else
+                                         None, relu=relu, type=type)
+        four = [t.double()[:, :, None, None] for t in (x, residual, grad)]
+        exact = reference.bn_relu(four[0], weight.double(), bias.double(), four[1] if with_residual else None, 1e-5,
+                                  relu)
+        torch.testing.assert_close(torch.from_numpy(mean).double(), exact[1], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(torch.from_numpy(invstd).double(), exact[2], rtol=1e-4 if offset else 1e-5, atol=0)
+        torch.testing.assert_close(wide(y), exact[0][:, :, 0, 0], rtol=ulp, atol=max(ulp, abs(offset) * 1e-6) * 4)
+        made = device.bn_relu_backward(array(grad), y, array(x), weight.numpy(), mean, invstd, relu, with_residual,
+                                       type)
+        want = reference.bn_relu_backward(four[2], wide(y)[:, :, None, None], four[0], weight.double(),
+                                          *(torch.from_numpy(a).double() for a in (mean, invstd)), relu, with_residual)
+        assert (made[1] is None) == (not with_residual)
+        largest = float((grad.double().abs() * torch.from_numpy(invstd) * weight).max())  # of what cancels in dx
+        for got, expected in zip(made, want):
+            if got is not None:
+                expected = expected[:, :, 0, 0] if expected.dim() == 4 else expected
+                scale = max(float(expected.abs().max()), largest) + 1e-3
+                torch.testing.assert_close(wide(got), expected, rtol=ulp, atol=scale * max(ulp, 1e-5))
+
+
+def test_bn_relu_gradient_of_not_a_number(device):
+    """PyTorch's ReLU passes the gradient where its result is not a number."""
+    x, one = np.float32([[1, 2], [3, 4], [5, 6]]), np.ones(2, np.float32)
+    y = np.float32([[np.nan, 0], [1, -1], [0, 2]])
+    _, dresidual, _, dbias = device.bn_relu_backward(np.full((3, 2), 7, np.float32), y, x, one, one, one, True, True)
+    assert np.array_equal(dresidual, np.float32([[7, 0], [7, 0], [0, 7]])) and np.array_equal(dbias, [14, 7])
+
+
+# --------------------------------------------------------------------------------------------------- planted faults
+
+def in_process(library, group, fault):
+    """A process of its own, which a fault may end."""
+    return subprocess.run([sys.executable, "-m", "tests.emulate_cuda.faults", library, group], cwd=ROOT, text=True,
+                          capture_output=True, timeout=120, env={**os.environ, "EMULATED_FAULT": str(fault)})
+
+
+@emulates
+@pytest.mark.parametrize("group", [*GROUPS, "norm", "extremes"])
+def test_without_a_fault_nothing_is_said(libraries, group):
+    done = in_process(libraries["faulty"](), group, -1)
+    assert done.returncode == 0, done.stderr
+
+
+@emulates
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(libraries, fault):
+    *_, said, group = FAULTS[fault]
+    done = in_process(libraries["faulty"](), group, list(FAULTS).index(fault))
+    assert done.returncode == 1 and re.search(said, done.stderr.splitlines()[-1]), done.stderr
+
+
+# --------------------------------------------------------------------------------------------------- whole networks
+
+# name: (configuration, image size, images). Widths that are multiples of 16 are copied asynchronously, others gathered.
+SIXTEENS = {name: (width + 15) // 16 * 16 for name, width in WIDTHS.items()}
+NETWORKS = dict(sixteens=(dict(widths=SIXTEENS), 64, 2), plain=(VARIANTS["plain"], 33, 3), v1=(VARIANTS["v1"], 40, 1),
+                pruned=(VARIANTS["pruned"], 64, 1), se=(VARIANTS["se"], 64, 1), split=(VARIANTS["split"], 32, 1))
+
+
+def network(name):
+    """-> Int8ResNet50 and pixels"""
+    config, size, batch = NETWORKS[name]
+    torch.manual_seed(0)
+    model = randomise(ResNet50(**{"num_classes": 7, "widths": WIDTHS, **config}), 0).eval().requires_grad_(False)
+    model = quantize(model.to(memory_format=NHWC), photographs(5, 75, 50).split(2))
+    return model, photographs(batch, size, size, seed=1)
+
+
+@emulates
+def test_networks_have_the_bits_of_the_cpu(libraries, tmp_path):
+    """Through the same Python as on a GPU: bindings, checks, operations, the network's steps."""
+    saved = []
+    for name in NETWORKS:
+        model, pixels = network(name)
+        saved.append((name, model.config, model.state_dict(), pixels, model(pixels)))
+    torch.save(saved, tmp_path / "networks.pt")
+    code = f"""
+import torch, csrc
+from resnet50 import Int8ResNet50
+csrc.load()
+torch.ops.load_library({libraries["operations"]()!r})
+for name, config, state, pixels, logits in torch.load({str(tmp_path / "networks.pt")!r}, weights_only=True):
+    model = Int8ResNet50(**config)
+    model.load_state_dict(state)
+    with torch.no_grad():
+        got = model(pixels)
+    assert torch.equal(got, logits), (name, (got - logits).abs().max())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "RESNET50_EXT": "off"})
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_on_a_gpu_has_the_bits_of_the_cpu(name):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model, pixels = network(name)
+    logits = model(pixels)
+    assert torch.equal(model.cuda()(pixels.cuda()).cpu(), logits)
+
+
+# --------------------------------------------------------------------------------------------------- machine code
+
+NVCC = os.path.join(csrc.cuda_home(), "bin", "nvcc")
+has_nvcc = pytest.mark.skipif(not os.path.exists(NVCC), reason="needs nvcc")
+
+
+def nvcc(*arguments):
+    done = subprocess.run([NVCC, "-std=c++17", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def ptx_of(folder, csrc_folder):
+    """-> {kernel of wrappers.cu: PTX instructions}"""
+    path = os.path.join(folder, "wrappers.ptx")
+    nvcc("-ptx", "-arch=sm_80", f"-I{csrc_folder}", os.path.join(emulated.HERE, "wrappers.cu"), "-o", path)
+    with open(path) as f:
+        return ptx.kernels(f.read())
+
+
+def words_of(name):
+    """-> operands uint32 (32, words) of a wrapper's kernel, and how many results a lane has"""
+    rng = np.random.default_rng(len(name))
+    if name in ("pack_f16", "pack_bf16"):  # ties, overflow to infinity, denormals, NaN, and numbers at random
+        special = np.float32([1, 1 + 2 ** -8, 1 + 3 * 2 ** -8, 1 + 2 ** -11, 1 + 3 * 2 ** -11, 65519.9, 65520, 6e-8,
+                              2e-8, -3e-8, 3.4e38, np.inf, -np.inf, np.nan, 0, -0.0, 1e-40, -9e-41])
+        return np.concatenate([special, (rng.standard_normal(64 - len(special)) * 100)]).astype(np.float32).view(
+            np.uint32).reshape(32, 2), 1
+    if name in ("unpack_f16", "unpack_bf16"):
+        special = [0, 0x8000, 1, 0x83ff, 0x7c00, 0xfc00, 0x3c00, 0x7bff]
+        return np.uint32([*special, *rng.integers(0, 0x7c00, 24)])[:, None], 1
+    if name == "ldmatrix4":
+        return np.column_stack([rng.integers(0, 2 ** 32, (32, 4)), rng.permutation(32)]).astype(np.uint32), 4
+    if name == "cp_async16":
+        return rng.integers(0, 2 ** 32, (32, 4)).astype(np.uint32), 8
+    words = rng.integers(0, 2 ** 32, (32, 10)).astype(np.uint32)
+    if name != "mma_u8s8":  # small multiples of 1/8: every order of summing gives the same
+        operands = (rng.integers(-40, 41, (32, 12)) / 8).astype(np.float16 if name == "mma_f16" else np.float32)
+        halves = operands.view(np.uint16) if name == "mma_f16" else (operands.view(np.uint32) >> 16).astype(np.uint16)
+        words[:, :6] = halves.copy().view(np.uint32)
+        words[:, 6:] = (rng.integers(-40, 41, (32, 4)) / 8).astype(np.float32).view(np.uint32)
+    return words, 4
+
+
+@emulates
+@has_nvcc
+def test_the_emulator_agrees_with_the_ptx(emulator, tmp_path):
+    """What nvcc makes of each wrapper's assembly, run by an interpreter, against the emulator's own instruction."""
+    made = ptx_of(tmp_path, emulated.CSRC)
+    emulator.use()
+    assert set(made) == {f"kernel_{name}" for name in emulated.WRAPPERS}
+    for name in emulated.WRAPPERS:
+        words, results = words_of(name)
+        compare(ptx.run(made[f"kernel_{name}"], words, results), emulator.wrapper(name, words, results), name)
+
+
+@emulates
+@has_nvcc
+@pytest.mark.parametrize("text, wrong, name", [
+    ('"r"(a[0]), "r"(a[1]), "r"(a[2])', '"r"(a[0]), "r"(a[2]), "r"(a[1])', "mma_u8s8"),
+    ("s32.u8.s8.s32", "s32.s8.u8.s32", "mma_u8s8"), ("{%8, %9}", "{%9, %8}", "mma_f16"),
+    ("{%0, %1, %2, %3}, [%4]", "{%0, %2, %1, %3}, [%4]", "ldmatrix4"),
+    ('"f"(high), "f"(low)', '"f"(low), "f"(high)', "pack_bf16"), ("valid ? 16 : 0", "16", "cp_async16"),
+    ('"n"(Pending)', '"n"(Pending + 1)', "cp_async16")])
+def test_swapped_operands_are_noticed(emulator, tmp_path, text, wrong, name):
+    (tmp_path / "cuda").mkdir()
+    with open(os.path.join(emulated.CSRC, "cuda", "dev.cuh")) as f:
+        source = f.read()
+    assert text in source
+    (tmp_path / "cuda" / "dev.cuh").write_text(source.replace(text, wrong))
+    try:
+        made = ptx_of(tmp_path, tmp_path)
+        words, results = words_of(name)
+        got = ptx.run(made[f"kernel_{name}"], words, results)
+    except (AssertionError, KeyError):  # ptxas or the interpreter knows no such instruction
+        return
+    assert (got != emulator.wrapper(name, words, results)).any()
+
+
+def test_assembly_is_not_moved():
+    """What touches memory, or must run by all lanes together, is volatile; and what touches memory says so."""
+    with open(os.path.join(emulated.CSRC, "cuda", "dev.cuh")) as f:
+        statements = re.findall(r"asm\b(.*?)\);", f.read(), re.S)
+    assert len(statements) == 10
+    for statement in statements:
+        if re.search(r"cp\.async|ldmatrix|mma\.sync", statement):
+            assert statement.strip().startswith("volatile"), statement
+        if re.search(r"cp\.async|ldmatrix", statement):
+            assert statement.rstrip().endswith('"memory"'), statement
+
+
+@has_nvcc
+def test_kernels_stay_in_registers_and_use_tensor_cores(tmp_path):
+    """ptxas reports no spill on either architecture; the machine code has the instructions that the sources mean."""
+    meant = dict(conv_int8=("IMMA.16832.U8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
+                 conv_half=("HMMA.16816.F32 ", "HMMA.16816.F32.BF16", "LDSM.16.M88.4"), bn_relu=(), pooling=())
+
+    def compile_for(kernel, architecture):
+        path = str(tmp_path / f"{kernel}.{architecture}.cubin")
+        source = os.path.join(emulated.CSRC, "cuda", f"{kernel}.cu")
+        return path, nvcc("-cubin", f"-arch={architecture}", "-Xptxas", "-v", *csrc.CUDA_FLAGS, source, "-o", path)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {(kernel, architecture): pool.submit(compile_for, kernel, architecture)
+                for kernel in meant for architecture in ("sm_80", "sm_90")}
+    for (kernel, architecture), job in jobs.items():
+        path, said = job.result()
+        functions = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+                               r"(\d+) bytes spill loads", said, re.S)
+        assert functions and all(int(n) == 0 for f in functions for n in f[1:]), (kernel, architecture, functions)
+        if meant[kernel] and (disassembler := find_disassembler()):
+            code = subprocess.run([disassembler, path], capture_output=True, text=True, check=True).stdout
+            for instruction in meant[kernel]:
+                assert instruction in code, (architecture, instruction)
+
+
+def find_disassembler():
+    """nvdisasm, which toolkits may lack and triton brings along"""
+    beside = os.path.join(os.path.dirname(NVCC), "nvdisasm")
+    try:
+        import triton
+        brought = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+    except ImportError:
+        brought = ""
+    return next((path for path in (beside, brought) if os.path.exists(path)), None)
