@@ -312,8 +312,8 @@ def test_emulated_tiles(kernels):
 
 # ------------------------------------------------------------------------------------------------------ planted faults
 
-def run_cases(library, *groups, **env):
-    return subprocess.run([sys.executable, "-m", "tests.emulate.kernels", library, *groups], cwd=ROOT,
+def run_cases(library, *groups, timeout=None, **env):
+    return subprocess.run([sys.executable, "-m", "tests.emulate.kernels", library, *groups], cwd=ROOT, timeout=timeout,
                           capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **env})
 
 
@@ -393,12 +393,18 @@ def test_address_and_undefined_behaviour(builds, networks):
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr[:4000]
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="only the AVX2 kernel allocates between barriers")
+def test_thread_without_memory(library, networks):
+    done = run_cases(library, "avx2", f"starved={networks[2]}", timeout=60)
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
+
+
 def test_races(builds):
     """pool.cpp with callers at the same time, barriers and exceptions, under ThreadSanitizer."""
     preload("libtsan.so")
     # libtsan of gcc 12 does not start where the system spreads addresses over more bits than it expects
     same_addresses = ["setarch", "-R"] if shutil.which("setarch") else []
-    done = subprocess.run([*same_addresses, builds["races"]()], capture_output=True, text=True)
+    done = subprocess.run([*same_addresses, builds["races"]()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "done\n", done.stdout + done.stderr[:4000]
 
 

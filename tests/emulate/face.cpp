@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "layout.h"
 #include "network.h"
@@ -16,6 +17,17 @@
 // which of the mistakes that test_kernels.py has planted is made in this process
 extern int emulated_fault;
 int emulated_fault = std::getenv("EMULATED_FAULT") ? std::atoi(std::getenv("EMULATED_FAULT")) : -1;
+
+// While `alone` is a thread's, no other one gets memory (kernels.py links with --wrap=aligned_alloc).
+static std::atomic<std::thread::id> alone;
+
+extern "C" {
+void* __real_aligned_alloc(size_t alignment, size_t bytes);
+void* __wrap_aligned_alloc(size_t alignment, size_t bytes) {
+  const std::thread::id id = alone;
+  return id == std::thread::id() || id == std::this_thread::get_id() ? __real_aligned_alloc(alignment, bytes) : nullptr;
+}
+}
 
 namespace r50 {
 namespace {
@@ -139,6 +151,7 @@ extern "C" {
 
 const char* face_error() { return error.c_str(); }
 void face_use(int isa) { chosen = isa; }
+void face_starve_others(int on) { alone = on ? std::this_thread::get_id() : std::thread::id(); }
 int face_configured() { return emulated_configured; }
 
 int face_conv(const ConvInt8* conv, uint8_t* out, int threads) {
