@@ -266,6 +266,29 @@ def test_pack_refuses(kernels, isa):
             kernels.pack(**given)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_tables_refuse(kernels, isa):
+    """Layouts that take the taps of packed weights apart: the channels that each kernel can read so, and no others."""
+    kernels.use(isa)
+    align = 16 if isa == "amx" else 1
+    multiple = {"plain": 1, "avx2": 8, "vnni": 4, "amx": 64}[isa]
+    for c in sorted({multiple, 3 * multiple, 2, 4, 12, 32}):
+        for stride, layout in ((1, "interleaved"), (2, "planes")):
+            case = Case(2, 5, 6, c, 24, (3, 3), (stride, stride), (1, 1), pad_value=True, seed=c)
+            options = {"align": align, layout: True, "merged": True}
+            if c % multiple:
+                with pytest.raises(RuntimeError, match=f"channels in multiples of {multiple}, got {c}$"):
+                    kernels.sweep(case, **options)
+            else:
+                emulate.compare(kernels.sweep(case, **options)[0], case.want, f"{isa}: {layout}: {case.text}")
+    for odd in (dict(kernel=(3, 3)), dict(kernel=(3, 3), stride=(2, 1)), dict(kernel=(3, 3), stride=(3, 2)),
+                dict(kernel=(1, 2), stride=(2, 1)), dict(padding=(1, 0))):
+        with pytest.raises(RuntimeError, match="a window on planes needs strides in multiples of 2, got [13]$"):
+            kernels.sweep(Case(1, 5, 6, 64, 24, **odd), align=align, planes=True)
+    case = Case(1, 5, 6, 64, 24)  # one tap reads any pixel
+    emulate.compare(kernels.sweep(case, align=align, planes=True)[0], case.want, f"{isa}: {case.text}")
+
+
 def test_choice_of_isa(builds):
     """RESNET50_ISA, which each process reads once; the emulation claims every feature."""
     code = ("import ctypes, sys; name = ctypes.CDLL(sys.argv[1])._ZN3r508isa_nameEv\n"

@@ -61,7 +61,8 @@ Isa isa() { return Isa(chosen.load()); }
 // A convolution in layouts that conv_int8 does not use, in parts as a network's threads would take them.
 struct Sweep {
   ConvInt8 conv;  // its images contiguous; padding becomes the border
-  int64_t align, planes, interleaved, out_interleaved, out_border, kind, block, row_parts, panel_parts, in_place;
+  int64_t align, planes, interleaved, out_interleaved, out_border, kind, block, row_parts, panel_parts, in_place,
+      merged;  // one run of kw * c bytes per row of the window, whether or not the layout has it
   const float* f32_scale;
 };
 
@@ -91,7 +92,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
                                  s.align);
 
   // one run of kw * c bytes per row of the window where pixels touch, or where splitting it leaves no padding
-  const bool merged = x.layout.dense() || a.c % 64 == 0;
+  const bool merged = s.merged || x.layout.dense() || a.c % 64 == 0;
   const int64_t taps = merged ? a.kh : a.kh * a.kw, k = merged ? a.kw * a.c : a.c;
   const PackedShape shape{int(a.o), a.x2 ? 2 : 1, {int(taps), 1}, {int(k), int(a.c2)}};
   const int8_t* const weights[2] = {a.weight, a.weight2};
@@ -119,7 +120,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   }
   Tables tables;
   tables.build(x.layout, window, out, x2 ? &x2->layout : nullptr, int(a.stride2_h), int(a.stride2_w), element,
-               int(s.align));
+               int(s.align), &w);
   tables.attach(conv, w.operands);
   conv.in[0].a = x.data.get();
   if (x2) conv.in[1].a = x2->data.get();

@@ -98,7 +98,7 @@ class ConvInt8(ctypes.Structure):  # kernels.h
 class Sweep(ctypes.Structure):  # face.cpp
     _fields_ = [("conv", ConvInt8)] + [(name, ctypes.c_int64) for name in (
         "align", "planes", "interleaved", "out_interleaved", "out_border", "kind", "block", "row_parts", "panel_parts",
-        "in_place")] + [("f32_scale", ctypes.c_void_p)]
+        "in_place", "merged")] + [("f32_scale", ctypes.c_void_p)]
 
 
 def pointer(array):
