@@ -522,10 +522,16 @@ class Int8ResNet50(Flat, nn.Module):
             return module(x.float()).round().to(torch.uint8)
         return module(x, **more)
 
-    def plan(self):
-        """The network packed for this machine, made once."""
+    def pack(self):
+        """Makes `packed`, the network as this machine's kernels read it, once."""
         if self.packed is None:
             self.packed = tune(build_plan(self.program()), self.preprocess["crop"])
+
+    # as csrc.load: torch.compile runs it while it traces, and what it makes is an input of the graph
+    pack._dynamo_marked_constant = True
+
+    def plan(self):
+        self.pack()
         return self.packed
 
     def _apply(self, fn, recurse=True):
@@ -538,7 +544,8 @@ class Int8ResNet50(Flat, nn.Module):
 
     def forward(self, pixels):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if self.config["attention"] == "none" and pixels.device.type == "cpu" and csrc.available():
+        if self.config["attention"] == "none" and pixels.device.type == "cpu" and csrc.available() \
+                and not torch.compiler.is_exporting():  # an exported program shall run on machines of other kinds
             return csrc.network_int8(pixels, self.plan(), self.config["num_classes"])
         return self.run(pixels)
 

@@ -256,9 +256,9 @@ def bn_relu(x, weight, bias, residual, eps, relu):
 
 def bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
     """grad of y, and what bn_relu took and gave -> gradients of x, of the residual (empty without one), weight, bias.
-    Where a ReLU ran, the gradient passes where y > 0."""
+    Where a ReLU ran, the gradient passes where y is not <= 0: at a NaN too, as PyTorch's does."""
     g = grad.to(weight.dtype)
-    g = torch.where(y > 0, g, 0) if relu else g
+    g = torch.where(y <= 0, 0, g) if relu else g
     normal = (x.to(weight.dtype) - per_channel(mean, x)) * per_channel(invstd, x)
     dweight, dbias = (g * normal).sum((0, 2, 3)), g.sum((0, 2, 3))
     count = x.numel() // x.shape[1]

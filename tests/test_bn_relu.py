@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import csrc
+from csrc import reference
 
 NHWC = torch.channels_last
 SHAPES = [(1, 64, 112, 112), (2, 128, 28, 28), (2, 1024, 14, 14), (2, 2048, 7, 7),  # ResNet-50's
@@ -154,6 +155,22 @@ def test_threads_change_no_bit(shape, dtype):
             grad, y, x, weight, mean, invstd, True, True)))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("version", ["native", "reference"])
+def test_the_gradient_of_a_nan_is_pytorchs(dtype, version):
+    backward = (torch.ops.resnet50 if version == "native" else reference).bn_relu_backward
+    x, residual, grad, weight, bias = example((2, 19, 5, 5), dtype)
+    residual[0, :, 1, 1] = float("nan")  # all channels: those in full vectors and those left over
+    y, mean, invstd = torch.ops.resnet50.bn_relu(x, weight, bias, residual, 1e-5, True)
+    assert y[0, :, 1, 1].isnan().all() and y.isnan().sum() == 19
+    leaf = y.detach().requires_grad_()
+    expected, = torch.autograd.grad(leaf.relu(), leaf, grad)
+    assert torch.equal(expected[0, :, 1, 1], grad[0, :, 1, 1])
+    with_residual, without = (backward(grad, y, x, weight, mean, invstd, True, r) for r in (True, False))
+    assert torch.equal(with_residual[1], expected) and torch.equal(with_residual[0], without[0])
+    torch.testing.assert_close(without[3], expected.float().sum((0, 2, 3)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

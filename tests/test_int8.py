@@ -294,6 +294,38 @@ def test_a_changed_network_is_packed_anew():
     assert a.packed is None and torch.equal(a(pixels), expected[1])
 
 
+# ---------------------------------------------------------------------------------------------- compile, export
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_compiled_network_is_packed_while_it_is_traced(backend):
+    pixels = photographs(2, 64, 64)
+    a, b = (resnet50.quantize(build("plain", seed), [pixels]) for seed in (0, 1))
+    compiled = torch.compile(a, fullgraph=True, backend=backend)
+    assert torch.equal(compiled(pixels), a(pixels))
+    a.load_state_dict(b.state_dict())  # the plan of before is no constant of the graph
+    assert torch.equal(compiled(pixels), b(pixels))
+
+
+@pytest.mark.parametrize("variant", ["plain", "se"])
+def test_an_exported_network_holds_nothing_of_this_machine(variant, tmp_path):
+    pixels, path = photographs(3, 64, 64), str(tmp_path / "int8.pt2")
+    net = resnet50.quantize(build(variant), [pixels])
+    expected = net(pixels)  # and net is packed now
+    batch = torch.export.Dim("batch", max=16)
+    torch.export.save(torch.export.export(net, (pixels[:2],), dynamic_shapes={"pixels": {0: batch}}), path)
+    program = torch.export.load(path)
+    assert torch.equal(program.module()(pixels), expected)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert "resnet50.conv_int8.default" in called and not any("network" in name or "pack" in name for name in called)
+
+
+def test_the_fused_network_is_compiled_and_exported():
+    model = build("plain")
+    fused, x = resnet50.fuse(model), resnet50.normalize(photographs(2, 64, 64), model.preprocess)
+    for f in (torch.compile(fused, fullgraph=True, backend="eager"), torch.export.export(fused, (x,)).module()):
+        torch.testing.assert_close(f(x), fused(x))
+
+
 # -------------------------------------------------------------------------------------------------- checkpoints
 
 def same_state(a, b):

@@ -266,6 +266,29 @@ def test_pack_refuses(kernels, isa):
             kernels.pack(**given)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_tables_refuse(kernels, isa):
+    """Layouts that take the taps of packed weights apart: the channels that each kernel can read so, and no others."""
+    kernels.use(isa)
+    align = 16 if isa == "amx" else 1
+    multiple = {"plain": 1, "avx2": 8, "vnni": 4, "amx": 64}[isa]
+    for c in sorted({multiple, 3 * multiple, 2, 4, 12, 32}):
+        for stride, layout in ((1, "interleaved"), (2, "planes")):
+            case = Case(2, 5, 6, c, 24, (3, 3), (stride, stride), (1, 1), pad_value=True, seed=c)
+            options = {"align": align, layout: True, "merged": True}
+            if c % multiple:
+                with pytest.raises(RuntimeError, match=f"channels in multiples of {multiple}, got {c}$"):
+                    kernels.sweep(case, **options)
+            else:
+                emulate.compare(kernels.sweep(case, **options)[0], case.want, f"{isa}: {layout}: {case.text}")
+    for odd in (dict(kernel=(3, 3)), dict(kernel=(3, 3), stride=(2, 1)), dict(kernel=(3, 3), stride=(3, 2)),
+                dict(kernel=(1, 2), stride=(2, 1)), dict(padding=(1, 0))):
+        with pytest.raises(RuntimeError, match="a window on planes needs strides in multiples of 2, got [13]$"):
+            kernels.sweep(Case(1, 5, 6, 64, 24, **odd), align=align, planes=True)
+    case = Case(1, 5, 6, 64, 24)  # one tap reads any pixel
+    emulate.compare(kernels.sweep(case, align=align, planes=True)[0], case.want, f"{isa}: {case.text}")
+
+
 def test_choice_of_isa(builds):
     """RESNET50_ISA, which each process reads once; the emulation claims every feature."""
     code = ("import ctypes, sys; name = ctypes.CDLL(sys.argv[1])._ZN3r508isa_nameEv\n"
@@ -312,8 +335,8 @@ def test_emulated_tiles(kernels):
 
 # ------------------------------------------------------------------------------------------------------ planted faults
 
-def run_cases(library, *groups, **env):
-    return subprocess.run([sys.executable, "-m", "tests.emulate.kernels", library, *groups], cwd=ROOT,
+def run_cases(library, *groups, timeout=None, **env):
+    return subprocess.run([sys.executable, "-m", "tests.emulate.kernels", library, *groups], cwd=ROOT, timeout=timeout,
                           capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1", **env})
 
 
@@ -393,12 +416,18 @@ def test_address_and_undefined_behaviour(builds, networks):
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr[:4000]
 
 
+@pytest.mark.skipif("avx2" not in ISAS, reason="only the AVX2 kernel allocates between barriers")
+def test_thread_without_memory(library, networks):
+    done = run_cases(library, "avx2", f"starved={networks[2]}", timeout=60)
+    assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr
+
+
 def test_races(builds):
     """pool.cpp with callers at the same time, barriers and exceptions, under ThreadSanitizer."""
     preload("libtsan.so")
     # libtsan of gcc 12 does not start where the system spreads addresses over more bits than it expects
     same_addresses = ["setarch", "-R"] if shutil.which("setarch") else []
-    done = subprocess.run([*same_addresses, builds["races"]()], capture_output=True, text=True)
+    done = subprocess.run([*same_addresses, builds["races"]()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "done\n", done.stdout + done.stderr[:4000]
 
 

@@ -2,7 +2,7 @@
 //
 //   forward    mean, var over the rows;  invstd = 1 / sqrt(var + eps)
 //              y = relu((x - mean) * invstd * weight + bias + residual)
-//   backward   g = grad where y > 0;  dbias = sum g;  dweight = sum g * (x - mean) * invstd;  dresidual = g
+//   backward   g = grad where !(y <= 0);  dbias = sum g;  dweight = sum g * (x - mean) * invstd;  dresidual = g
 //              dx = invstd * weight * (g - dbias / rows - (x - mean) * invstd * dweight / rows)
 //
 // Each direction reads its input twice: sums over the rows, then the result. The rows are cut into blocks by their
@@ -164,7 +164,7 @@ struct Apply {
 template <int V, class T>
 INLINE typename Vec<V>::F masked(const T* grad, const T* y) {
   const auto g = load<V>(grad);
-  return y ? load<V>(y) > 0 ? g : 0 : g;
+  return y ? load<V>(y) <= 0 ? 0 : g : g;  // as PyTorch's ReLU, which lets a NaN's gradient pass
 }
 
 // a, b (float32) = sums of g and g * (x - mean). The residual's gradient is written here, and read by the second pass.

@@ -69,6 +69,9 @@ struct Conv {
 // Position of channel `c` of a panel of `width` channels inside the panel, for the blob of this instruction set.
 int panel_position(Isa isa, int c);
 
+// k of a tap is padded to a multiple of this in the blob for this instruction set.
+int tap_multiple(Isa isa);
+
 // Rows [m0, m1) by panels [p0, p1). AMX: m0 and m1 are multiples of 32 or the end.
 void conv_plain(const Conv&, int m0, int m1, int p0, int p1);
 void conv_avx2(const Conv&, int m0, int m1, int p0, int p1);

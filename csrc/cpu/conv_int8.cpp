@@ -86,7 +86,7 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
         x2 = std::make_unique<Source>(a.x2 + n * a.h2 * a.w2 * a.c2, images, int(a.h2), int(a.w2), int(a.c2), 0, nullptr, padded(1));
       Tables tables;
       tables.build(of_group, window, Layout(images, oh, ow, int(a.o), 0), x2 ? &x2->layout : nullptr, int(a.stride2_h),
-                   int(a.stride2_w), 1, alignment());
+                   int(a.stride2_w), 1, alignment(), w);
       conv.w = w;
       tables.attach(conv, w->operands);
       conv.in[0].a = x.data + g * cg;
@@ -115,7 +115,8 @@ void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int
     const int rows = int(std::min(chunk, m - first));
     const Source x(a + first * k, rows, 1, 1, int(k), 0, nullptr, own);
     Tables tables;
-    tables.build(x.layout, {1, 1, 1, 1, 0, 0}, Layout(rows, 1, 1, int(n), 0), nullptr, 1, 1, element, alignment());
+    tables.build(x.layout, {1, 1, 1, 1, 0, 0}, Layout(rows, 1, 1, int(n), 0), nullptr, 1, 1, element, alignment(),
+                 conv.w);
     tables.attach(conv, 1);
     conv.in[0].a = x.data;
     conv.out = static_cast<uint8_t*>(out) + first * n * element;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 
 namespace r50 {
 
@@ -30,9 +32,21 @@ int32_t narrow(int64_t offset) {
 
 }  // namespace
 
-void Tables::build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w,
-                   int element, int align) {
+void Tables::build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h,
+                   int stride2_w, int element, int align, const Packed* int8) {
   const bool merged = in.dense();
+  const auto refuse = [](const char* what, int multiple, int got) {
+    throw std::runtime_error(std::string("convolution: ") + what + " in multiples of " + std::to_string(multiple) +
+                             ", got " + std::to_string(got));
+  };
+  // weights packed for whole runs of kw * c bytes have no padding between the taps of a run
+  if (int8 && !merged && int8->taps[0] < window.kh * window.kw)
+    if (const int multiple = tap_multiple(Isa(int8->isa)); in.c % multiple)
+      refuse("a layout that takes runs of taps apart needs channels", multiple, in.c);
+  // the distance from the pixel of a row to that of a tap must not depend on the pixel's parity
+  for (const auto& [kernel, stride, pad] : {std::tuple(window.kh, window.stride_h, window.pad_h),
+                                            std::tuple(window.kw, window.stride_w, window.pad_w)})
+    if (in.planes && (kernel > 1 || pad) && stride % 2) refuse("a window on planes needs strides", 2, stride);
   for (int dy = 0; dy < window.kh; dy++)
     for (int dx = 0; dx < (merged ? 1 : window.kw); dx++)
       taps[0].push_back(narrow(in.at(0, dy - window.pad_h, dx - window.pad_w) - in.at(0, 0, 0)));

@@ -46,9 +46,10 @@ inline int outputs(int size, int kernel, int stride, int pad) { return (size + 2
 struct Tables {
   std::vector<int32_t> rows[2], taps[2], outs;
   int lda[2] = {0, 0}, k[2] = {0, 0};
-  // out: the layout of the results, whose offsets are scaled by `element` bytes; in2 may be null (1x1 with stride2)
-  void build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w, int element,
-             int align);
+  // out: the layout of the results, whose offsets are scaled by `element` bytes; in2 may be null (1x1 with stride2).
+  // int8: the packed weights. Throws where these or the strides do not fit the layouts.
+  void build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w,
+             int element, int align, const Packed* int8 = nullptr);
   void attach(Conv& conv, int operands) const;
 };
 

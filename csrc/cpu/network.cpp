@@ -133,7 +133,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     out.images = group[i];
     const Window window{int(s.kh), int(s.kw), int(s.stride), int(s.stride), int(s.pad), int(s.pad)};
     tables[i].build(layouts[s.in], window, out, s.in2 >= 0 ? &layouts[s.in2] : nullptr, int(s.stride2), int(s.stride2),
-                    linear ? 4 : 1, align);
+                    linear ? 4 : 1, align, &w);
     bytes += (tables[i].outs.size() * 3) * sizeof(int32_t);
   }
 }
@@ -247,11 +247,10 @@ void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int
     const int images = int(std::min<int64_t>(largest, n - done));
     auto workspace = take(plan, images, h, w);
     const Workspace& ws = *workspace;
-    Barrier* barrier = nullptr;
-    std::unique_ptr<Barrier> shared;
+    Barrier barrier(threads);
     const uint8_t* from = pixels + int64_t(done) * h * w * header.channels;
     float* to = logits + int64_t(done) * header.classes;
-    const auto body = [&](int thread, int count) {
+    const auto run_steps = [&](int thread, int count) {
       for (int64_t first = 0, end; first < header.steps; first = end) {  // steps [first, end) are one pass
         for (end = first + 1; end < header.steps && ws.group[end] == ws.group[first]; end++) {
         }
@@ -259,18 +258,21 @@ void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int
           for (int64_t i = first; i < end; i++) {
             const auto begin = std::chrono::steady_clock::now();
             run_step(plan, ws, i, n0, from, h, w, to, thread, count);
-            if (count > 1) barrier->wait();
+            if (count > 1 && !barrier.wait()) return;
             if (nanoseconds && thread == 0)
               nanoseconds[i] +=
                   std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
           }
       }
     };
-    if (threads > 1) {
-      shared = std::make_unique<Barrier>(threads);
-      barrier = shared.get();
-    }
-    parallel(threads, body);
+    parallel(threads, [&](int thread, int count) {
+      try {
+        run_steps(thread, count);
+      } catch (...) {  // such as a thread whose scratch finds no memory
+        barrier.abandon();
+        throw;
+      }
+    });
     give_back(std::move(workspace));
     done += images;
   }

@@ -34,6 +34,8 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 }  // namespace
 
+int tap_multiple(Isa isa) { return order(isa).multiple; }
+
 int panel_position(Isa isa, int c) {
   switch (isa) {
     case Isa::plain: return c;

@@ -82,8 +82,9 @@ void parallel(int threads, const std::function<void(int, int)>& body) {
   if (p.error) std::rethrow_exception(p.error);
 }
 
-void Barrier::wait() {
+bool Barrier::wait() {
   const int round = round_.load(std::memory_order_acquire);
+  if (round == ABANDONED) return false;
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
     arrived_.store(0, std::memory_order_relaxed);
     round_.fetch_add(1, std::memory_order_acq_rel);
@@ -91,6 +92,12 @@ void Barrier::wait() {
   } else {
     wait_while(round_, round);
   }
+  return round_.load(std::memory_order_acquire) != ABANDONED;
+}
+
+void Barrier::abandon() {  // whoever does has not arrived, so nobody is about to begin the next round
+  round_.store(ABANDONED, std::memory_order_release);
+  round_.notify_all();
 }
 
 }  // namespace r50

@@ -9,13 +9,16 @@ namespace r50 {
 // in use by another caller, body(0, 1) runs alone: bodies take the count that they are given. The first exception is rethrown.
 void parallel(int threads, const std::function<void(int thread, int threads)>& body);
 
-// All `threads` bodies of one parallel() meet here.
+// All `threads` bodies of one parallel() meet here. A body that leaves by an exception calls abandon() on its way, or
+// the others would wait for it for ever.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
-  void wait();
+  [[nodiscard]] bool wait();  // false: the barrier is abandoned, the body has to return
+  void abandon();
 
  private:
+  static constexpr int ABANDONED = -1;
   const int threads_;
   std::atomic<int> arrived_{0}, round_{0};
 };

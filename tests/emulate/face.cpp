@@ -7,6 +7,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "layout.h"
 #include "network.h"
@@ -16,6 +17,17 @@
 // which of the mistakes that test_kernels.py has planted is made in this process
 extern int emulated_fault;
 int emulated_fault = std::getenv("EMULATED_FAULT") ? std::atoi(std::getenv("EMULATED_FAULT")) : -1;
+
+// While `alone` is a thread's, no other one gets memory (kernels.py links with --wrap=aligned_alloc).
+static std::atomic<std::thread::id> alone;
+
+extern "C" {
+void* __real_aligned_alloc(size_t alignment, size_t bytes);
+void* __wrap_aligned_alloc(size_t alignment, size_t bytes) {
+  const std::thread::id id = alone;
+  return id == std::thread::id() || id == std::this_thread::get_id() ? __real_aligned_alloc(alignment, bytes) : nullptr;
+}
+}
 
 namespace r50 {
 namespace {
@@ -49,7 +61,8 @@ Isa isa() { return Isa(chosen.load()); }
 // A convolution in layouts that conv_int8 does not use, in parts as a network's threads would take them.
 struct Sweep {
   ConvInt8 conv;  // its images contiguous; padding becomes the border
-  int64_t align, planes, interleaved, out_interleaved, out_border, kind, block, row_parts, panel_parts, in_place;
+  int64_t align, planes, interleaved, out_interleaved, out_border, kind, block, row_parts, panel_parts, in_place,
+      merged;  // one run of kw * c bytes per row of the window, whether or not the layout has it
   const float* f32_scale;
 };
 
@@ -79,7 +92,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
                                  s.align);
 
   // one run of kw * c bytes per row of the window where pixels touch, or where splitting it leaves no padding
-  const bool merged = x.layout.dense() || a.c % 64 == 0;
+  const bool merged = s.merged || x.layout.dense() || a.c % 64 == 0;
   const int64_t taps = merged ? a.kh : a.kh * a.kw, k = merged ? a.kw * a.c : a.c;
   const PackedShape shape{int(a.o), a.x2 ? 2 : 1, {int(taps), 1}, {int(k), int(a.c2)}};
   const int8_t* const weights[2] = {a.weight, a.weight2};
@@ -107,7 +120,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   }
   Tables tables;
   tables.build(x.layout, window, out, x2 ? &x2->layout : nullptr, int(a.stride2_h), int(a.stride2_w), element,
-               int(s.align));
+               int(s.align), &w);
   tables.attach(conv, w.operands);
   conv.in[0].a = x.data.get();
   if (x2) conv.in[1].a = x2->data.get();
@@ -139,6 +152,7 @@ extern "C" {
 
 const char* face_error() { return error.c_str(); }
 void face_use(int isa) { chosen = isa; }
+void face_starve_others(int on) { alone = on ? std::this_thread::get_id() : std::thread::id(); }
 int face_configured() { return emulated_configured; }
 
 int face_conv(const ConvInt8* conv, uint8_t* out, int threads) {

@@ -78,7 +78,8 @@ class Builder:
         """Like start: face.cpp and the units, emulated; `other` paths replace the units of their names."""
         paths = {os.path.basename(path): path for path in
                  (os.path.join(HERE, "face.cpp"), *(os.path.join(SOURCE, f"{unit}.cpp") for unit in UNITS), *other)}
-        return self.start(".so", paths.values(), ("-DRESNET50_EMULATED", *flags), "-shared", *flags)
+        return self.start(".so", paths.values(), ("-DRESNET50_EMULATED", *flags), "-shared", "-Wl,--wrap=aligned_alloc",
+                          *flags)
 
     def link(self, suffix, *command):
         return self.run(command, suffix, *command)
@@ -97,7 +98,7 @@ class ConvInt8(ctypes.Structure):  # kernels.h
 class Sweep(ctypes.Structure):  # face.cpp
     _fields_ = [("conv", ConvInt8)] + [(name, ctypes.c_int64) for name in (
         "align", "planes", "interleaved", "out_interleaved", "out_border", "kind", "block", "row_parts", "panel_parts",
-        "in_place")] + [("f32_scale", ctypes.c_void_p)]
+        "in_place", "merged")] + [("f32_scale", ctypes.c_void_p)]
 
 
 def pointer(array):
@@ -377,15 +378,19 @@ def check_gemm(kernels, isa):
                     (acc.astype(np.float64) * scale.astype(np.float64)).astype(np.float32), what + " to float32")
 
 
-def check_network(kernels, isa, path):
-    """path: an .npz with the plan of each instruction set, pixels and logits"""
-    kernels.use(isa)
+def read_network(isa, path):
+    """An .npz with the plan of each instruction set, pixels and logits -> plan at a multiple of 64, pixels, logits"""
     with np.load(path) as saved:
         plan = saved[isa]
         aligned = np.empty(plan.size + 64, np.uint8)
         aligned = aligned[-aligned.ctypes.data % 64:][:plan.size]
         aligned[:] = plan
-        pixels, want = saved["pixels"], saved["logits"]
+        return aligned, saved["pixels"], saved["logits"]
+
+
+def check_network(kernels, isa, path):
+    kernels.use(isa)
+    aligned, pixels, want = read_network(isa, path)
     for threads in (1, 3):
         compare(kernels.network(aligned, pixels, want.shape[1], threads), want, f"{isa}, {threads} threads: network")
     with concurrent.futures.ThreadPoolExecutor(3) as pool:  # callers at the same time
@@ -393,15 +398,32 @@ def check_network(kernels, isa, path):
             compare(got, want, f"{isa}: network, one of three callers")
 
 
+def check_starved(kernels, isa, path):
+    """A thread of the pool that gets no memory between two barriers: an exception, no wait for ever, and the pool goes
+    on. In a process of its own, because a thread keeps what it has got once."""
+    kernels.use(isa)
+    plan, pixels, want = read_network(isa, path)
+    kernels.lib.face_starve_others(1)
+    try:
+        kernels.network(plan, pixels, want.shape[1], threads=3)
+    except RuntimeError as error:
+        if "bad_alloc" not in str(error):
+            raise
+    else:
+        raise AssertionError(f"differs: {isa}: nothing was allocated in a thread of the pool")
+    kernels.lib.face_starve_others(0)
+    compare(kernels.network(plan, pixels, want.shape[1], threads=3), want, f"{isa}: network after an exception")
+
+
 GROUPS = {"odd": check_odd, "extremes": check_extremes, "sweeps": check_sweeps, "gemm": check_gemm}
 
 
 def main(library, isas, *groups):
-    kernels = Kernels(library)
+    kernels, checks = Kernels(library), {**GROUPS, "network": check_network, "starved": check_starved}
     for group in groups:
         name, _, argument = group.partition("=")
         for isa in isas.split(","):
-            {**GROUPS, "network": check_network}[name](kernels, isa, *[argument] if argument else [])
+            checks[name](kernels, isa, *[argument] if argument else [])
             if kernels.lib.face_configured():
                 raise AssertionError(f"differs: {isa}: {group} leaves tiles configured")
     print("all equal")

@@ -27,23 +27,32 @@ void call(int round) {
   r50::parallel(threads, [&](int thread, int count) {
     if (thread == 0) active = count;
     first[thread] = thread + 1;
-    if (count > 1) barrier.wait();
+    if (count > 1) expect(barrier.wait(), "a barrier was abandoned by nobody");
     second[thread] = first[(thread + 1) % count];  // what a neighbour wrote before the barrier
-    if (count > 1) barrier.wait();
+    if (count > 1) expect(barrier.wait(), "a barrier was abandoned by nobody");
     first[thread] = -1;
   });
   expect(active == threads || active == 1, "neither all threads nor one took part");
   for (int i = 0; i < active; i++)
     expect(second[i] == (i + 1) % active + 1 && first[i] == -1, "a body did not run to its end");
-  bool caught = false;
-  try {
-    r50::parallel(threads, [&](int thread, int count) {
-      if (thread == count - 1) throw std::runtime_error("expected");
-    });
-  } catch (const std::runtime_error&) {
-    caught = true;
+  for (int rounds = 0; rounds < 3; rounds++) {  // one body throws behind so many barriers, at which the others wait
+    r50::Barrier left(threads);
+    bool caught = false;
+    try {
+      r50::parallel(threads, [&](int thread, int count) {
+        for (int i = 0; i < rounds; i++)
+          if (count > 1 && !left.wait()) return;
+        if (thread == round % count) {
+          left.abandon();
+          throw std::runtime_error("expected");
+        }
+        expect(!left.wait(), "a barrier was passed without all");
+      });
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    expect(caught, "an exception was lost");
   }
-  expect(caught, "an exception was lost");
 }
 
 }  // namespace
