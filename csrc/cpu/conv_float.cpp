@@ -1,8 +1,9 @@
 // The float convolution's inner loops: one template of vectors for every instruction set, and AMX.
 //
-// Register tile: 6 rows by 2 (16 registers) or 4 (32 registers) vectors of output channels, one unit of a row broadcast at a time: 12
-// or 24 independent sums cover the latency of two multiply-adds a cycle, at two thirds of a load or less for each. A chunk of a
-// panel's weights stays in L1 while all rows of the block pass over it; between chunks the sums rest in `acc`.
+// Register tile: 6 rows by 2 (16 registers) or 4 (32 registers) vectors of output channels, one unit of a row broadcast
+// at a time: 12 or 24 independent sums cover the latency of two multiply-adds a cycle, at two thirds of a load or less
+// for each. A chunk of a panel's weights stays in L1 while all rows of the block pass over it; sums of chunks are added
+// in `acc`, which also keeps long ones exact.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -21,21 +22,14 @@ namespace {
 
 constexpr int ROWS = 6;
 
-// One row's sums -> y = relu(sum * scale + bias + residual), from channel `column` on.
+// One row's sums -> y = relu(sum * scale + bias + residual), N vectors from channel `column` on.
 template <class Isa, class T, int N>
 INLINE void finish(const FloatConv& c, int m, int column, const typename Isa::F* sum) {
   constexpr int W = Isa::W;
   const int32_t offset = c.outs[m];
   if (offset < 0) return;
-  T* const out = reinterpret_cast<T*>(c.out + offset) + column;
+  T* const to = reinterpret_cast<T*>(c.out + offset) + column;
   const T* residual = c.residual ? reinterpret_cast<const T*>(c.residual + offset) + column : nullptr;
-  const int valid = std::min(N * W, c.o - column);
-  T part[N * W], *to = out;
-  if (valid < N * W) {
-    std::memset(part, 0, sizeof part);
-    if (residual) residual = static_cast<const T*>(std::memcpy(part, residual, valid * sizeof(T)));
-    to = part;
-  }
   const float least = c.relu ? 0 : -std::numeric_limits<float>::infinity();
 #pragma GCC unroll 4
   for (int v = 0; v < N; v++) {
@@ -43,10 +37,23 @@ INLINE void finish(const FloatConv& c, int m, int column, const typename Isa::F*
     if (residual) y += load<W>(residual + v * W);
     Isa::put(to + v * W, y < least ? least : y);  // a NaN is not less
   }
-  if (valid < N * W) std::memcpy(out, part, valid * sizeof(T));
 }
 
-// R rows from m on by the first N vectors of panel p: the chunk's products join the sums, which after the last chunk are finished.
+// The same where the channels end within the vectors
+template <class T>
+void finish_part(const FloatConv& c, int m, int column, const float* sum) {
+  if (c.outs[m] < 0) return;
+  T* const to = reinterpret_cast<T*>(c.out + c.outs[m]);
+  const T* residual = reinterpret_cast<const T*>(c.residual + (c.residual ? c.outs[m] : 0));
+  for (int n = column; n < c.o; n++) {
+    auto y = load<1>(sum + n - column) * c.scale[n] + c.bias[n];
+    if (residual) y += load<1>(residual + n);
+    store<1>(to + n, c.relu && y[0] < 0 ? Vec<1>::F{} : y);
+  }
+}
+
+// R rows from m on by the first N vectors of panel p: the chunk's products join the sums, and the last chunk's finish
+// them. What finish() touches is fetched first.
 template <class Isa, class T, int R, int N>
 INLINE void multiply(const FloatConv& c, const Chunk& chunk, int m, int p) {
   constexpr int W = Isa::W, WIDTH = Isa::V * W;
@@ -63,13 +70,23 @@ INLINE void multiply(const FloatConv& c, const Chunk& chunk, int m, int p) {
   for (int i = chunk.first; i < chunk.last; i++) {
     const uint8_t* rows[R];
     for (int r = 0; r < R; r++) rows[r] = c.a + c.rows[m + r] + c.runs[i].offset;
-    for (int64_t k = 0, end = c.runs[i].units; k < end; k++, b += WIDTH) {
+    const auto step = [&](int64_t k) __attribute__((always_inline)) {
       typename Isa::F w[N];
 #pragma GCC unroll 4
       for (int v = 0; v < N; v++) w[v] = load<W>(b + v * W);
 #pragma GCC unroll 6
-      for (int r = 0; r < R; r++) Isa::template multiply_add<N>(sum[r], rows[r] + 4 * k, w);
-    }
+      for (int r = 0; r < R; r++) {
+        uint32_t unit;
+        std::memcpy(&unit, rows[r] + 4 * k, 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < N; v++) Isa::multiply_add(sum[r][v], typename Isa::U{} | unit, w[v]);
+      }
+      b += WIDTH;
+    };
+    int64_t k = 0;
+    if constexpr (R >= 5 && N == Isa::V)  // the common heights: fewer instructions for a core that is shared
+      for (; k + 4 <= c.runs[i].units; k += 4) step(k), step(k + 1), step(k + 2), step(k + 3);
+    for (; k < c.runs[i].units; k++) step(k);
   }
   if (chunk.at) {
 #pragma GCC unroll 6
@@ -77,15 +94,18 @@ INLINE void multiply(const FloatConv& c, const Chunk& chunk, int m, int p) {
 #pragma GCC unroll 4
       for (int v = 0; v < N; v++) sum[r][v] += load<W>(acc + r * WIDTH + v * W);
   }
-  if (last) {
+  const bool whole = (p * WIDTH + N * W) <= c.o;
+  if (last && whole) {
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) finish<Isa, T, N>(c, m + r, p * WIDTH, sum[r]);
-  } else {
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < N; v++) store<W>(acc + r * WIDTH + v * W, sum[r][v]);
+    return;
   }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; v++) store<W>(acc + r * WIDTH + v * W, sum[r][v]);
+  if (last)
+    for (int r = 0; r < R; r++) finish_part<T>(c, m + r, p * WIDTH, acc + r * WIDTH);
 }
 
 template <int W>
@@ -95,38 +115,46 @@ INLINE void widen(const uint16_t* from, float* to, int64_t n) {
   for (; i < n; i++) to[i] = std::bit_cast<float>(uint32_t(from[i]) << 16);
 }
 
+// The multiply-adds are assembler: gcc moves the sums of an unrolled loop around, and inlines an intrinsic only into
+// functions of its target, which templates for all of them have not.
+#if defined(__x86_64__) && !defined(RESNET50_EMULATED)
+#define INSTRUCTION(text, plainly)                                   \
+  F s = sum; /* an array's element would keep the array in memory */ \
+  __asm__(text " %2, %1, %0" : "+v"(s) : "v"(x), "v"(w));            \
+  sum = s
+#else
+#define INSTRUCTION(text, plainly) plainly
+#endif
+#define AVX2 "avx2,fma"
+#define AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"
+
 template <int WIDTH, int VECTORS>
-struct Floats {
+struct Vectors {
   static constexpr int W = WIDTH, V = VECTORS;
   using F = typename Vec<W>::F;
-  template <int N>
-  static INLINE void multiply_add(F* sum, const uint8_t* a, const F* w) {
-    float x;
-    std::memcpy(&x, a, 4);
-#pragma GCC unroll 4
-    for (int v = 0; v < N; v++) sum[v] += w[v] * x;
-  }
+  using U = typename Vec<W>::U;
   template <class T>
   static INLINE void put(T* to, const F& y) { store<W>(to, y); }
 };
 
-struct Plain : Floats<4, 2> {
+struct Plain : Vectors<4, 2> {
+  static INLINE void multiply_add(F& sum, const U& x, const F& w) { sum += (F)x * w; }
   template <class T, int R, int N>
   static void tile(const FloatConv& c, const Chunk& chunk, int m, int p) { multiply<Plain, T, R, N>(c, chunk, m, p); }
   static void widen(const uint16_t* from, float* to, int64_t n) { r50::widen<W>(from, to, n); }
 };
 
-struct Avx2 : Floats<8, 2> {
+struct Avx2 : Vectors<8, 2> {
+  static INLINE void multiply_add(F& sum, const U& x, const F& w) { INSTRUCTION("vfmadd231ps", sum += (F)x * w); }
   template <class T, int R, int N>
-  TARGET("avx2,fma")
+  TARGET(AVX2)
   static void tile(const FloatConv& c, const Chunk& chunk, int m, int p) { multiply<Avx2, T, R, N>(c, chunk, m, p); }
-  TARGET("avx2,fma")
+  TARGET(AVX2)
   static void widen(const uint16_t* from, float* to, int64_t n) { r50::widen<W>(from, to, n); }
 };
 
-#define AVX512 "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"
-
-struct Avx512 : Floats<16, 4> {
+struct Avx512 : Vectors<16, 4> {
+  static INLINE void multiply_add(F& sum, const U& x, const F& w) { INSTRUCTION("vfmadd231ps", sum += (F)x * w); }
   template <class T, int R, int N>
   TARGET(AVX512)
   static void tile(const FloatConv& c, const Chunk& chunk, int m, int p) { multiply<Avx512, T, R, N>(c, chunk, m, p); }
@@ -134,33 +162,17 @@ struct Avx512 : Floats<16, 4> {
   static void widen(const uint16_t* from, float* to, int64_t n) { r50::widen<W>(from, to, n); }
 };
 
-struct Avx512Bf16 {  // in assembler, since gcc inlines an intrinsic only into functions of its target, which templates here have not
-  static constexpr int W = 16, V = 4;
-  using F = Vec<W>::F;
-  template <int N>
-  static INLINE void multiply_add(F* sum, const uint8_t* a, const F* w) {
-    uint32_t pair;
-    std::memcpy(&pair, a, 4);
-#pragma GCC unroll 4
-    for (int v = 0; v < N; v++) {
+struct Avx512Bf16 : Vectors<16, 4> {  // a unit is a pair
 #if defined(__x86_64__) && !defined(RESNET50_EMULATED)
-      F s = sum[v];  // an array element as the operand would keep the array in memory
-      __asm__("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(Vec<W>::U{} | pair), "v"(w[v]));
-      sum[v] = s;
-#else
-      sum[v] += (F)((Vec<W>::U)w[v] & 0xffff0000) * std::bit_cast<float>(pair & 0xffff0000);
-      sum[v] += (F)((Vec<W>::U)w[v] << 16) * std::bit_cast<float>(pair << 16);
-#endif
-    }
-  }
   static INLINE void put(bf16* to, const F& y) {
-#if defined(__x86_64__) && !defined(RESNET50_EMULATED)
     Vec<W>::H half;
     __asm__("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(y));
     std::memcpy(to, &half, sizeof half);
-#else
-    store<W>(to, y);
+  }
 #endif
+  static INLINE void multiply_add(F& sum, const U& x, const F& w) {
+    INSTRUCTION("vdpbf16ps", (sum += (F)(x << 16) * (F)((U)w << 16),
+                              sum += (F)(x & 0xffff0000) * (F)((U)w & 0xffff0000)));
   }
   template <class T, int R, int N>
   TARGET(AVX512)
@@ -171,34 +183,36 @@ struct Avx512Bf16 {  // in assembler, since gcc inlines an intrinsic only into f
 
 using Tile = void (*)(const FloatConv&, const Chunk&, int m, int p);
 
+// every height, by half a panel and by a whole one
 template <class Isa, class T, int... I>
 constexpr std::array<Tile, sizeof...(I)> tiles(std::integer_sequence<int, I...>) {
-  return {Isa::template tile<T, I % ROWS + 1, I / ROWS + 1>...};
+  return {Isa::template tile<T, I % ROWS + 1, I < ROWS ? Isa::V / 2 : Isa::V>...};
 }
 
 template <class Isa, class T>
 void run(const FloatConv& c, int p0, int p1) {
-  static constexpr auto all = tiles<Isa, T>(std::make_integer_sequence<int, ROWS * Isa::V>());
+  static constexpr auto all = tiles<Isa, T>(std::make_integer_sequence<int, 2 * ROWS>());
+  constexpr int WIDTH = Isa::V * Isa::W;
   const int count = (c.m + ROWS - 1) / ROWS;  // tiles of almost equal height: none is too low to cover the latency
   for (int p = p0; p < p1; p++) {
-    const int vectors = std::min((c.o - p * Isa::V * Isa::W + Isa::W - 1) / Isa::W, Isa::V);
-    const Tile* tile = all.data() + (vectors - 1) * ROWS - 1;
+    const Tile* tile = all.data() + (c.o - p * WIDTH > WIDTH / 2 ? ROWS : 0);
     for (int i = 0; i < c.nchunks; i++) {
-      const int64_t end = i + 1 < c.nchunks ? c.chunks[i + 1].at : c.units, bytes = (end - c.chunks[i].at) * Isa::V * Isa::W * 4;
-      const auto* ahead = reinterpret_cast<const uint8_t*>(c.weights + (int64_t(p) * c.units + end) * Isa::V * Isa::W);
-      if (c.next) ahead = c.next + int64_t(c.chunks[i].at) * Isa::V * Isa::W * 4;
+      const int at = c.chunks[i].at, end = i + 1 < c.nchunks ? c.chunks[i + 1].at : c.units;
+      const int64_t lines = int64_t(end - at) * WIDTH * 4 / 64;
+      const auto* ahead = reinterpret_cast<const uint8_t*>(c.weights + (int64_t(p) * c.units + end) * WIDTH);
+      if (c.next) ahead = c.next + int64_t(at) * WIDTH * 4;
       for (int t = 0; t < count; t++) {
         const int m = int(int64_t(c.m) * t / count);
-        for (int64_t l = bytes * t / count / 64; l < bytes * (t + 1) / count / 64; l++) __builtin_prefetch(ahead + 64 * l, 0, 2);
-        tile[int64_t(c.m) * (t + 1) / count - m](c, c.chunks[i], m, p);
+        for (int64_t l = lines * t / count; l < lines * (t + 1) / count; l++) __builtin_prefetch(ahead + 64 * l, 0, 2);
+        tile[int64_t(c.m) * (t + 1) / count - m - 1](c, c.chunks[i], m, p);
       }
     }
   }
 }
 
 #if defined(__x86_64__) || defined(RESNET50_EMULATED)
-// AMX works on the int8 kernel's unit (conv_amx.cpp), 32 rows x 64 channels in two halves of 2x2 tiles, and like it finishes the rows
-// of a unit between the multiplies of the next.
+// AMX works on the int8 kernel's unit (conv_amx.cpp), 32 rows x 64 channels in two halves of 2x2 tiles, and like it
+// finishes the rows of a unit between the multiplies of the next.
 struct Amx {
   static constexpr int ROWS = 32, WIDTH = 64, STEP = 16;  // a unit; units of K per tile
   static constexpr int BLOCK_BYTES = 32 << 10;            // of activations per pass over the panels
@@ -211,6 +225,10 @@ struct Amx {
     INLINE void finish(int count) {
       for (; count > 0 && row < rows; count--, row++) {
         const float* from = acc + row * WIDTH;
+        if (column + WIDTH > c.o) {
+          finish_part<bf16>(c, m + row, column, from);
+          continue;
+        }
         const Avx512Bf16::F sum[4] = {load<16>(from), load<16>(from + 16), load<16>(from + 32), load<16>(from + 48)};
         r50::finish<Avx512Bf16, bf16, 4>(c, m + row, column, sum);
       }
@@ -286,7 +304,8 @@ constexpr FloatKernel kernel_of(int chunk, int element) {
 const FloatKernel& float_kernel(bool is_bf16) {
   constexpr int SMALL = 16 << 10, LARGE = 32 << 10;  // a chunk: half of a 32 KiB L1, two thirds of a 48 KiB one
 #if defined(__x86_64__) || defined(RESNET50_EMULATED)
-  static constexpr FloatKernel amx{Amx::WIDTH, 64, 2, 16, LARGE, Amx::run, nullptr}, pairs = kernel_of<Avx512Bf16, bf16>(LARGE, 2);
+  static constexpr FloatKernel amx{Amx::WIDTH, 64, 2, 16, LARGE, Amx::run, nullptr};
+  static constexpr FloatKernel pairs = kernel_of<Avx512Bf16, bf16>(LARGE, 2);
   static constexpr FloatKernel avx512[] = {kernel_of<Avx512, float>(LARGE, 4), kernel_of<Avx512, bf16>(LARGE, 4)};
   static constexpr FloatKernel avx2[] = {kernel_of<Avx2, float>(SMALL, 4), kernel_of<Avx2, bf16>(SMALL, 4)};
   if (is_bf16 && has_amx_bf16()) return amx;

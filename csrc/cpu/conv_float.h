@@ -1,7 +1,7 @@
 // A float convolution as the kernels see it: conv.h's matrix product with addressed rows, on blocks of output pixels.
 //
-// All is counted in units of 4 bytes: a float32, or a pair of bfloat16 that one instruction multiplies. A panel holds `width` output
-// channels, for each unit of K the `width` weights side by side.
+// All is counted in units of 4 bytes: a float32, or a pair of bfloat16 that one instruction multiplies. A panel holds
+// `width` output channels, for each unit of K the `width` weights side by side.
 #pragma once
 #include "conv.h"
 

@@ -1,4 +1,5 @@
-// Vectors of W lanes for kernels that are written once: gcc's vector extension, compiled for whatever the calling function targets.
+// Vectors of W lanes for kernels that are written once: gcc's vector extension, compiled for whatever the calling
+// function targets.
 #pragma once
 #include <cstdint>
 #include <cstring>
