@@ -30,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import csrc
+from csrc.graphs import Graphs
 from csrc.plan import build_plan, tune
 from csrc.reference import MULT_BITS
 
@@ -104,6 +105,16 @@ def drop_path(x, rate, training):
     return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(1 - rate).div_(1 - rate)
 
 
+def norm_relu(bn, x, residual=None):
+    """relu(bn(x) + residual); in training one operation of csrc/ where `bn.fused` is set (train.py --fused-bn)"""
+    if bn.training and getattr(bn, "fused", False):
+        bn.num_batches_tracked.add_(1)
+        return csrc.bn_relu(x.contiguous(memory_format=torch.channels_last), bn.weight, bn.bias, residual,
+                            bn.running_mean, bn.running_var, bn.momentum, bn.eps)
+    x = bn(x)
+    return F.relu(x if residual is None else x + residual, inplace=True)
+
+
 class Bottleneck(nn.Module):
     """1x1 -> 3x3 -> 1x1 with a residual. Widths come in as numbers, so a pruned block is built like any other."""
 
@@ -133,12 +144,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        if self.split:
-            x = self.pool(self.conv2(x))
-        else:
-            x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = self.bn3(self.conv3(x))
+        x = norm_relu(self.bn1, self.conv1(x))
+        x = self.pool(self.conv2(x)) if self.split else norm_relu(self.bn2, self.conv2(x))
+        x = self.conv3(x)
+        if self.se is None and self.drop_rate == 0:
+            return norm_relu(self.bn3, x, identity)
+        x = self.bn3(x)
         if self.se is not None:
             x = self.se(x)
         return F.relu(drop_path(x, self.drop_rate, self.training) + identity, inplace=True)
@@ -218,7 +229,7 @@ class ResNet50(nn.Module):
             yield from getattr(self, f"layer{i}")
 
     def forward(self, x):
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.maxpool(norm_relu(self.bn1, self.conv1(x)))
         for block in self.blocks():
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(
@@ -325,6 +336,19 @@ def fold_downsample(steps):
 class Flat:
     """A network that runs by its list `steps`; call(step, x, residual, x2) is the subclass's."""
 
+    graphs = None
+
+    def replay(self, x):
+        """run(x), on CUDA as one launch"""
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return self.run(x)
+        self.graphs = self.graphs or Graphs(self.run)
+        return self.graphs(x)
+
+    def _apply(self, fn, recurse=True):
+        self.graphs = None  # what they recorded reads the tensors that fn is about to replace
+        return super()._apply(fn, recurse)
+
     def run(self, x, steps=None, watch=None):
         """The first of the steps (default: all) reads x -> what the last makes. watch(step, result) sees each result.
         A buffer is dropped after its last use."""
@@ -375,13 +399,15 @@ class FusedResNet50(Flat, ResNet50):
         return module(x)
 
     def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes)
-        return self.run(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        return self.replay(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
 
 
 def fuse(model, dtype=torch.float32):
     """ResNet50 -> its fused copy, on the same device."""
-    if model.precision != "float" or dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"--fused: takes a float network in float32 or bfloat16, not {model.precision} in {dtype}", 2)
+    dtypes = torch.float32, torch.bfloat16, *[torch.float16] * next(model.parameters()).is_cuda
+    if model.precision != "float" or dtype not in dtypes:
+        raise UserError(f"--fused: takes a float network in float32 or bfloat16, on CUDA float16 too, not "
+                        f"{model.precision} in {dtype}", 2)
     return FusedResNet50(model, dtype)
 
 
@@ -547,7 +573,7 @@ class Int8ResNet50(Flat, nn.Module):
         if self.config["attention"] == "none" and pixels.device.type == "cpu" and csrc.available() \
                 and not torch.compiler.is_exporting():  # an exported program shall run on machines of other kinds
             return csrc.network_int8(pixels, self.plan(), self.config["num_classes"])
-        return self.run(pixels)
+        return self.replay(pixels)
 
 
 @torch.no_grad()

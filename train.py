@@ -170,6 +170,7 @@ def get_args_parser():
     g.add_argument("--deterministic", action="store_true",
                    help="deterministic algorithms on CUDA too (on the CPU they always are)")
     g.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
+    g.add_argument("--fused-bn", action="store_true", help="batch-norm, residual and ReLU as one kernel of csrc/")
     g.add_argument("--dist-timeout", type=int, default=600, metavar="S", help="seconds a process waits for the others")
     g.add_argument("--save-every", type=int, default=0, metavar="STEPS",
                    help="write last.pt every so many steps, not only each epoch")
@@ -893,6 +894,9 @@ def make_model(args, classes, world):
             raise UserError(error, code=2) from error
     model.preprocess = preprocess_of(args)
     model.grad_checkpointing = args.grad_checkpointing
+    for module in model.modules() if args.fused_bn else ():
+        if isinstance(module, nn.BatchNorm2d):
+            module.fused = True
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if world.device.type == "cpu" and not args.compile:
@@ -932,6 +936,8 @@ def check_args(args):
         refuse("--class-weights works with --loss ce and focal")
     if args.balanced and args.repeated_aug > 1:
         refuse("--balanced and --repeated-aug exclude each other")
+    if args.sync_bn and args.fused_bn:
+        refuse("--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)")
     if args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse("--sync-bn: PyTorch has synchronised batch-norm on CUDA only")
     if args.device.startswith("cuda") and not torch.cuda.is_available():

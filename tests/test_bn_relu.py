@@ -5,10 +5,13 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import csrc
 from csrc import reference
+from resnet50 import ResNet50
+from tests.test_int8 import WIDTHS
 
 NHWC = torch.channels_last
 SHAPES = [(1, 64, 112, 112), (2, 128, 28, 28), (2, 1024, 14, 14), (2, 2048, 7, 7),  # ResNet-50's
@@ -252,3 +255,24 @@ def test_instruction_sets(isa):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not instruction_sets"],
                           env={**os.environ, "RESNET50_ISA": isa}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["none", "se"])
+def test_a_network_with_fused_norms_trains_like_the_plain_one(attention, checkpointing):
+    """Loss, every gradient and every running statistic of one step, --fused-bn against torch.nn.BatchNorm2d."""
+    def step(fused):
+        torch.manual_seed(0)
+        model = ResNet50(num_classes=5, widths=WIDTHS, attention=attention).to(memory_format=NHWC).train()
+        model.grad_checkpointing = checkpointing
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                module.fused = fused
+        x = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(memory_format=NHWC)
+        loss = F.cross_entropy(model(x), torch.arange(6) % 5)
+        loss.backward()
+        return [("loss", loss.detach()), *((n, p.grad) for n, p in model.named_parameters()), *model.named_buffers()]
+    for (name, got), (_, want) in zip(step(True), step(False)):
+        scale = float(want.abs().max()) + 1e-6
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-4 * scale, msg=lambda text: f"{name}: {text}")

@@ -61,7 +61,7 @@ def test_config_round_trip(tmp_path):
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--epochs", 0], "not a positive"), (["--recipe", "best"], "invalid choice"),
-    (["--compile", "--grad-checkpointing"], "exclude each other"),
+    (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"), (["--device", "cuda:7"], "no CUDA device"),
     (["--model-ema-decay", 1], "[0, 1)"), (["--num-classes", 7], "--num-classes 7: the data has 10"),
     (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
