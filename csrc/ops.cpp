@@ -41,8 +41,8 @@ Tensor conv_int8(const Tensor& x, const Tensor& weight, const Tensor& mult, cons
                  const OptionalTensor& residual, const OptionalTensor& gain, const OptionalTensor& x2,
                  const OptionalTensor& weight2, const OptionalTensor& pad_value, std::vector<int64_t> stride,
                  std::vector<int64_t> padding, std::vector<int64_t> stride2, int64_t groups) {
-  const Geometry g = r50::check_conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, stride, padding,
-                                          stride2, groups, CPU);
+  const Geometry g = r50::check_conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, stride,
+                                          padding, stride2, groups, CPU);
   r50::ConvInt8 a{g.n, g.h, g.w, g.c, g.o, g.kh, g.kw, g.sh, g.sw, g.ph, g.pw, groups, data<uint8_t>(x),
                   data<int8_t>(weight), data<int32_t>(mult), data<int32_t>(bias), data<int32_t>(gain),
                   data<uint8_t>(residual), 0, 0, 0, 1, 1, data<uint8_t>(x2), data<int8_t>(weight2),

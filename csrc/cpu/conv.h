@@ -1,9 +1,10 @@
 // An int8 convolution as the kernels see it: a matrix product whose left rows are addressed through tables.
 //
-// Output pixel m reads, for each operand and each tap, `k` contiguous bytes at a + rows[m] + taps[t]; its `o` results go to
-// out + outs[m]. Layout, stride, padding and batch order live in the tables alone, so one kernel per instruction set does every layer.
-// The right side is a blob written once by pack_int8: panels of `width` output channels, K innermost in groups as the instruction
-// wants them, channels permuted so that the epilogue needs no cross-lane shuffle, and the epilogue's vectors beside them.
+// Output pixel m reads, for each operand and each tap, `k` contiguous bytes at a + rows[m] + taps[t]; its `o` results
+// go to out + outs[m]. Layout, stride, padding and batch order live in the tables alone, so one kernel per instruction
+// set does every layer. The right side is a blob written once by pack_int8: panels of `width` output channels, K
+// innermost in groups as the instruction wants them, channels permuted so that the epilogue needs no cross-lane
+// shuffle, and the epilogue's vectors beside them.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -31,24 +32,29 @@ struct Packed {  // header of the blob; all offsets in bytes from its start
   int64_t weights, vectors, fixes, bytes;
 
   const uint8_t* at(int64_t offset) const { return reinterpret_cast<const uint8_t*>(this) + offset; }
-  const int8_t* panel(int p) const { return reinterpret_cast<const int8_t*>(at(weights + int64_t(p) * ktotal * width)); }
-  // per panel, `width` of each, in the panel's own order of channels: start of the accumulator, j / 2^22, addend, gain (but for
-  // plain already in the half of the lane where a product of pairs meets its byte), j
+  const int8_t* panel(int p) const {
+    return reinterpret_cast<const int8_t*>(at(weights + int64_t(p) * ktotal * width));
+  }
+  // per panel, `width` of each, in the panel's own order of channels: start of the accumulator, j / 2^22, addend, gain
+  // (but for plain already in the half of the lane where a product of pairs meets its byte), j
   const int32_t* start(int p) const { return reinterpret_cast<const int32_t*>(at(vectors)) + int64_t(p) * 5 * width; }
   const float* scale(int p) const { return reinterpret_cast<const float*>(start(p) + width); }
   const float* addend(int p) const { return reinterpret_cast<const float*>(start(p) + 2 * width); }
   const int32_t* gain(int p) const { return start(p) + 3 * width; }
   const int32_t* mult(int p) const { return start(p) + 4 * width; }
-  // avx2 only (conv_avx2.cpp): panel p's fixes are fix_start()[p] ... fix_start()[p + 1]; each is 4 k from fix_k()[f] on by 16 channels
+  // avx2 only (conv_avx2.cpp): panel p's fixes are fix_start()[p] ... fix_start()[p + 1]; each is 4 k from fix_k()[f]
+  // on by 16 channels
   const int32_t* fix_start() const { return reinterpret_cast<const int32_t*>(at(fixes)); }
   const int32_t* fix_k() const { return fix_start() + panels + 1; }
-  const int8_t* fix(int f) const { return reinterpret_cast<const int8_t*>(fix_k() + fix_start()[panels]) + 64 * int64_t(f); }
+  const int8_t* fix(int f) const {
+    return reinterpret_cast<const int8_t*>(fix_k() + fix_start()[panels]) + 64 * int64_t(f);
+  }
 };
 
 struct Operand {
   const uint8_t* a = nullptr;
   const int32_t* rows = nullptr;  // one per output row
-  const int32_t* taps = nullptr;  // ntaps of them, each of k contiguous bytes; ntaps * k may be split finer than the blob's
+  const int32_t* taps = nullptr;  // ntaps of them, each of k contiguous bytes; may be split finer than the blob's
   int ntaps = 0, k = 0;
   int lda = 0;  // AMX only: the distance between the rows of one group of 16
 };
@@ -92,8 +98,8 @@ inline uint8_t requantize(int64_t acc, int32_t j) {
   return uint8_t(y < 0 ? 0 : y > 255 ? 255 : y);
 }
 
-// One row of a panel from finished accumulators (without the residual), scalar: what plain C++ uses for everything and the other
-// kernels for 32-bit outputs.
+// One row of a panel from finished accumulators (without the residual), scalar: what plain C++ uses for everything and
+// the other kernels for 32-bit outputs.
 void finish_row(const Conv&, int m, int p, const int32_t* acc);
 
 // Scratch of the calling thread, 64-byte aligned, kept between calls.
@@ -108,8 +114,9 @@ Bytes allocate(int64_t bytes);
 struct PackedShape {  // what pack_int8 needs to know; weights are (o, taps, k) bytes each
   int o, operands, taps[2], k[2];
 };
-// gain may be null; `allocate` gets the blob's size and gives its memory. Throws where an accumulator could leave int32.
-void pack_int8(Isa, const PackedShape&, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias, const int32_t* gain,
-               const std::function<uint8_t*(int64_t)>& allocate);
+// gain may be null; `allocate` gets the blob's size and gives its memory. Throws where an accumulator could leave
+// int32.
+void pack_int8(Isa, const PackedShape&, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
+               const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate);
 
 }  // namespace r50

@@ -1,10 +1,11 @@
 // int8 convolution for AMX.
 //
-// Unit: 32 rows x 64 channels, as two halves of 2x2 tiles: accumulators tmm0-3, rows in tmm4-5, weights in tmm6-7; per 64 k four loads
-// and four tdpbusd, which need 64 cycles and hide the loads while rows or weights are in L1. The accumulators start from the panel's
-// start vector (a load with stride 0) and end in a scratch of 32 x 64 int32. From there the rows are finished one by one between the
-// tdpbusd of the next unit: tile stores, epilogue and multiplies share only the front end. With k >= 512 one scratch of 8 KiB serves,
-// because the first half of a unit already finishes all rows of the one before; two scratches would push weights out of L1.
+// Unit: 32 rows x 64 channels, as two halves of 2x2 tiles: accumulators tmm0-3, rows in tmm4-5, weights in tmm6-7; per
+// 64 k four loads and four tdpbusd, which need 64 cycles and hide the loads while rows or weights are in L1. The
+// accumulators start from the panel's start vector (a load with stride 0) and end in a scratch of 32 x 64 int32. From
+// there the rows are finished one by one between the tdpbusd of the next unit: tile stores, epilogue and multiplies
+// share only the front end. With k >= 512 one scratch of 8 KiB serves, because the first half of a unit already
+// finishes all rows of the one before; two scratches would push weights out of L1.
 #include <algorithm>
 #include <memory>
 
@@ -22,7 +23,7 @@ namespace {
 constexpr int ROWS = 32, WIDTH = 64, STEP = 64;  // a unit; bytes of k per tile
 constexpr int SCRATCH = ROWS * WIDTH;
 constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panels: they stay in L1
-constexpr int FEW = 8;                 // units; with so few per panel the weights are used hardly faster than they arrive
+constexpr int FEW = 8;  // units; with so few per panel the weights are used hardly faster than they arrive
 
 // A unit whose rows wait in the scratch, or, on the way there, is multiplied.
 struct Unit {
@@ -30,8 +31,8 @@ struct Unit {
   int m = 0, rows = 0, panel = 0;  // rows is 16 or 32
 };
 
-// The rows of a finished unit, leaving the scratch one after the other, `RATE` at each call; meanwhile the lines that the unit in work
-// will fill are fetched for writing.
+// The rows of a finished unit, leaving the scratch one after the other, `RATE` at each call; meanwhile the lines that
+// the unit in work will fill are fetched for writing.
 template <class Epilogue, int RATE>
 struct Leaving {
   const Epilogue epilogue;
@@ -66,7 +67,8 @@ struct Nothing {
 
 // One half (registers 2h and 2h + 1 of the panel) of a unit.
 template <class Rows>
-R50_INLINE void half_unit(const Conv& conv, const Unit& unit, int h, int32_t* acc, Rows leaving, const int8_t*& fetch, int fetches) {
+R50_INLINE void half_unit(const Conv& conv, const Unit& unit, int h, int32_t* acc, Rows leaving, const int8_t*& fetch,
+                          int fetches) {
   const Packed& w = *conv.w;
   const int32_t* start = w.start(unit.panel) + 32 * h;
   tile_load<0>(start, 0);
@@ -122,7 +124,8 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1, int block) {
         int32_t* to = acc + (single ? 0 : n % 2 * SCRATCH);
         const Unit unit{to, m, std::min(end, m + ROWS) - m, p};
         half_unit(conv, unit, 0, to, Leaving<Epilogue, RATE>(conv, last, unit, 0), fetch, fetches);
-        half_unit(conv, unit, 1, to, Leaving<Epilogue, RATE>(conv, last, unit, std::min(last.rows, RATE * multiplies)), fetch, fetches);
+        half_unit(conv, unit, 1, to, Leaving<Epilogue, RATE>(conv, last, unit, std::min(last.rows, RATE * multiplies)),
+                  fetch, fetches);
         last = unit;
       }
     }
@@ -136,7 +139,8 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1, int block) {
 void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) {
   // a pass over the panels reads all weights: as many rows as L1 holds, or all where that is few units anyway
   const int row_bytes = conv.in[0].lda + conv.in[1].lda, all = (m1 - m0 + ROWS - 1) / ROWS;
-  const int wanted = conv.block ? conv.block / ROWS : all <= FEW / 2 ? all : BLOCK_BYTES / std::max(row_bytes, 1) / ROWS;
+  const int fitting = all <= FEW / 2 ? all : BLOCK_BYTES / std::max(row_bytes, 1) / ROWS;
+  const int wanted = conv.block ? conv.block / ROWS : fitting;
   const int block = std::clamp(wanted, 1, 2 * FEW) * ROWS;
   tile_configure();
   if (conv.kind == Out::u8) {

@@ -1,11 +1,13 @@
 // int8 convolution for AVX2, exact without 16-bit saturation and faster than widening to 16 bits.
 //
-// vpmaddubsw adds two u8 * s8 products in 16 bits and saturates: 2 * 255 * 127 does not fit. But an activation is (a & 127) + (a & 128),
-// and 127 * (sum of four weights) nearly always fits, so the low parts of two groups of four k can even be added in 16 bits before
-// vpmaddwd widens them: 3 multiplies per 64 MACs where 16-bit operands need 4. What does not fit is moved elsewhere, exactly:
-//   weights      where four of one sign exceed 258, pack_int8 moves the excess into `fixes`, groups that are added one by one
-//   activations  above 127 are few after a ReLU (0.01 to 1 %): their high bits are listed while the rows are copied and added one by
-//                one; where they are many, as in pixels, a second dense pass adds them
+// vpmaddubsw adds two u8 * s8 products in 16 bits and saturates: 2 * 255 * 127 does not fit. But an activation is (a &
+// 127) + (a & 128), and 127 * (sum of four weights) nearly always fits, so the low parts of two groups of four k can
+// even be added in 16 bits before vpmaddwd widens them: 3 multiplies per 64 MACs where 16-bit operands need 4. What
+// does not fit is moved elsewhere, exactly:
+//   weights      where four of one sign exceed 258, pack_int8 moves the excess into `fixes`, groups that are added
+//                one by one
+//   activations  above 127 are few after a ReLU (0.01 to 1 %): their high bits are listed while the rows are copied
+//                and added one by one; where they are many, as in pixels, a second dense pass adds them
 // Register tile: 4 rows x 16 channels = 8 accumulators, 4 registers of weights, 4 temporaries.
 #include <algorithm>
 #include <cstring>
@@ -27,8 +29,8 @@ struct High {  // four activations of which some exceed 127
   int32_t row, k;
 };
 
-// k bytes of a row: as they are, and their low 7 bits; zeros up to kpad. Groups of four with a high bit are appended to `high`,
-// unless it is null.
+// k bytes of a row: as they are, and their low 7 bits; zeros up to kpad. Groups of four with a high bit are appended to
+// `high`, unless it is null.
 inline void copy_row(const uint8_t* from, int k, int kpad, uint8_t* raw, uint8_t* low, int row, int at, High*& high) {
   const __m256i mask = _mm256_set1_epi8(127);
   const auto list = [&](uint32_t bits, int i) {
@@ -77,7 +79,8 @@ inline __m256i dot(__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_maddu
 
 // acc (R x 16) = low parts by the weights of k0 <= k < k1, plus acc, or plus `start` (16) where k0 is 0
 template <int R>
-inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, int k1, const int32_t* start, int32_t* acc) {
+inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, int k1, const int32_t* start,
+                         int32_t* acc) {
   __m256i sum[R][2];
   auto* sums = reinterpret_cast<__m256i*>(acc);
   const auto* from = k0 ? sums : reinterpret_cast<const __m256i*>(start);
@@ -99,8 +102,8 @@ inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, i
     for (int v = 0; v < 2; v++) _mm256_store_si256(sums + 2 * r + v, sum[r][v]);
 }
 
-// What else belongs to the tile: the panel's fixes and, where they are dense, all high bits, as bytes 0 or 1 (else null). With those a
-// pair of weights gives at most 256: 127 pairs fit 16 bits.
+// What else belongs to the tile: the panel's fixes and, where they are dense, all high bits, as bytes 0 or 1 (else
+// null). With those a pair of weights gives at most 256: 127 pairs fit 16 bits.
 template <int R>
 inline void multiply_rest(const Packed& w, int p, const uint8_t* raw, const uint8_t* ones, int lda, int32_t* acc) {
   constexpr int FITTING = 126 * 4;
@@ -133,7 +136,8 @@ inline void multiply_rest(const Packed& w, int p, const uint8_t* raw, const uint
 }
 
 // the listed high bits of a block's rows
-inline void add_high(const Packed& w, int p, const uint8_t* raw, int lda, const High* high, const High* end, int32_t* acc) {
+inline void add_high(const Packed& w, int p, const uint8_t* raw, int lda, const High* high, const High* end,
+                     int32_t* acc) {
   for (; high < end; high++) {
     const __m256i x = _mm256_and_si256(four(raw + high->row * lda + high->k), _mm256_set1_epi8(-128));
     const int8_t* b = w.panel(p) + high->k * WIDTH;
@@ -161,8 +165,9 @@ inline __m256i round8(__m256i acc, __m256 scale, __m256 addend) {
   }
 }
 
-// The rows m ... m + rows of one panel. Register v holds the channels 2i + v: the two become 16-bit words by a shift and a blend, and
-// a residual's bytes, widened to words, are pairs of which vpmaddwd takes the one that its gain stands beside.
+// The rows m ... m + rows of one panel. Register v holds the channels 2i + v: the two become 16-bit words by a shift
+// and a blend, and a residual's bytes, widened to words, are pairs of which vpmaddwd takes the one that its gain stands
+// beside.
 template <Rounding rounding, bool residual>
 void finish(const Conv& conv, int m, int rows, int p, const int32_t* acc) {
   const Packed& w = *conv.w;
@@ -259,7 +264,8 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
       };
       for (int k = 0; k < w.ktotal; k += K_CHUNK)
         tiles([&]<int R>(int r) {
-          multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(w.ktotal, k + K_CHUNK), w.start(p), acc + r * WIDTH);
+          multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(w.ktotal, k + K_CHUNK), w.start(p),
+                          acc + r * WIDTH);
         });
       if (dense || w.fix_start()[p] < w.fix_start()[p + 1])
         tiles([&]<int R>(int r) {

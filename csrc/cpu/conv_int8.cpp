@@ -1,4 +1,5 @@
-// The single operations conv_int8 and gemm_int8: pack, lay out, run. (A network does the first two once; see network.cpp.)
+// The single operations conv_int8 and gemm_int8: pack, lay out, run. (A network does the first two once; see
+// network.cpp.)
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -19,7 +20,8 @@ PackedShape merged(int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t c2) {
 
 int alignment() { return isa() == Isa::amx ? 16 : 1; }
 
-// An operand that kernels can read: the caller's own memory where no read leaves it, else a bordered copy with room behind it.
+// An operand that kernels can read: the caller's own memory where no read leaves it, else a bordered copy with room
+// behind it.
 struct Source {
   Layout layout;
   const uint8_t* data = nullptr;
@@ -45,7 +47,8 @@ void run(const Conv& conv, int threads) {
   parallel(threads, [&](int thread, int count) {
     const int units = (conv.m + 31) / 32;
     if (units >= 2 * count) {
-      conv_function()(conv, units * thread / count * 32, std::min(conv.m, units * (thread + 1) / count * 32), 0, panels);
+      conv_function()(conv, units * thread / count * 32, std::min(conv.m, units * (thread + 1) / count * 32), 0,
+                      panels);
     } else {
       conv_function()(conv, 0, conv.m, panels * thread / count, panels * (thread + 1) / count);
     }
@@ -55,7 +58,8 @@ void run(const Conv& conv, int threads) {
 }  // namespace
 
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
-               const int32_t* mult, const int32_t* bias, const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate) {
+               const int32_t* mult, const int32_t* bias, const int32_t* gain,
+               const std::function<uint8_t*(int64_t)>& allocate) {
   const int8_t* const weights[2] = {weight, weight2};
   pack_int8(isa(), merged(o, kh, kw, c, c2), weights, mult, bias, gain, allocate);
 }
@@ -65,10 +69,12 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
   const int oh = outputs(int(a.h), window.kh, window.stride_h, window.pad_h);
   const int ow = outputs(int(a.w), window.kw, window.stride_w, window.pad_w);
   const int cg = int(a.c / a.groups), og = int(a.o / a.groups), border = int(std::max(a.pad_h, a.pad_w));
-  PackedShape shape = a.groups == 1 ? merged(og, a.kh, a.kw, cg, a.c2) : PackedShape{og, 1, {int(a.kh * a.kw), 0}, {cg, 0}};
+  PackedShape shape =
+      a.groups == 1 ? merged(og, a.kh, a.kw, cg, a.c2) : PackedShape{og, 1, {int(a.kh * a.kw), 0}, {cg, 0}};
   Bytes blob;
   const auto into_blob = [&](int64_t bytes) { return (blob = allocate(bytes)).get(); };
-  const int64_t per_image = std::max({(a.h + border) * (a.w + border) * a.c, oh * int64_t(ow) * a.o, a.h2 * a.w2 * a.c2, int64_t(1)});
+  const int64_t per_image =
+      std::max({(a.h + border) * (a.w + border) * a.c, oh * int64_t(ow) * a.o, a.h2 * a.w2 * a.c2, int64_t(1)});
   const int chunk = int(std::clamp<int64_t>(CHUNK_BYTES / per_image, 1, a.n));
   for (int g = 0; g < a.groups; g++) {
     const int8_t* const weights[2] = {a.weight + int64_t(g) * og * a.kh * a.kw * cg, a.weight2};
@@ -77,13 +83,15 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
     const auto padded = [&](int i) { return w->kpad[i] != w->k[i] || alignment() > 1; };
     for (int64_t n = 0; n < a.n; n += chunk) {
       const int images = int(std::min<int64_t>(chunk, a.n - n));
-      const Source x(a.x + n * a.h * a.w * a.c, images, int(a.h), int(a.w), int(a.c), border, a.pad_value, border || padded(0));
+      const Source x(a.x + n * a.h * a.w * a.c, images, int(a.h), int(a.w), int(a.c), border, a.pad_value,
+                     border || padded(0));
       Layout of_group = x.layout;
       of_group.c = cg;
       Conv conv;
       std::unique_ptr<Source> x2;
       if (a.x2)
-        x2 = std::make_unique<Source>(a.x2 + n * a.h2 * a.w2 * a.c2, images, int(a.h2), int(a.w2), int(a.c2), 0, nullptr, padded(1));
+        x2 = std::make_unique<Source>(a.x2 + n * a.h2 * a.w2 * a.c2, images, int(a.h2), int(a.w2), int(a.c2), 0,
+                                      nullptr, padded(1));
       Tables tables;
       tables.build(of_group, window, Layout(images, oh, ow, int(a.o), 0), x2 ? &x2->layout : nullptr, int(a.stride2_h),
                    int(a.stride2_w), 1, alignment(), w);
@@ -98,8 +106,8 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
   }
 }
 
-void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale, int64_t m, int64_t n,
-               int64_t k, void* out, int threads) {
+void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale,
+               int64_t m, int64_t n, int64_t k, void* out, int threads) {
   const PackedShape shape = merged(n, 1, 1, k, 0);
   Bytes blob;
   const std::unique_ptr<int32_t[]> zeros(new int32_t[n]());

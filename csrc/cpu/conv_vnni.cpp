@@ -1,5 +1,5 @@
-// int8 convolution for AVX-512 VNNI: vpdpbusd, activations read in place. Register tile: 6 rows x 64 channels = 24 accumulators, 4
-// registers of weights, 1 broadcast of 4 bytes.
+// int8 convolution for AVX-512 VNNI: vpdpbusd, activations read in place. Register tile: 6 rows x 64 channels = 24
+// accumulators, 4 registers of weights, 1 broadcast of 4 bytes.
 #include <algorithm>
 #include <cstring>
 
@@ -48,7 +48,8 @@ void multiply(const Conv& conv, int m, int p, int32_t* acc) {
 
 template <class Finish>
 void sweep(const Conv& conv, int m0, int m1, int p0, int p1, Finish&& finish) {
-  const int block = conv.block ? conv.block : std::clamp(BLOCK_BYTES / conv.w->ktotal / ROWS * ROWS, 4 * ROWS, 128 * ROWS);
+  const int block =
+      conv.block ? conv.block : std::clamp(BLOCK_BYTES / conv.w->ktotal / ROWS * ROWS, 4 * ROWS, 128 * ROWS);
   for (int first = m0; first < m1; first += block)
     for (int p = p0; p < p1; p++)
       for (int m = first, end = std::min(m1, first + block); m < end; m += ROWS) {

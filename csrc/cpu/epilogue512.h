@@ -1,8 +1,9 @@
 // From 64 finished accumulators per row to 64 bytes, for the AVX-512 kernels. Included under their target pragma.
 //
-// Register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low 16 bits of each lane
-// are the rounded value, registers 2h and 2h + 1 are merged into 16-bit words, and one packus puts all 64 channels in order. That is 4
-// fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a residual adds a load, 2 unpacks and 4 vpdpwssd.
+// Register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low 16 bits
+// of each lane are the rounded value, registers 2h and 2h + 1 are merged into 16-bit words, and one packus puts all 64
+// channels in order. That is 4 fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a residual
+// adds a load, 2 unpacks and 4 vpdpwssd.
 #pragma once
 #include "conv.h"
 #include "x86.h"
@@ -36,9 +37,11 @@ struct Epilogue512 {
       const __m512d magic = _mm512_set1_pd(6755399441055744.0);  // 1.5 * 2^52: the low half of the sum is the integer
       const __m512i low = _mm512_castpd_si512(_mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(acc)),
                                                               _mm512_cvtps_pd(_mm512_castps512_ps256(scale)), magic));
-      const __m512i high = _mm512_castpd_si512(_mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(acc, 1)),
-                                                               _mm512_cvtps_pd(_mm512_extractf32x8_ps(scale, 1)), magic));
-      const __m512i y = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high), 1);
+      const __m512i high =
+          _mm512_castpd_si512(_mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(acc, 1)),
+                                              _mm512_cvtps_pd(_mm512_extractf32x8_ps(scale, 1)), magic));
+      const __m512i y =
+          _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi64_epi32(low)), _mm512_cvtepi64_epi32(high), 1);
       return _mm512_max_epi32(_mm512_min_epi32(y, _mm512_set1_epi32(32767)), _mm512_set1_epi32(-32768));
     } else {
       const __m512 x = rounding == BIASED ? _mm512_castsi512_ps(acc) : _mm512_cvtepi32_ps(acc);
@@ -70,9 +73,15 @@ template <class Run>
 void with_epilogue(const Conv& conv, Run&& run) {
   const bool residual = conv.residual != nullptr;
   switch (conv.w->rounding) {
-    case BIASED: return residual ? run.template operator()<Epilogue512<BIASED, true>>() : run.template operator()<Epilogue512<BIASED, false>>();
-    case SINGLE: return residual ? run.template operator()<Epilogue512<SINGLE, true>>() : run.template operator()<Epilogue512<SINGLE, false>>();
-    default: return residual ? run.template operator()<Epilogue512<DOUBLE, true>>() : run.template operator()<Epilogue512<DOUBLE, false>>();
+    case BIASED:
+      return residual ? run.template operator()<Epilogue512<BIASED, true>>()
+                      : run.template operator()<Epilogue512<BIASED, false>>();
+    case SINGLE:
+      return residual ? run.template operator()<Epilogue512<SINGLE, true>>()
+                      : run.template operator()<Epilogue512<SINGLE, false>>();
+    default:
+      return residual ? run.template operator()<Epilogue512<DOUBLE, true>>()
+                      : run.template operator()<Epilogue512<DOUBLE, false>>();
   }
 }
 

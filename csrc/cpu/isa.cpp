@@ -1,5 +1,5 @@
-// Which instruction sets may run: asked of the CPU by cpuid, of the system by XGETBV, and AMX of the Linux kernel, which keeps its
-// 8 KiB of tile registers only for processes that request them. Once per process.
+// Which instruction sets may run: asked of the CPU by cpuid, of the system by XGETBV, and AMX of the Linux kernel,
+// which keeps its 8 KiB of tile registers only for processes that request them. Once per process.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -31,7 +31,8 @@ Features detect() {
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return f;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  const bool fma = c & bit_FMA, ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6, tiles = (low & 0x60000) == 0x60000;
+  const bool fma = c & bit_FMA, ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6,
+             tiles = (low & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
   f.avx2 = ymm && fma && (b & bit_AVX2);
   f.avx512 = f.avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
@@ -60,7 +61,8 @@ State decide() {
   for (int i = 0; i < 4; i++)
     if (!std::strcmp(forced, NAMES[i])) {
       if (i > int(best))
-        throw std::runtime_error(std::string("RESNET50_ISA=") + forced + ": this CPU has no more than " + NAMES[int(best)]);
+        throw std::runtime_error(std::string("RESNET50_ISA=") + forced + ": this CPU has no more than " +
+                                 NAMES[int(best)]);
       return {f, Isa(i)};
     }
   throw std::runtime_error(std::string("RESNET50_ISA=") + forced + ": none of amx, vnni, avx2, plain");

@@ -1,5 +1,5 @@
-// What the CPU kernels offer to the bindings. Plain pointers, no torch headers. Layout is NHWC everywhere; sizes in elements unless
-// a name says bytes. Errors are std::runtime_error with the whole sentence.
+// What the CPU kernels offer to the bindings. Plain pointers, no torch headers. Layout is NHWC everywhere; sizes in
+// elements unless a name says bytes. Errors are std::runtime_error with the whole sentence.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +14,8 @@ const char* isa_name();  // "plain", "avx2", "vnni", "amx"
 bool has_avx512();       // F, BW, VL, DQ usable, and not forced lower by RESNET50_ISA
 bool has_avx512_bf16();
 bool has_amx_bf16();
-double peak_macs(const char* kind, int milliseconds);  // multiply-adds per second from registers; kind: "int8", "fp32", "bf16"
+double peak_macs(const char* kind,
+                 int milliseconds);  // multiply-adds per second from registers; kind: "int8", "fp32", "bf16"
 
 // ------------------------------------------------------------------------------------------------------ int8
 struct ConvInt8 {
@@ -31,11 +32,13 @@ struct ConvInt8 {
 };
 void conv_int8(const ConvInt8&, uint8_t* out, int threads);
 // a (m, k) x b (n, k): with mult uint8, else with scale float, else int32. bias may be null.
-void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale, int64_t m, int64_t n,
-               int64_t k, void* out, int threads);
-// The blob for a step of a network plan: (o, kh, kw, c) weights, and (o, c2) for a second operand (weight2 may be null).
+void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale,
+               int64_t m, int64_t n, int64_t k, void* out, int threads);
+// The blob for a step of a network plan: (o, kh, kw, c) weights, and (o, c2) for a second operand (weight2 may be
+// null).
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
-               const int32_t* mult, const int32_t* bias, const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate);
+               const int32_t* mult, const int32_t* bias, const int32_t* gain,
+               const std::function<uint8_t*(int64_t)>& allocate);
 
 // ----------------------------------------------------------------------------------------------------- float
 struct ConvFloat {
@@ -49,12 +52,13 @@ struct ConvFloat {
 void conv_bn_relu(const ConvFloat&, void* out, int threads);
 
 // --------------------------------------------------------------------------------------------------- training
-// x, residual (may be null), y: (rows, c), f32 or bf16 (is_bf16); weight, bias, mean, invstd: c floats. rows = N * H * W.
-void bn_relu(const void* x, const void* residual, const float* weight, const float* bias, float eps, bool relu, bool is_bf16,
-             int64_t rows, int64_t c, void* y, float* mean, float* invstd, int threads);
+// x, residual (may be null), y: (rows, c), f32 or bf16 (is_bf16); weight, bias, mean, invstd: c floats. rows = N * H *
+// W.
+void bn_relu(const void* x, const void* residual, const float* weight, const float* bias, float eps, bool relu,
+             bool is_bf16, int64_t rows, int64_t c, void* y, float* mean, float* invstd, int threads);
 // grad, y, x -> dx, dresidual (may be null), dweight, dbias
-void bn_relu_backward(const void* grad, const void* y, const void* x, const float* weight, const float* mean, const float* invstd,
-                      bool relu, bool is_bf16, int64_t rows, int64_t c, void* dx, void* dresidual, float* dweight, float* dbias,
-                      int threads);
+void bn_relu_backward(const void* grad, const void* y, const void* x, const float* weight, const float* mean,
+                      const float* invstd, bool relu, bool is_bf16, int64_t rows, int64_t c, void* dx, void* dresidual,
+                      float* dweight, float* dbias, int threads);
 
 }  // namespace r50

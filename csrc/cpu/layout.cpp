@@ -26,7 +26,8 @@ struct Row {
 };
 
 int32_t narrow(int64_t offset) {
-  if (offset > std::numeric_limits<int32_t>::max()) throw std::runtime_error("convolution: an image of more than 2 GiB");
+  if (offset > std::numeric_limits<int32_t>::max())
+    throw std::runtime_error("convolution: an image of more than 2 GiB");
   return int32_t(offset);
 }
 
@@ -70,8 +71,9 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
     }
     return;
   }
-  // Groups of `align` rows at the distance lda in the input (and lda2 in the second): taken in the order of the input's memory;
-  // pixels that the output has not (a border, every other column) become rows to drop when they lie inside a group.
+  // Groups of `align` rows at the distance lda in the input (and lda2 in the second): taken in the order of the input's
+  // memory; pixels that the output has not (a border, every other column) become rows to drop when they lie inside a
+  // group.
   std::sort(all.begin(), all.end(), [](const Row& a, const Row& b) { return a.in < b.in; });
   const auto distance = [&](int64_t Row::*member) {
     int64_t least = std::numeric_limits<int32_t>::max();
@@ -79,7 +81,8 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       if (const int64_t d = all[i].*member - all[i - 1].*member; d > 0) least = std::min(least, d);
     return all.size() > 1 ? least : 0;
   };
-  // Rows further apart than two pixels (results one pixel wide) would leave the room behind a buffer: each is a group of its own.
+  // Rows further apart than two pixels (results one pixel wide) would leave the room behind a buffer: each is a group
+  // of its own.
   const auto within = [](int64_t d, const Layout& l) { return d <= 2 * l.pixel ? d : 0; };
   const int64_t step = within(distance(&Row::in), in), step2 = in2 ? within(distance(&Row::in2), *in2) : 0;
   lda[0] = narrow(step);
@@ -87,7 +90,8 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
   for (size_t next = 0; next < all.size();) {
     const Row first = all[next];
     for (int i = 0; i < align; i++) {
-      const bool here = next < all.size() && all[next].in == first.in + i * step && (!in2 || all[next].in2 == first.in2 + i * step2);
+      const bool here =
+          next < all.size() && all[next].in == first.in + i * step && (!in2 || all[next].in2 == first.in2 + i * step2);
       outs.push_back(here ? narrow(all[next].out) : -1);
       rows[0].push_back(narrow(first.in + i * step));
       if (in2) rows[1].push_back(narrow(first.in2 + i * step2));

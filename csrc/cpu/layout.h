@@ -7,8 +7,8 @@
 
 namespace r50 {
 
-// NHWC with `border` pixels around each image, which hold what stands for zero and are shared between neighbouring rows and images:
-// (y, w) is (y + 1, -1). Two other orders serve AMX, whose tiles want 16 rows at one distance:
+// NHWC with `border` pixels around each image, which hold what stands for zero and are shared between neighbouring rows
+// and images: (y, w) is (y + 1, -1). Two other orders serve AMX, whose tiles want 16 rows at one distance:
 //   planes        four planes by the parity of y and x, so that a stride-2 convolution reads consecutive pixels
 //   interleaved   the images of a group inside the pixel, (y, x, n, c), so that small feature maps fill whole tiles
 // and `gap` unused bytes behind each pixel of each image: rows 512 bytes and more apart would share too few sets of L1.
@@ -23,8 +23,9 @@ struct Layout {
     if (planes) return origin + (2 * (y & 1) + (x & 1)) * plane + n * image + (y >> 1) * row + (x >> 1) * pixel;
     return origin + n * image + y * row + x * pixel;
   }
-  // What AMX's first convolution reads (load_windows): for each output row the `channels` bytes of 8 input rows side by side, so that
-  // the whole window of an output pixel is one run of 8 * kw * channels bytes, `stride` pixels after the run of its neighbour.
+  // What AMX's first convolution reads (load_windows): for each output row the `channels` bytes of 8 input rows side by
+  // side, so that the whole window of an output pixel is one run of 8 * kw * channels bytes, `stride` pixels after the
+  // run of its neighbour.
   static Layout windows(int images, int h, int w, int kw, int stride, int pad, int channels, int input_w) {
     Layout l(images, h, w, 8 * kw * channels, 0);
     l.pixel = 8 * stride * channels;
@@ -41,8 +42,8 @@ struct Window {
 };
 inline int outputs(int size, int kernel, int stride, int pad) { return (size + 2 * pad - kernel) / stride + 1; }
 
-// The tables of one convolution, and the Conv that points into them. `align`: 1, or 16 for AMX: rows then come in groups of 16 at
-// one distance, with rows to drop (outs -1) where a group has none left.
+// The tables of one convolution, and the Conv that points into them. `align`: 1, or 16 for AMX: rows then come in
+// groups of 16 at one distance, with rows to drop (outs -1) where a group has none left.
 struct Tables {
   std::vector<int32_t> rows[2], taps[2], outs;
   int lda[2] = {0, 0}, k[2] = {0, 0};

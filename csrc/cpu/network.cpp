@@ -26,7 +26,9 @@ constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recent
 struct Plan {
   const uint8_t* data;
   const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(data); }
-  const PlanBuffer& buffer(int64_t i) const { return reinterpret_cast<const PlanBuffer*>(data + sizeof(PlanHeader))[i]; }
+  const PlanBuffer& buffer(int64_t i) const {
+    return reinterpret_cast<const PlanBuffer*>(data + sizeof(PlanHeader))[i];
+  }
   const PlanStep& step(int64_t i) const {
     return reinterpret_cast<const PlanStep*>(data + sizeof(PlanHeader) + header().buffers * sizeof(PlanBuffer))[i];
   }
@@ -49,10 +51,13 @@ struct Workspace {
 Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.header().id, images, h, w) {
   const PlanHeader& header = plan.header();
   const int align = isa() == Isa::amx ? 16 : 1;
-  std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0), first_pass(header.buffers, -1);
-  // group 0: one image at a time while its activations outweigh the weights, then several, so that weights are read less often
+  std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0),
+      first_pass(header.buffers, -1);
+  // group 0: one image at a time while its activations outweigh the weights, then several, so that weights are read
+  // less often
   const auto automatic = [&](const PlanStep& s, int64_t activations) {
-    const int64_t weights = Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
+    const int64_t weights =
+        Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
     return weights > activations ? LARGEST_GROUP : 1;
   };
   struct Form {  // what is one for a sum and its residual, which lie at the same offsets
@@ -78,7 +83,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
       oh = outputs(s.in < 0 ? h : heights[s.in], int(s.kh), int(s.stride), int(s.pad));
       ow = outputs(s.in < 0 ? w : widths[s.in], int(s.kw), int(s.stride), int(s.pad));
       if (oh < 1 || ow < 1)
-        throw std::runtime_error("network_int8: images of " + std::to_string(h) + "x" + std::to_string(w) + " are too small");
+        throw std::runtime_error("network_int8: images of " + std::to_string(h) + "x" + std::to_string(w) +
+                                 " are too small");
     }
     if (s.out >= 0) heights[s.out] = oh, widths[s.out] = ow;
     const auto size = [&](int64_t b) { return b < 0 ? 0 : int64_t(heights[b]) * widths[b] * plan.buffer(b).channels; };
@@ -86,7 +92,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     group.push_back(std::gcd(images, largest));
     if (i && group[i] != group[i - 1]) pass++;
     for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
-    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64) forms[s.in].whole = false;  // its taps cannot be taken apart
+    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64)
+      forms[s.in].whole = false;  // its taps cannot be taken apart
     for (int64_t b : {s.in, s.in2})
       if (b >= 0 && align > 1 && group[i] > 1) forms[b].interleaved = true;
   }
@@ -96,8 +103,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
       const PlanStep& s = plan.step(i);
       if (s.residual < 0 || forms[s.residual] == forms[s.out]) continue;
       const Form a = forms[s.residual], b = forms[s.out];
-      forms[s.residual] = forms[s.out] = {std::max(a.border, b.border), a.planes && b.planes, a.interleaved || b.interleaved,
-                                          a.whole && b.whole};
+      forms[s.residual] = forms[s.out] = {std::max(a.border, b.border), a.planes && b.planes,
+                                          a.interleaved || b.interleaved, a.whole && b.whole};
       changed = true;
     }
   }
@@ -106,11 +113,13 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   for (int64_t b = 0; b < header.buffers; b++) {
     const PlanBuffer& p = plan.buffer(b);
     const Form& f = forms[b];
-    layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(f.border), f.planes && f.whole, f.interleaved && f.whole);
+    layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(f.border), f.planes && f.whole,
+                         f.interleaved && f.whole);
     wide.push_back(held[b] == images);
     for (int64_t i = 0; i < header.steps; i++)
       if (const PlanStep& s = plan.step(i); s.out == b && Step(s.kind) == Step::load_windows)
-        layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad), int(header.channels), w);
+        layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad),
+                                     int(header.channels), w);
     // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels
     total += (layouts[b].bytes + (align > 1 ? 32 * layouts[b].pixel : 0) + SLACK + 63) / 64 * 64;
     offsets.push_back(total);
@@ -120,7 +129,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   std::memset(memory.get(), 0, bytes);
   for (int64_t b = 0; b < header.buffers; b++) {
     buffers.push_back(memory.get() + (b ? offsets[b - 1] : 0));
-    if (const int64_t fill = plan.buffer(b).fill; fill >= 0 && layouts[b].border) fill_border(buffers[b], layouts[b], plan.data + fill);
+    if (const int64_t fill = plan.buffer(b).fill; fill >= 0 && layouts[b].border)
+      fill_border(buffers[b], layouts[b], plan.data + fill);
   }
   tables.resize(header.steps);
   for (int64_t i = 0; i < header.steps; i++) {
@@ -174,8 +184,8 @@ Part part(int n, int unit, int thread, int threads) {  // thread's share of n, i
 }
 
 // One step for the images [n0, n0 + group) of this workspace.
-void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const uint8_t* pixels, int h, int w, float* logits,
-              int thread, int threads) {
+void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const uint8_t* pixels, int h, int w,
+              float* logits, int thread, int threads) {
   const PlanStep& s = plan.step(i);
   const int g = ws.group[i];
   const auto at = [&](int64_t b) { return ws.buffers[b] + (ws.wide[b] ? n0 * ws.layouts[b].image : 0); };
@@ -190,8 +200,8 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       const Part rows = part(to->h, 1, thread, threads);
       const int c = int(plan.header().channels);
       const int64_t fill = plan.buffer(s.out).fill;
-      load_windows(pixels + int64_t(n0) * h * w * c, h, w, c, fill < 0 ? nullptr : plan.data + fill, int(s.stride), int(s.pad),
-                   at(s.out), *to, 0, g, rows.begin, rows.end);
+      load_windows(pixels + int64_t(n0) * h * w * c, h, w, c, fill < 0 ? nullptr : plan.data + fill, int(s.stride),
+                   int(s.pad), at(s.out), *to, 0, g, rows.begin, rows.end);
       break;
     }
     case Step::max_pool: {
@@ -233,8 +243,8 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
 
 }  // namespace
 
-void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits, int threads,
-                  int64_t* nanoseconds) {
+void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
+                  int threads, int64_t* nanoseconds) {
   const Plan plan{data};
   if (bytes < int64_t(sizeof(PlanHeader)) || plan.header().stamp != PlanHeader::STAMP || plan.header().bytes != bytes)
     throw std::runtime_error("network_int8: plan is not what csrc.build_plan returned");
@@ -261,7 +271,8 @@ void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int
             if (count > 1 && !barrier.wait()) return;
             if (nanoseconds && thread == 0)
               nanoseconds[i] +=
-                  std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+                  std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin)
+                      .count();
           }
       }
     };

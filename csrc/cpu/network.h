@@ -1,5 +1,6 @@
-// A whole int8 network as one call. The plan is one block of bytes: a header, a table of buffers, a table of steps, and the constants
-// that they point to; csrc/plan.py writes it. Sizes of feature maps are not in it: they follow from the pixels.
+// A whole int8 network as one call. The plan is one block of bytes: a header, a table of buffers, a table of steps, and
+// the constants that they point to; csrc/plan.py writes it. Sizes of feature maps are not in it: they follow from the
+// pixels.
 #pragma once
 #include "kernels.h"
 
@@ -18,11 +19,12 @@ struct PlanStep {
   int64_t kh, kw, stride, pad, stride2;
   int64_t packed, scale, mult;  // offsets of a blob of pack_int8 and of the logits' float scales; average pooling's j
   int64_t group;                // images that go through this step before the next one runs; 0: chosen from the sizes
-  int64_t block[2];             // conv: rows per pass over the weights, for one image and for several; 0: the kernel's choice
+  int64_t block[2];  // conv: rows per pass over the weights, for one image and for several; 0: the kernel's choice
 };
 
-// pixels (n, h, w, channels) uint8 -> logits (n, classes) float. nanoseconds, if given, gets the time of each step, summed.
-void network_int8(const uint8_t* plan, int64_t plan_bytes, const uint8_t* pixels, int n, int h, int w, float* logits, int threads,
-                  int64_t* nanoseconds = nullptr);
+// pixels (n, h, w, channels) uint8 -> logits (n, classes) float. nanoseconds, if given, gets the time of each step,
+// summed.
+void network_int8(const uint8_t* plan, int64_t plan_bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
+                  int threads, int64_t* nanoseconds = nullptr);
 
 }  // namespace r50

@@ -40,8 +40,8 @@ int panel_position(Isa isa, int c) {
   switch (isa) {
     case Isa::plain: return c;
     case Isa::avx2: return (c & 1) * 8 + c / 2;  // two registers of 8, the even and the odd 16-bit halves of one
-    // four registers of 16, c = 16 * quarter + 8 * h + 2 * i + t: register 2h + t, element 4 * quarter + i. Registers 2h and 2h + 1
-    // are the even and odd 16-bit halves of one, and packus takes h = 0 and 1 per 128-bit lane.
+    // four registers of 16, c = 16 * quarter + 8 * h + 2 * i + t: register 2h + t, element 4 * quarter + i. Registers
+    // 2h and 2h + 1 are the even and odd 16-bit halves of one, and packus takes h = 0 and 1 per 128-bit lane.
     default: return ((c / 8 & 1) * 2 + (c & 1)) * 16 + c / 16 * 4 + (c / 2 & 3);
   }
 }
@@ -68,9 +68,10 @@ static Packed header(Isa isa, const PackedShape& s) {
   return h;
 }
 
-// conv_avx2.cpp adds the low 7 bits of two groups of four k in 16 bits: of the four weights that meet in a lane the positive ones may
-// sum to 258 and the negative ones to -258. Takes the excess out of `panel` (ktotal x 16) and puts it into groups of their own, of at
-// most 128 per pair so that they meet all 8 bits; -> their k. An excess is at most 4 * 128 - 258, two pairs of 127.
+// conv_avx2.cpp adds the low 7 bits of two groups of four k in 16 bits: of the four weights that meet in a lane the
+// positive ones may sum to 258 and the negative ones to -258. Takes the excess out of `panel` (ktotal x 16) and puts it
+// into groups of their own, of at most 128 per pair so that they meet all 8 bits; -> their k. An excess is at most 4 *
+// 128 - 258, two pairs of 127.
 static std::vector<int32_t> move_excess(int8_t* panel, int ktotal, std::vector<int8_t>& fixes) {
   constexpr int LIMIT = 258, PAIR = 128, WIDTH = 16;
   std::vector<int32_t> where;
@@ -133,8 +134,9 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
         throw std::runtime_error("pack_int8: the accumulator of output channel " + std::to_string(n) + " could reach " +
                                  std::to_string(high > -low ? high : low) + ", which is outside int32");
       if (j < 0 || j > (1 << MULT_BITS) || g < -32768 || g > 32767)
-        throw std::runtime_error("pack_int8: output channel " + std::to_string(n) + " has mult " + std::to_string(j) + " and gain " +
-                                 std::to_string(g) + "; expected 0 <= mult <= 2^22 and -2^15 <= gain < 2^15");
+        throw std::runtime_error("pack_int8: output channel " + std::to_string(n) + " has mult " + std::to_string(j) +
+                                 " and gain " + std::to_string(g) +
+                                 "; expected 0 <= mult <= 2^22 and -2^15 <= gain < 2^15");
       const int64_t reach = high > -low ? high : -low;
       const bool small = reach * j < (int64_t(32767) << MULT_BITS);  // (2^31 * 2^22 fits)
       const Rounding needed = !small || reach >= 1 << 24 ? DOUBLE : reach >= 1 << 22 ? SINGLE : BIASED;
@@ -158,7 +160,8 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
   std::vector<int8_t> fixes;
   if (isa == Isa::avx2) {
     for (int p = 0; p < h.panels; p++) {
-      const auto more = move_excess(reinterpret_cast<int8_t*>(bytes + h.weights) + int64_t(p) * h.ktotal * width, h.ktotal, fixes);
+      const auto more =
+          move_excess(reinterpret_cast<int8_t*>(bytes + h.weights) + int64_t(p) * h.ktotal * width, h.ktotal, fixes);
       where.insert(where.end(), more.begin(), more.end());
       begins.push_back(int32_t(where.size()));
     }

@@ -11,7 +11,8 @@ namespace r50 {
 namespace {
 
 constexpr int ACTIVE = 1 << 10;  // a round's number times this, plus how many threads take part in it
-constexpr int SPINS = 4000;  // some 50 to 100 us: longer than the gap between two layers, shorter than a scheduler's tick
+constexpr int SPINS =
+    4000;  // some 50 to 100 us: longer than the gap between two layers, shorter than a scheduler's tick
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -5,8 +5,9 @@
 
 namespace r50 {
 
-// Runs body(thread, threads) for thread = 0 ... threads - 1 at the same time, the caller being thread 0, and waits. Where the pool is
-// in use by another caller, body(0, 1) runs alone: bodies take the count that they are given. The first exception is rethrown.
+// Runs body(thread, threads) for thread = 0 ... threads - 1 at the same time, the caller being thread 0, and waits.
+// Where the pool is in use by another caller, body(0, 1) runs alone: bodies take the count that they are given. The
+// first exception is rethrown.
 void parallel(int threads, const std::function<void(int thread, int threads)>& body);
 
 // All `threads` bodies of one parallel() meet here. A body that leaves by an exception calls abandon() on its way, or

@@ -81,7 +81,8 @@ void fill_border(uint8_t* out, const Layout& to, const uint8_t* value) {
   for (int64_t i = 0; i < to.bytes; i++) out[i] = value[i % to.c];  // origin and all distances are multiples of c
 }
 
-WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1) {
+WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
+                     int y1) {
   const int c = from.c;
   for (int n = n0; n < n1; n++)
     for (int y = y0; y < y1; y++)
@@ -101,7 +102,8 @@ WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const 
       }
 }
 
-WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0, int n1) {
+WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0,
+                         int n1) {
   std::vector<int32_t> sum(from.c);
   const int pixels = from.h * from.w;
   const int32_t j = (mult + pixels / 2) / pixels;

@@ -1,4 +1,5 @@
-// What surrounds the convolutions of an int8 network; each works on images [n0, n1) and, of the output, rows [y0, y1) or channels.
+// What surrounds the convolutions of an int8 network; each works on images [n0, n1) and, of the output, rows [y0, y1)
+// or channels.
 #pragma once
 #include "layout.h"
 
@@ -9,7 +10,8 @@ void load_images(const uint8_t* pixels, uint8_t* out, const Layout& to, int n0, 
 // pixels of images (h, w, c) into Layout::windows of a kernel of up to 8 rows; value[c] stands outside the image
 void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, int stride, int pad, uint8_t* out,
                   const Layout& to, int n0, int n1, int y0, int y1);
-// every byte of the buffer that is a border of some pixel: value[c]; null: 0. Called once, before the interior is written.
+// every byte of the buffer that is a border of some pixel: value[c]; null: 0. Called once, before the interior is
+// written.
 void fill_border(uint8_t* out, const Layout& to, const uint8_t* value);
 // 3x3, stride 2, padding 1, of values after a ReLU (the border's 0 never wins)
 void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1);

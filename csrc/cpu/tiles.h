@@ -1,5 +1,5 @@
-// AMX tile registers, one wrapper per instruction. gcc's own macros paste register numbers as text, which templates cannot give them,
-// and its _tile_loadconfig lets the stores that fill the configuration be dropped (gcc 12).
+// AMX tile registers, one wrapper per instruction. gcc's own macros paste register numbers as text, which templates
+// cannot give them, and its _tile_loadconfig lets the stores that fill the configuration be dropped (gcc 12).
 #pragma once
 #ifdef RESNET50_EMULATED
 #include "emulated_tiles.h"

@@ -8,5 +8,5 @@
 #include <immintrin.h>
 #define R50_PRAGMA(text) _Pragma(#text)
 #define R50_TARGET(features) R50_PRAGMA(GCC target(features))  // for the rest of the file
-#define R50_INLINE inline __attribute__((always_inline))       // one call inside a loop, and its constants lie in memory
+#define R50_INLINE inline __attribute__((always_inline))  // one call inside a loop, and its constants lie in memory
 #endif
