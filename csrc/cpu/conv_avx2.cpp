@@ -7,7 +7,9 @@
 //   weights      where four of one sign exceed 258, pack_int8 moves the excess into `fixes`, groups that are added
 //                one by one
 //   activations  above 127 are few after a ReLU (0.01 to 1 %): their high bits are listed while the rows are copied
-//                and added one by one; where they are many, as in pixels, a second dense pass adds them
+//                and added one by one; where they are many, a second dense pass adds them
+// The first convolution has the most of both, pixels and steep filters, in short runs: it multiplies 16-bit words, and
+// reads overlapping windows in place instead of copying each.
 // Register tile: 4 rows x 16 channels = 8 accumulators, 4 registers of weights, 4 temporaries.
 #include <algorithm>
 #include <cstring>
@@ -24,6 +26,8 @@ namespace {
 constexpr int ROWS = 4, WIDTH = 16, TILES = 48;  // a tile; tiles per block at most
 constexpr int K_CHUNK = 1024;          // of a panel, 16 KiB: stays in L1 while the tiles of a block pass
 constexpr int BLOCK_BYTES = 96 << 10;  // of copied activations: with a panel of weights beside it, inside a 512 KiB L2
+
+constexpr int SHORT = 32;              // bytes of a run, below which a convolution with several is done in words
 
 struct High {  // four activations of which some exceed 127
   int32_t row, k;
@@ -147,6 +151,47 @@ inline void add_high(const Packed& w, int p, const uint8_t* raw, int lda, const 
   }
 }
 
+// A panel and its fixes as 16-bit words: for each group of four k the registers of its even k, then those of its odd k.
+inline void widen_panel(const Packed& w, int p, __m256i* words) {
+  const auto add = [](__m256i* to, const int8_t* group) {
+    for (int v = 0; v < 2; v++) {
+      const __m256i b = load(group + 32 * v);
+      to[v] = _mm256_add_epi16(to[v], _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+      to[2 + v] = _mm256_add_epi16(to[2 + v], _mm256_srai_epi16(b, 8));
+    }
+  };
+  std::memset(words, 0, w.ktotal / 4 * 4 * sizeof *words);
+  for (int k = 0; k < w.ktotal; k += 4) add(words + k, w.panel(p) + k * WIDTH);
+  for (int f = w.fix_start()[p]; f < w.fix_start()[p + 1]; f++) add(words + w.fix_k()[f], w.fix(f));
+}
+
+// acc (R x 16) = start + the rows at raw + rows[r], each `in.ntaps` runs of `run` bytes, by widened weights
+template <int R>
+inline void multiply_words(const uint8_t* raw, const int32_t* rows, const Operand& in, int run, const __m256i* words,
+                           const int32_t* start, int32_t* acc) {
+  __m256i sum[R][2];
+  auto* sums = reinterpret_cast<__m256i*>(acc);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < 2; v++) sum[r][v] = _mm256_load_si256(reinterpret_cast<const __m256i*>(start) + v);
+  for (int t = 0; t < in.ntaps; t++) {
+    const uint8_t* x[R];
+    for (int r = 0; r < R; r++) x[r] = raw + rows[r] + in.taps[t];
+    for (int k = 0; k < run; k += 4, words += 4) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) {
+        const __m256i both = four(x[r] + k), even = _mm256_and_si256(both, _mm256_set1_epi16(255));
+        const __m256i odd = _mm256_srli_epi16(both, 8);
+        for (int v = 0; v < 2; v++) {
+          sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(even, words[v]));
+          sum[r][v] = _mm256_add_epi32(sum[r][v], _mm256_madd_epi16(odd, words[2 + v]));
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < 2; v++) _mm256_store_si256(sums + 2 * r + v, sum[r][v]);
+}
+
 // 8 accumulators -> 8 lanes whose low 16 bits are the rounded value
 template <Rounding rounding>
 inline __m256i round8(__m256i acc, __m256 scale, __m256 addend) {
@@ -221,10 +266,57 @@ Finish finish_function(const Conv& conv) {
   return all[conv.w->rounding][conv.residual != nullptr];
 }
 
+// f.template operator()<rows of the tile>(first row)
+template <class F>
+void tiles(int rows, F&& f) {
+  int r = 0;
+  for (; r + ROWS <= rows; r += ROWS) f.template operator()<ROWS>(r);
+  switch (rows - r) {
+    case 1: f.template operator()<1>(r); break;
+    case 2: f.template operator()<2>(r); break;
+    case 3: f.template operator()<3>(r); break;
+  }
+}
+
+// Convolutions with several short runs per row. The rows of a block lie in one region, which is copied with what a
+// rounded-up run reads behind it.
+void conv_words(const Conv& conv, int run, int m0, int m1, int p0, int p1) {
+  const Packed& w = *conv.w;
+  const Operand& in = conv.in[0];
+  const Finish done = finish_function(conv);
+  const auto [low, high] = std::minmax_element(in.taps, in.taps + in.ntaps);
+  for (int m = m0; m < m1;) {
+    int32_t first = in.rows[m], last = first, at[TILES * ROWS];
+    int rows = 0;
+    for (; rows < TILES * ROWS && m + rows < m1; rows++) {
+      const int32_t row = in.rows[m + rows];
+      if (rows && std::max(last, row) - std::min(first, row) > BLOCK_BYTES) break;
+      first = std::min(first, row), last = std::max(last, row);
+    }
+    const int64_t begin = int64_t(first) + *low, bytes = int64_t(last) + *high + in.k - begin;
+    auto* const words = static_cast<__m256i*>(scratch(w.ktotal * sizeof(__m256i) + bytes + run));
+    auto* const raw = reinterpret_cast<uint8_t*>(words + w.ktotal);
+    std::memcpy(raw, in.a + begin, bytes);
+    std::memset(raw + bytes, 0, run);
+    for (int r = 0; r < rows; r++) at[r] = int32_t(in.rows[m + r] - begin);
+    for (int p = p0; p < p1; p++) {
+      alignas(32) int32_t acc[TILES * ROWS * WIDTH];
+      widen_panel(w, p, words);
+      tiles(rows, [&]<int R>(int r) {
+        multiply_words<R>(raw, at + r, in, run, words, w.start(p), acc + r * WIDTH);
+      });
+      done(conv, m, rows, p, acc);
+    }
+    m += rows;
+  }
+}
+
 }  // namespace
 
 void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
   const Packed& w = *conv.w;
+  const int run = w.kpad[0] == w.k[0] ? conv.in[0].k : w.kpad[0];  // taps split finer need no padding
+  if (w.operands == 1 && conv.in[0].ntaps > 1 && run < SHORT) return conv_words(conv, run, m0, m1, p0, p1);
   const int lda = (w.ktotal + 31) / 32 * 32;
   const int wanted = conv.block ? conv.block : std::max(4 * ROWS, BLOCK_BYTES / lda);
   const int block = std::clamp(wanted / ROWS, 1, TILES) * ROWS;
@@ -253,22 +345,13 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
     }
     for (int p = p0; p < p1; p++) {
       alignas(32) int32_t acc[TILES * ROWS * WIDTH];
-      const auto tiles = [&](auto&& one) {  // one.template operator()<rows of the tile>(first row)
-        int r = 0;
-        for (; r + ROWS <= rows; r += ROWS) one.template operator()<ROWS>(r);
-        switch (rows - r) {
-          case 1: one.template operator()<1>(r); break;
-          case 2: one.template operator()<2>(r); break;
-          case 3: one.template operator()<3>(r); break;
-        }
-      };
       for (int k = 0; k < w.ktotal; k += K_CHUNK)
-        tiles([&]<int R>(int r) {
+        tiles(rows, [&]<int R>(int r) {
           multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(w.ktotal, k + K_CHUNK), w.start(p),
                           acc + r * WIDTH);
         });
       if (dense || w.fix_start()[p] < w.fix_start()[p + 1])
-        tiles([&]<int R>(int r) {
+        tiles(rows, [&]<int R>(int r) {
           multiply_rest<R>(w, p, raw + r * lda, dense ? ones + r * lda : nullptr, lda, acc + r * WIDTH);
         });
       if (!dense) add_high(w, p, raw, lda, highs, high, acc);
