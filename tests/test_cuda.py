@@ -114,7 +114,7 @@ def device(request):
             pytest.skip("needs a GPU")
         return Gpu()
     emulator = request.getfixturevalue("emulator")
-    emulator.use()
+    emulator.use(order="shuffled")
     return emulator
 
 
@@ -330,7 +330,8 @@ def test_networks_have_the_bits_of_the_cpu(libraries, tmp_path):
     torch.save(saved, tmp_path / "networks.pt")
     code = f"""
 import torch, csrc
-from resnet50 import Int8ResNet50
+from resnet50 import Int8ResNet50, ResNet50, fuse
+from tests.test_cuda import SIXTEENS, photographs, randomise
 csrc.load()
 torch.ops.load_library({libraries["operations"]()!r})
 for name, config, state, pixels, logits in torch.load({str(tmp_path / "networks.pt")!r}, weights_only=True):
@@ -339,6 +340,12 @@ for name, config, state, pixels, logits in torch.load({str(tmp_path / "networks.
     with torch.no_grad():
         got = model(pixels)
     assert torch.equal(got, logits), (name, (got - logits).abs().max())
+
+torch.manual_seed(0)
+model = randomise(ResNet50(num_classes=7, widths=SIXTEENS), 0).eval().requires_grad_(False)
+x = photographs(2, 64, 64, seed=1).float() / 99 - 1
+want, got = model(x), fuse(model, torch.bfloat16)(x.bfloat16()).float()
+assert (got - want).abs().max() < 0.05 * want.abs().max(), (got - want).abs().max()  # 50 roundings to 8 bits
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "RESNET50_EXT": "off"})
