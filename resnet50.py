@@ -404,9 +404,9 @@ class FusedResNet50(Flat, ResNet50):
 
 def fuse(model, dtype=torch.float32):
     """ResNet50 -> its fused copy, on the same device."""
-    dtypes = torch.float32, torch.bfloat16, *[torch.float16] * next(model.parameters()).is_cuda
-    if model.precision != "float" or dtype not in dtypes:
-        raise UserError(f"--fused: takes a float network in float32 or bfloat16, on CUDA float16 too, not "
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    if model.precision != "float" or dtype not in (torch.float32, torch.bfloat16, *[torch.float16] * on_cuda):
+        raise UserError(f"--fused: takes a float network in float32 or bfloat16{', or float16' * on_cuda}, not "
                         f"{model.precision} in {dtype}", 2)
     return FusedResNet50(model, dtype)
 
