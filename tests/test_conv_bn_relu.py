@@ -243,7 +243,8 @@ def builds(pytestconfig):
     if shutil.which("g++") is None or LIBRARY in os.environ or "RESNET50_ISA" in os.environ:
         return None
     builder = emulate.Builder(pytestconfig.cache.mkdir("kernels"))
-    sources = [os.path.join(emulate.SOURCE, f"{unit}.cpp") for unit in ("conv_bn_relu", "conv_float", "layout", "pool")]
+    units = ("conv_bn_relu", "conv_float", "layout", "pack", "pool")
+    sources = [os.path.join(emulate.SOURCE, f"{unit}.cpp") for unit in units]
     sources.insert(0, os.path.join(emulate.HERE, "conv_float.cpp"))
     wide = ("-mavx2",) if emulate.has_avx2() else ()
     return [builder.start(".so", sources, ("-O1", "-DRESNET50_EMULATED", *wide, *flags), "-shared", *flags)
