@@ -432,11 +432,11 @@ def test_swapped_operands_are_noticed(emulator, tmp_path, text, wrong, name):
         source = f.read()
     assert text in source
     (tmp_path / "cuda" / "dev.cuh").write_text(source.replace(text, wrong))
+    made = ptx_of(tmp_path, tmp_path)
+    words, results = words_of(name)
     try:
-        made = ptx_of(tmp_path, tmp_path)
-        words, results = words_of(name)
         got = ptx.run(made[f"kernel_{name}"], words, results)
-    except (AssertionError, KeyError):  # ptxas or the interpreter knows no such instruction
+    except KeyError:  # another multiply than those of the wrappers
         return
     assert (got != emulator.wrapper(name, words, results)).any()
 

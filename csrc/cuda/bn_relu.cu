@@ -148,17 +148,20 @@ __global__ void __launch_bounds__(THREADS) sum_backward(const __grid_constant__ 
   add_up(first, second, channel, p.c, lanes, sums);
 }
 
+// One of the two sums of a channel over all slices.
+R50_DEVICE double total(const float* sums, int which, int slices, int c, int channel) {
+  double sum = 0;
+  for (int slice = 0; slice < slices; slice++) sum += sums[size_t(2 * slice + which) * c + channel];
+  return sum;
+}
+
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     finish_forward(const __grid_constant__ BatchNorm p, const float* sums, int slices) {
   const int channel = blockIdx.x * THREADS + threadIdx.x;
   if (channel >= p.c) return;
-  double first = 0, second = 0;
-  for (int slice = 0; slice < slices; slice++) {
-    first += sums[size_t(2 * slice) * p.c + channel];
-    second += sums[size_t(2 * slice + 1) * p.c + channel];
-  }
-  const double count = double(p.m), mean = first / count, variance = second / count - mean * mean;
+  const double count = double(p.m), mean = total(sums, 0, slices, p.c, channel) / count;
+  const double variance = total(sums, 1, slices, p.c, channel) / count - mean * mean;
   p.mean[channel] = float(T::load(static_cast<const typename T::Element*>(p.x)[channel]) + mean);
   p.invstd[channel] = float(1 / sqrt((variance > 0 || variance != variance ? variance : 0) + double(p.eps)));
 }
@@ -167,13 +170,8 @@ __global__ void __launch_bounds__(THREADS)
     finish_backward(const __grid_constant__ BatchNorm p, const float* sums, int slices) {
   const int channel = blockIdx.x * THREADS + threadIdx.x;
   if (channel >= p.c) return;
-  double first = 0, second = 0;
-  for (int slice = 0; slice < slices; slice++) {
-    first += sums[size_t(2 * slice) * p.c + channel];
-    second += sums[size_t(2 * slice + 1) * p.c + channel];
-  }
-  p.dbias[channel] = float(first);
-  p.dweight[channel] = float(second);
+  p.dbias[channel] = float(total(sums, 0, slices, p.c, channel));
+  p.dweight[channel] = float(total(sums, 1, slices, p.c, channel));
 }
 
 template <class T, int V>
