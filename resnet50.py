@@ -116,9 +116,10 @@ def norm_relu(bn, x, residual=None):
 
 
 class Bottleneck(nn.Module):
-    """1x1 -> 3x3 -> 1x1 with a residual. Widths come in as numbers, so a pruned block is built like any other."""
+    """1x1 -> 3x3 -> 1x1 with a residual, which a stage's first block projects, also where pruning has left as many
+    channels before as behind it. Widths come in as numbers, so a pruned block is built like any other."""
 
-    def __init__(self, cin, mid1, mid2, cout, stride, config, drop_rate):
+    def __init__(self, cin, mid1, mid2, cout, stride, projects, config, drop_rate):
         super().__init__()
         split = config["attention"] == "split"
         s1, s2 = (stride, 1) if config["stride_on"] == "1x1" else (1, stride)
@@ -135,11 +136,11 @@ class Bottleneck(nn.Module):
         self.split, self.drop_rate = split, drop_rate
         self.se = SqueezeExcite(cout) if config["attention"] == "se" else None
         self.downsample = None
-        if split and (stride > 1 or cin != cout):
+        if split and projects:
             self.downsample = nn.Sequential(
                 nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
                 nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
-        elif stride > 1 or cin != cout:
+        elif projects:
             self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
 
     def forward(self, x):
@@ -210,7 +211,7 @@ class ResNet50(nn.Module):
             for j in range(blocks):
                 name = f"layer{i}.{j}"
                 stage.append(Bottleneck(c, width(name + ".conv1", mid), width(name + ".conv2", mid), cout,
-                                        stride if j == 0 else 1, config, drop_path * done / (total - 1)))
+                                        stride if j == 0 else 1, j == 0, config, drop_path * done / (total - 1)))
                 c, done = cout, done + 1
             setattr(self, f"layer{i}", stage)
         if unused:

@@ -21,7 +21,7 @@ WIDTHS |= {f"layer{i + 1}.{j}.conv{k}": 4 * i + 8 for i, (_, blocks, _) in enume
            for j in range(blocks) for k in (1, 2)}
 ODD = {name: width + 1 + 2 * (i % 3) for i, (name, width) in enumerate(WIDTHS.items())}  # as pruning may leave them
 VARIANTS = {"plain": {}, "pruned": dict(widths=ODD),
-            "v1": dict(stride_on="1x1", widths={**WIDTHS, "conv1": WIDTHS["layer1"]}),  # layer1.0 has no projection
+            "v1": dict(stride_on="1x1", widths={**WIDTHS, "conv1": WIDTHS["layer1"]}),  # layer1.0 projects nevertheless
             "small": dict(stem="small"), "deep": dict(stem="deep", widths=ODD), "se": dict(attention="se", widths=ODD),
             "split": dict(attention="split")}
 
@@ -131,7 +131,7 @@ def naive(net, pixels):
         for block in range(blocks):
             at, stride = f"layer{layer}.{block}.", 2 if layer > 1 and block == 0 else 1
             on_1x1 = config["stride_on"] == "1x1"
-            projects = stride == 2 or x.shape[3] != config["widths"][f"layer{layer}"]
+            projects = block == 0
             y = conv(get(at + "conv1"), x, stride if on_1x1 else 1)
             if config["attention"] == "split":
                 y = gate(get(at + "conv2"), conv(get(at + "conv2.conv"), y, 1, 1, groups=2))

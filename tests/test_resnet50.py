@@ -145,6 +145,10 @@ def test_widths_build_a_pruned_network_and_names_are_checked():
     assert model.layer1[0].conv1.weight.shape == (40, 48, 1, 1) and model.layer2[0].conv1.in_channels == 200
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
     assert ResNet50(**model.config).load_state_dict(model.state_dict())
+    for attention in ("none", "split"):  # a stage's first block projects, whatever the widths
+        model = ResNet50(attention=attention, widths={"conv1": 64, "layer1": 64})
+        assert [n for n, b in model.named_modules() if getattr(b, "downsample", None)] == [
+            f"layer{i}.0" for i in range(1, 5)]
     with pytest.raises(ValueError, match="layer9"):
         ResNet50(widths={"layer9": 3})
     with pytest.raises(ValueError, match="stem='huge'"):
