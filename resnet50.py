@@ -16,6 +16,7 @@ import glob
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import platform
@@ -25,6 +26,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -713,11 +715,86 @@ def write_atomic(path, data):
         raise UserError(f"{path}: not written ({error.strerror or error}); what was there before is intact") from error
 
 
-def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None, **state):
-    """One dict of plain types and tensors, loadable with weights_only=True.
-    `state` is what last.pt adds for resuming."""
+def encode_tensor(tensor, encoding):
+    """A weight -> the dict of plain types and smaller tensors that a checkpoint holds in its place, or ValueError.
+
+    sparse      one bit per element, and the values that are not zero, in any dtype; a negative zero becomes a zero
+    int4:GROUP  float (O, ...) in 4.x bits: integers from -7 to 7, two per byte, the first in the low half, times one
+                float16 scale per GROUP consecutive inputs of an output channel. Decoded and encoded again, the same"""
+    kind, _, group = encoding.partition(":")
+    stored = dict(encoding=encoding, shape=list(tensor.shape))
+    if encoding == "sparse":
+        flat = tensor.detach().cpu().flatten()
+        present = flat != 0
+        return dict(stored, mask=torch.from_numpy(np.packbits(present.numpy())), values=flat[present])
+    if kind != "int4" or not group.isdecimal() or int(group) < 1:
+        raise ValueError(f"encoding {encoding!r} is neither sparse nor int4:GROUP")
+    if tensor.dim() < 2 or not tensor.is_floating_point():
+        raise ValueError(f"int4 takes float weights (O, ...), not {tensor.dtype} {tuple(tensor.shape)}")
+    flat, group = tensor.detach().cpu().float().flatten(1), int(group)
+    groups = F.pad(flat, (0, -flat.shape[1] % group)).unflatten(1, (-1, group))
+    scales = (groups.abs().amax(2) / 7).half()
+    if not scales.isfinite().all():
+        raise ValueError("a weight is not finite, or too large for int4's float16 scales")
+    ints = (groups / scales.float().clamp(min=1e-8)[:, :, None]).round().clamp(-7, 7).flatten(1)[:, :flat.shape[1]]
+    pairs = F.pad((ints + 8).to(torch.uint8), (0, flat.shape[1] % 2)).unflatten(1, (-1, 2))
+    return dict(stored, values=pairs[:, :, 0] | pairs[:, :, 1] << 4, scales=scales)
+
+
+def decode_tensor(stored):
+    """encode_tensor's dict -> the tensor, float32 from int4. Lengths that disagree are a ValueError."""
+    encoding, shape = stored["encoding"], stored["shape"]
+    kind, _, group = encoding.partition(":")
+    values, size = stored["values"], math.prod(shape)
+
+    def check(name, tensor, dtype, *lengths):
+        if tensor.dtype != dtype or tensor.shape != lengths or min(shape, default=0) < 0:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {lengths} for {shape}")
+    if encoding == "sparse":
+        check("mask", stored["mask"], torch.uint8, -(-size // 8))
+        present = torch.from_numpy(np.unpackbits(stored["mask"].numpy(), count=size)).bool()
+        check("values", values, values.dtype, int(present.count_nonzero()))
+        return values.new_zeros(size).masked_scatter_(present, values).view(shape)
+    if kind != "int4":
+        raise ValueError(f"unknown encoding {encoding!r}")
+    inputs, group = math.prod(shape[1:]), int(group)
+    check("values", values, torch.uint8, shape[0], -(-inputs // 2))
+    check("scales", stored["scales"], torch.float16, shape[0], -(-inputs // group))
+    ints = torch.stack((values & 15, values >> 4), 2).flatten(1)[:, :inputs].float() - 8
+    return (ints * stored["scales"].float().repeat_interleave(group, 1)[:, :inputs]).view(shape)
+
+
+def encode_state(state, encode, path):
+    """A state dict with the tensors that `encode` names, {key: encoding}, in their encodings."""
+    if unknown := sorted(set(encode) - set(state)):
+        raise UserError(f"{path}: not written: encode names no tensor of this network: {', '.join(unknown)}")
+    result = dict(state)
+    for name, encoding in encode.items():
+        try:
+            result[name] = encode_tensor(state[name], encoding)
+        except ValueError as error:
+            raise UserError(f"{path}: not written: {name}: {error}") from error
+    return result
+
+
+def decode_state(checkpoint, path):
+    """Puts plain tensors in the place of the encoded ones, and into `encode` what save_checkpoint was told of them."""
+    checkpoint["encode"] = {}
+    for name, value in checkpoint["model"].items():
+        if not isinstance(value, torch.Tensor):
+            try:
+                checkpoint["model"][name] = decode_tensor(value)
+            except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError) as error:
+                raise UserError(f"{path}: {name}: damaged encoding ({type(error).__name__}: {error})") from error
+            checkpoint["encode"][name] = value["encoding"]
+
+
+def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None, encode=None, **state):
+    """One dict of plain types and tensors, loadable with weights_only=True. `encode`, {key: "sparse" or "int4:GROUP"},
+    makes the file smaller by encode_tensor; load_checkpoint undoes it. `state` is what last.pt adds for resuming."""
     model = getattr(model, "module", model)
-    checkpoint = dict(format=FORMAT, precision=model.precision, model=model.state_dict(), config=model.config,
+    weights = encode_state(model.state_dict(), encode or {}, path)
+    checkpoint = dict(format=FORMAT, precision=model.precision, model=weights, config=model.config,
                       classes=list(classes), wnids=wnids, preprocess=model.preprocess, metrics=metrics or {},
                       args=args or {}, **state)
     # serialised in memory first: a full disk is then an OSError of write(), not an abort inside torch
@@ -790,6 +867,9 @@ def load_checkpoint(path):
             raise UserError(f"{path}: format {raw['format']!r}; this version reads {FORMAT!r}")
         if raw.setdefault("precision", "float") not in ("float", "int8"):
             raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float' and 'int8'")
+        if missing := [k for k in ("model", "config", "classes", "preprocess") if k not in raw]:
+            raise UserError(f"{path}: damaged: has no {', '.join(missing)}")
+        decode_state(raw, path)
         return raw
     return dict(format=None, precision="float", model=find_state_dict(raw, path), config={}, classes=None, wnids=None,
                 preprocess=None, metrics={}, args={})

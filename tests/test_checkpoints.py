@@ -1,0 +1,141 @@
+"""What a checkpoint can hold beside a plain ResNet-50: encoded weights."""
+import copy
+import os
+
+import pytest
+import torch
+
+import resnet50
+from resnet50 import ResNet50, UserError
+from tests.test_int8 import build, photographs, same_state
+
+
+def matrices(model):
+    return [k for k, v in model.state_dict().items() if v.dim() > 1]
+
+
+def prune(model, share, seed=0):
+    """Zeroes that share of every matrix, of negative weights with a negative zero, as weight * mask does."""
+    g = torch.Generator().manual_seed(seed)
+    for name in matrices(model):
+        weight = model.state_dict()[name]
+        weight.mul_(torch.rand(weight.shape, generator=g) >= share)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------- encodings
+
+def naive_int4(weight, group):
+    """float (O, ...) -> float32, what 4-bit integers make of it"""
+    result = torch.empty_like(weight, dtype=torch.float32).flatten(1)
+    for o, row in enumerate(weight.flatten(1)):
+        for i in range(0, len(row), group):
+            scale = (row[i:i + group].abs().max() / 7).half().float().clamp(min=1e-30)
+            result[o, i:i + group] = (row[i:i + group] / scale).round().clamp(-7, 7) * scale
+    return result.view(weight.shape)
+
+
+@pytest.mark.parametrize("shape, group", [((3, 5), 2), ((2, 7, 3, 3), 32), ((4, 64, 1, 1), 64), ((1, 1), 5),
+                                          ((5, 8), 9)])
+def test_int4_is_the_formula_and_repeats_itself(shape, group):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stored = resnet50.encode_tensor(weight, f"int4:{group}")
+    decoded = resnet50.decode_tensor(stored)
+    assert torch.equal(decoded, naive_int4(weight, group)) and decoded.dtype == torch.float32
+    bytes_per_row = (weight[0].numel() + 1) // 2 + 2 * -(-weight[0].numel() // group)
+    assert sum(t.nbytes for t in stored.values() if isinstance(t, torch.Tensor)) == len(weight) * bytes_per_row
+    assert torch.equal(resnet50.decode_tensor(resnet50.encode_tensor(decoded, f"int4:{group}")), decoded)
+
+
+def test_int4_of_zeros_and_tiny_weights():
+    weight = torch.tensor([[0.0, 0.0, 1e-30, -1e-30], [1e-9, 0.0, -3.5, 1.0]])
+    decoded = resnet50.decode_tensor(resnet50.encode_tensor(weight, "int4:2"))
+    assert decoded.tolist() == [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, -3.5, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (), (1,), (7,), (3, 8), (3, 5, 3, 3)])
+def test_sparse_loses_nothing(dtype, shape):
+    g = torch.Generator().manual_seed(1)
+    tensor = (torch.randn(shape, generator=g) * 50 * (torch.rand(shape, generator=g) < 0.3)).to(dtype)
+    stored = resnet50.encode_tensor(tensor, "sparse")
+    decoded = resnet50.decode_tensor(stored)
+    assert torch.equal(decoded, tensor) and decoded.dtype == dtype
+    assert stored["mask"].nbytes == (tensor.numel() + 7) // 8 and len(stored["values"]) == tensor.count_nonzero()
+
+
+def test_files_are_as_small_as_the_encodings_promise(tmp_path):
+    model = prune(ResNet50(), 0.9).to(memory_format=torch.channels_last)
+
+    def size(encoding):
+        path = str(tmp_path / "e.pt")
+        encode = {name: encoding for name in matrices(model)} if encoding else None
+        resnet50.save_checkpoint(path, model, classes=map(str, range(1000)), encode=encode)
+        assert resnet50.load_checkpoint(path)["encode"] == (encode or {})
+        return os.path.getsize(path)
+    dense = size(None)
+    assert 0.13 < size("sparse") / dense < 0.14  # 1 bit and a tenth of 32, of 32; batch-norms stay
+    assert 0.13 < size("int4:64") / dense < 0.14  # 4 bits and 16 / 64
+    assert 0.14 < size("int4:32") / dense < 0.147
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_encoded_checkpoint_round_trip(quantized, tmp_path):
+    path, model = str(tmp_path / "e.pt"), prune(build("plain"), 0.6)
+    model = resnet50.quantize(model, [photographs(2, 64, 64)]) if quantized else model
+    names = matrices(model)
+    encode = dict.fromkeys(names, "sparse") | ({} if quantized else {"fc.weight": "int4:16"})
+    expected = copy.deepcopy(model)
+    if not quantized:
+        expected.fc.weight.copy_(naive_int4(model.fc.weight, 16))
+    for _ in range(2):  # what was loaded is written as it was
+        resnet50.save_checkpoint(path, model, classes="abcdefg", encode=encode)
+        raw = torch.load(path, weights_only=True)
+        assert isinstance(raw["model"][names[0]], dict) and isinstance(raw["model"]["fc.bias"], torch.Tensor)
+        loaded = resnet50.load_checkpoint(path)
+        encode, model = loaded["encode"], resnet50.build_model(loaded, path)
+        assert same_state(model, expected)
+
+
+def test_damaged_encodings_name_file_and_key(tmp_path):
+    path, model = str(tmp_path / "e.pt"), build("plain")
+    encode = {"conv1.weight": "sparse", "fc.weight": "int4:16"}
+    resnet50.save_checkpoint(path, model, classes="abcdefg", encode=encode)
+    whole = torch.load(path, weights_only=True)
+    changes = [("conv1.weight", key, value) for key, value in (
+        ("encoding", "sparser"), ("encoding", None), ("encoding", "int4:16"), ("shape", [16, 3, 7, 8]), ("shape", "x"),
+        ("shape", [10 ** 9, 10 ** 9]), ("shape", [-16, -147]), ("mask", torch.zeros(293, dtype=torch.uint8)),
+        ("mask", None), ("mask", torch.zeros(294)), ("values", torch.zeros(3)), ("values", [1.0]))]
+    changes += [("fc.weight", key, value) for key, value in (
+        ("encoding", "int4"), ("encoding", "int4:0"), ("encoding", "int4:8"), ("encoding", "int4:x"), ("shape", []),
+        ("shape", [7, 3000]), ("values", torch.zeros(7, 9, dtype=torch.uint8)), ("scales", torch.zeros(7, 5)))]
+    for name, key, value in changes:
+        torch.save({**whole, "model": {**whole["model"], name: {**whole["model"][name], key: value}}}, path)
+        with pytest.raises(UserError, match=f"e.pt: {name}: damaged encoding") as caught:
+            resnet50.load_checkpoint(path)
+        assert "\n" not in str(caught.value)
+    for value in (None, 3, {}, [1]):
+        torch.save({**whole, "model": {**whole["model"], "bn1.weight": value}}, path)
+        with pytest.raises(UserError, match="e.pt: bn1.weight: damaged encoding"):
+            resnet50.load_checkpoint(path)
+    for field in ("model", "config", "classes", "preprocess"):
+        torch.save({k: v for k, v in whole.items() if k != field}, path)
+        with pytest.raises(UserError, match=f"e.pt: damaged: has no {field}"):
+            resnet50.load_checkpoint(path)
+
+
+def test_what_cannot_be_encoded_is_refused_before_the_file_is_touched(tmp_path):
+    path, model = str(tmp_path / "e.pt"), build("plain")
+    resnet50.save_checkpoint(path, model, classes="abcdefg")
+    before = os.path.getsize(path)
+    model.fc.weight[0, 0] = float("nan")
+    model.layer1[0].conv1.weight[0] = 1e6
+    for encode, words in (({"fc.wait": "sparse"}, "no tensor of this network: fc.wait"),
+                          ({"conv1.weight": "zip"}, "conv1.weight: encoding 'zip' is neither"),
+                          ({"conv1.weight": "int4:0"}, "'int4:0' is neither"),
+                          ({"bn1.weight": "int4:8"}, r"bn1.weight: int4 takes float weights \(O, ...\), not"),
+                          ({"fc.weight": "int4:8"}, "fc.weight: a weight is not finite"),
+                          ({"layer1.0.conv1.weight": "int4:8"}, "too large")):
+        with pytest.raises(UserError, match=f"e.pt: not written: .*{words}"):
+            resnet50.save_checkpoint(path, model, classes="abcdefg", encode=encode)
+    assert os.path.getsize(path) == before
