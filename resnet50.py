@@ -269,7 +269,25 @@ def normalize(pixels, preprocess):
 def predict(model, pixels):
     """uint8 pixels (N, 3, H, W) -> float32 logits (N, classes). What every consumer calls: where and how the pixels are
     normalised is the model's affair."""
-    return model(pixels if model.precision == "int8" else normalize(pixels, model.preprocess)).float()
+    return model(pixels if model.precision != "float" else normalize(pixels, model.preprocess)).float()
+
+
+def torchvision_model(arch, num_classes=1000):
+    """torchvision's classifier of that name, untrained, in eval mode, with what every consumer of a float network asks
+    for. UserError where there is none, as for detectors and quantized networks, or where training would want more than
+    its logits (the auxiliary heads of inception_v3 and googlenet)."""
+    from torchvision import models
+    if arch not in models.list_models(module=models):
+        raise UserError(f"arch {arch!r} is no classifier of torchvision")
+    try:
+        model = models.get_model(arch, weights=None, num_classes=num_classes)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"arch {arch}, num_classes {num_classes!r}: {error}") from error
+    if getattr(model, "aux_logits", False):
+        raise UserError(f"arch {arch}: has auxiliary classifiers, which nothing here trains")
+    model.precision, model.config = "float", dict(arch=arch, num_classes=num_classes)
+    model.preprocess, model.grad_checkpointing = dict(PREPROCESS), False
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 # ------------------------------------------------------------------------------------------ the network laid flat
@@ -408,9 +426,9 @@ class FusedResNet50(Flat, ResNet50):
 def fuse(model, dtype=torch.float32):
     """ResNet50 -> its fused copy, on the same device."""
     on_cuda = any(p.is_cuda for p in model.parameters())
-    if model.precision != "float" or dtype not in (torch.float32, torch.bfloat16, *[torch.float16] * on_cuda):
-        raise UserError(f"--fused: takes a float network in float32 or bfloat16{', or float16' * on_cuda}, not "
-                        f"{model.precision} in {dtype}", 2)
+    if not isinstance(model, ResNet50) or dtype not in (torch.float32, torch.bfloat16, *[torch.float16] * on_cuda):
+        raise UserError(f"--fused: takes a float ResNet-50 in float32 or bfloat16{', or float16' * on_cuda}, not "
+                        f"{model.config.get('arch', model.precision)} in {dtype}", 2)
     return FusedResNet50(model, dtype)
 
 
@@ -895,8 +913,9 @@ def load_weights(model, state, path):
 
 
 def build_model(checkpoint, path, **config):
-    """A checkpoint dict -> ResNet50 or Int8ResNet50 in eval mode, channels_last, with .preprocess. `config` (None = not
-    said) supplies what a foreign file lacks; where the file says otherwise it is refused, not overridden."""
+    """A checkpoint dict -> ResNet50, Int8ResNet50 or torchvision's `arch`, in eval mode, channels_last, with
+    .preprocess. `config` (None = not said) supplies what a foreign file lacks; where the file says otherwise it is
+    refused, not overridden."""
     config = {k: v for k, v in config.items() if v is not None}
     for key, value in checkpoint["config"].items():
         if key in ("drop_path", "dropout"):  # regularisation is the run's choice, not the network's shape
@@ -905,9 +924,10 @@ def build_model(checkpoint, path, **config):
             raise UserError(f"{path}: was made with {key}={value}, not {config[key]}", code=2)
     if not checkpoint["config"] and "num_classes" not in config and "fc.weight" in checkpoint["model"]:
         config["num_classes"] = len(checkpoint["model"]["fc.weight"])
+    kind = Int8ResNet50 if checkpoint["precision"] == "int8" else torchvision_model if "arch" in config else ResNet50
     try:
-        model = (Int8ResNet50 if checkpoint["precision"] == "int8" else ResNet50)(**config)
-    except (TypeError, ValueError) as error:
+        model = kind(**config)
+    except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {error}") from error
     load_weights(model, checkpoint["model"], path)
     model.preprocess.update(checkpoint["preprocess"] or {})
@@ -998,9 +1018,9 @@ def load_model(args, defaults=(), trains=False, **config):
 
 def example(model, batch_size, size):
     """-> what model(x) takes, where the model is: uint8 pixels or floats (N, 3, size, size), NHWC"""
-    weight = model.fc.weight
+    weight = next(itertools.chain(model.parameters(), model.buffers()))
     x = torch.randint(0, 256, (batch_size, 3, size, size), dtype=torch.uint8, device=weight.device)
-    x = x if model.precision == "int8" else normalize(x, model.preprocess).to(weight.dtype)
+    x = x if model.precision != "float" else normalize(x, model.preprocess).to(weight.dtype)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -1008,7 +1028,7 @@ def weights(model):
     """(name, tensor) of what is counted as parameters; scales and statistics are not."""
     yield from model.named_parameters()
     yield from ((name, buffer) for name, buffer in model.named_buffers()
-                if model.precision == "int8" and name.rsplit(".", 1)[1] in ("weight", "weight2", "bias"))
+                if name.rpartition(".")[2] in ("weight", "weight2", "bias"))
 
 
 def count_macs(model, size=224):
@@ -1060,7 +1080,7 @@ def stage_of(name):
 
 
 def stages(model):
-    """(name, callable) in forward order; together they are the network."""
+    """(name, callable) of a ResNet-50 in forward order; together they are the network."""
     if isinstance(model, Flat):
         for name, steps in itertools.groupby(model.steps, lambda step: stage_of(step.name)):
             yield name, functools.partial(model.run, steps=list(steps))
@@ -1071,16 +1091,33 @@ def stages(model):
     yield "head", lambda x: model.fc(x.mean((2, 3)))
 
 
+def parts(model, x):
+    """-> {name: (callable, its inputs)} of model(x), for summarize(): the stages of a ResNet-50; of another network the
+    modules that it calls."""
+    result = {}
+    if isinstance(model, (Flat, ResNet50)):
+        for name, stage in stages(model):
+            result[name], x = (stage, (x,)), stage(x)
+        return result
+
+    def watch(name):
+        return lambda module, inputs: result.update({name: (module.forward, inputs)})
+    handles = [child.register_forward_pre_hook(watch(name)) for name, child in model.named_children()]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
 @torch.no_grad()
 def summarize(model, size, batch_size, device):
     """-> rows of (stage, output shape, parameters, MACs per image, milliseconds per batch)."""
-    macs, rows, x = count_macs(model, size), [], example(model, batch_size, size)
-    for name, stage in stages(model):
-        params = sum(p.numel() for k, p in weights(model) if stage_of(k) == name)
-        milliseconds = measure(lambda: stage(x), device)
-        x = stage(x)
-        rows.append((name, "x".join(map(str, x.shape[1:])), params,
-                     sum(v for k, v in macs.items() if stage_of(k) == name), milliseconds))
+    macs, rows = count_macs(model, size), []
+    of = stage_of if isinstance(model, (Flat, ResNet50)) else lambda name: name.split(".")[0]
+    for name, (part, inputs) in parts(model, example(model, batch_size, size)).items():
+        rows.append((name, "x".join(map(str, part(*inputs).shape[1:])),
+                     sum(p.numel() for k, p in weights(model) if of(k) == name),
+                     sum(v for k, v in macs.items() if of(k) == name), measure(lambda: part(*inputs), device)))
     return rows
 
 
@@ -1139,14 +1176,15 @@ def main(args):
         say(f"{key:12} {value}")
     say(f"\n{'':12} {source or 'untrained'}, {model.precision}, {size} px, batch {args.batch_size} on {device}")
     rows = summarize(model, size, args.batch_size, device)
-    say(f"{'stage':8}{'output':>14}{'parameters':>14}{'GMAC':>9}{'ms':>9}")
+    width = max(8, *(len(row[0]) + 1 for row in rows))
+    say(f"{'stage':{width}}{'output':>14}{'parameters':>14}{'GMAC':>9}{'ms':>9}")
     for name, shape, params, macs, milliseconds in rows:
-        say(f"{name:8}{shape:>14}{params:>14,}{macs / 1e9:>9.3f}{milliseconds:>9.2f}")
-    params, macs = sum(r[2] for r in rows), sum(r[3] for r in rows)
+        say(f"{name:{width}}{shape:>14}{params:>14,}{macs / 1e9:>9.3f}{milliseconds:>9.2f}")
+    params, macs = sum(p.numel() for _, p in weights(model)), sum(count_macs(model, size).values())
     with torch.no_grad():
         x = example(model, args.batch_size, size)
         milliseconds = measure(lambda: model(x), device)
-        say(f"{'total':8}{'':>14}{params:>14,}{macs / 1e9:>9.3f}{milliseconds:>9.2f}")
+        say(f"{'total':{width}}{'':>14}{params:>14,}{macs / 1e9:>9.3f}{milliseconds:>9.2f}")
         if args.profile:
             from torch.profiler import ProfilerActivity, profile
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")

@@ -994,7 +994,7 @@ def train(args, world, stop):
         f"{order.steps} steps per epoch, learning rate "
         f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {peak:g}"]
         + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
-    if args.image_size <= 40 and model.config["stem"] == "standard":
+    if args.image_size <= 40 and model.config.get("stem") == "standard":
         log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
 
     images = data.Images(files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args),

@@ -1,4 +1,4 @@
-"""What a checkpoint can hold beside a plain ResNet-50: encoded weights."""
+"""What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers."""
 import copy
 import os
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import resnet50
+import train
 from resnet50 import ResNet50, UserError
 from tests.test_int8 import build, photographs, same_state
+from tests.test_resnet50 import randomise
 
 
 def matrices(model):
@@ -139,3 +141,68 @@ def test_what_cannot_be_encoded_is_refused_before_the_file_is_touched(tmp_path):
         with pytest.raises(UserError, match=f"e.pt: not written: .*{words}"):
             resnet50.save_checkpoint(path, model, classes="abcdefg", encode=encode)
     assert os.path.getsize(path) == before
+
+
+# --------------------------------------------------------------------------------------- torchvision's classifiers
+
+def classifier(arch="resnet18", seed=0):
+    torch.manual_seed(seed)
+    return randomise(resnet50.torchvision_model(arch, 7), seed)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
+def test_torchvision_classifiers_are_checkpoints(arch, tmp_path):
+    import torchvision
+    path, model, pixels = str(tmp_path / "t.pt"), classifier(arch), photographs(2, 64, 64)
+    model.preprocess.update(crop=64)
+    resnet50.save_checkpoint(path, copy.deepcopy(model), classes="abcdefg")
+    raw = torch.load(path, weights_only=True)
+    assert raw["precision"] == "float" and raw["config"] == {"arch": arch, "num_classes": 7}
+    torchvision.models.get_model(arch, num_classes=7).load_state_dict(raw["model"])
+    again = resnet50.build_model(resnet50.load_checkpoint(path), path)
+    assert same_state(model, again) and again.preprocess == model.preprocess and again.config == model.config
+    with torch.no_grad():
+        assert torch.equal(resnet50.predict(again, pixels), model(resnet50.normalize(pixels, model.preprocess)))
+    assert not again.training and next(again.parameters()).is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(UserError, match="t.pt: was made with num_classes=7, not 9"):
+        resnet50.build_model(raw, path, num_classes=9)
+    with pytest.raises(UserError, match="t.pt: .*stem"):
+        resnet50.build_model(raw, path, stem="deep")
+    with pytest.raises(UserError, match=f"--fused: takes a float ResNet-50 .*, not {arch} in"):
+        resnet50.fuse(model)
+
+
+def test_torchvision_networks_that_are_no_classifiers_are_refused(tmp_path):
+    path = str(tmp_path / "t.pt")
+    resnet50.save_checkpoint(path, classifier(), classes="abcdefg")
+    for arch, words in (("resnet51", "'resnet51' is no classifier of torchvision"), (None, "None is no classifier"),
+                        ("fasterrcnn_resnet50_fpn", "no classifier"), ("fcn_resnet50", "no classifier"),
+                        ("quantized_resnet18", "no classifier"), ("inception_v3", "auxiliary classifiers")):
+        with pytest.raises(UserError, match=words):
+            resnet50.torchvision_model(arch, 7)
+        with pytest.raises(UserError, match=f"t.pt: .*{words}"):
+            resnet50.build_model({**torch.load(path), "config": {"arch": arch, "num_classes": 7}}, path)
+    for classes in (-1, "7", None):
+        with pytest.raises(UserError, match="arch resnet18, num_classes"):
+            resnet50.torchvision_model("resnet18", classes)
+
+
+def test_torchvision_classifiers_are_trained_evaluated_and_summarized(tiny, tmp_path, capsys):
+    model, path = resnet50.torchvision_model("resnet18", 10), str(tmp_path / "t.pt")
+    model.preprocess.update(crop=32, resize=36)
+    resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
+
+    def call(script, *args):
+        return script.main(script.get_args_parser().parse_args(["--device", "cpu", *args]))
+    result = call(train, "--data", tiny, "--workers", "0", "--batch-size", "10", "--epochs", "1", "--checkpoint", path,
+                  "--model-ema-decay", "0.9", "--image-size", "32", "--out", str(tmp_path / "o"))
+    trained = resnet50.load_checkpoint(result["checkpoint"])
+    assert trained["config"] == model.config and not torch.equal(trained["model"]["fc.weight"], model.fc.weight)
+    scored = call(train, "--eval-only", "--data", tiny, "--workers", "0", "--checkpoint", result["checkpoint"])
+    assert scored["images"] == 29 and scored["top1"] == result["top1"]
+    capsys.readouterr()
+    summary, text = call(resnet50, "--checkpoint", path, "--image-size", "64"), capsys.readouterr().err
+    assert summary["params"] == sum(p.numel() for p in model.parameters()) and "layer4" in text and "fc" in text
+    by_layer = resnet50.count_macs(resnet50.torchvision_model("resnet50"), 64)
+    assert by_layer == resnet50.count_macs(ResNet50(), 64)
+    assert sum(row[3] for row in resnet50.summarize(model, 64, 1, torch.device("cpu"))) == summary["macs"]

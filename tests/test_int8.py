@@ -420,7 +420,7 @@ def test_fused_equals_the_plain_network(pair, dtype, floor):
         fused = resnet50.fuse(model, dtype)(x)
     assert fused.dtype == dtype and fused.isfinite().all()
     assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor * exact.abs().max()
-    with pytest.raises(UserError, match="float network in float32 or bfloat16, not int8"):
+    with pytest.raises(UserError, match="float ResNet-50 in float32 or bfloat16, not int8"):
         resnet50.fuse(net)
 
 
