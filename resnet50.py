@@ -290,6 +290,31 @@ def torchvision_model(arch, num_classes=1000):
     return model.to(memory_format=torch.channels_last).eval()
 
 
+class Cascade(nn.Module):
+    """uint8 pixels (N, 3, H, W) -> float32 logits (N, classes): `small` answers, and the images of which its largest
+    softmax probability is below `threshold` go on to `big` (IDK cascades, arXiv 1706.00885). `deferred` is how many of
+    the last call's did. The members, of any precision, must agree in classes and preprocess; UserError otherwise."""
+    precision = "cascade"
+
+    def __init__(self, small, big, threshold):
+        super().__init__()
+        for what, a, b in (("outputs", small.config["num_classes"], big.config["num_classes"]),
+                           ("preprocess", small.preprocess, big.preprocess)):
+            if a != b:
+                raise UserError(f"cascade: its networks disagree in {what}: {a} and {b}")
+        if not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
+            raise UserError(f"cascade: threshold {threshold!r} is no probability")
+        self.small, self.big, self.threshold, self.deferred = small, big, float(threshold), 0
+        self.config = dict(num_classes=small.config["num_classes"])
+        self.preprocess = small.preprocess = big.preprocess  # one dict: what is set in it holds for all three
+
+    def forward(self, pixels):
+        logits = predict(self.small, pixels)
+        rest = (~(logits.softmax(1).amax(1) >= self.threshold)).nonzero()[:, 0]  # with those that are NaN
+        self.deferred = len(rest)
+        return logits.index_copy(0, rest, predict(self.big, pixels[rest])) if self.deferred else logits
+
+
 # ------------------------------------------------------------------------------------------ the network laid flat
 
 class Step(NamedTuple):
@@ -585,9 +610,9 @@ class Int8ResNet50(Flat, nn.Module):
         self.packed = None
         return super()._apply(fn, recurse)
 
-    def load_state_dict(self, *args, **kwargs):
+    def _load_from_state_dict(self, *args):  # which loading a cascade calls too
         self.packed = None
-        return super().load_state_dict(*args, **kwargs)
+        return super()._load_from_state_dict(*args)
 
     def forward(self, pixels):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -807,14 +832,26 @@ def decode_state(checkpoint, path):
             checkpoint["encode"][name] = value["encoding"]
 
 
+def as_checkpoint(model, state, **fields):
+    """-> the dict that a file holds of a model whose state dict is `state`; of a cascade, with its members' own."""
+    checkpoint = dict(format=FORMAT, precision=model.precision, model=state, config=model.config,
+                      preprocess=model.preprocess, **fields)
+    if model.precision == "cascade":
+        members = [as_checkpoint(member, {k.removeprefix(name + "."): v for k, v in state.items()
+                                          if k.startswith(name + ".")}, **fields)
+                   for name, member in model.named_children()]
+        checkpoint.update(model={}, members=members, threshold=model.threshold)
+    return checkpoint
+
+
 def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None, encode=None, **state):
     """One dict of plain types and tensors, loadable with weights_only=True. `encode`, {key: "sparse" or "int4:GROUP"},
     makes the file smaller by encode_tensor; load_checkpoint undoes it. `state` is what last.pt adds for resuming."""
     model = getattr(model, "module", model)
     weights = encode_state(model.state_dict(), encode or {}, path)
-    checkpoint = dict(format=FORMAT, precision=model.precision, model=weights, config=model.config,
-                      classes=list(classes), wnids=wnids, preprocess=model.preprocess, metrics=metrics or {},
-                      args=args or {}, **state)
+    checkpoint = as_checkpoint(model, weights, classes=list(classes), wnids=wnids, metrics=metrics or {},
+                               args=args or {})
+    checkpoint.update(state)
     # serialised in memory first: a full disk is then an OSError of write(), not an abort inside torch
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -877,18 +914,29 @@ def find_state_dict(raw, path):
     return state
 
 
+def read_fields(raw, path):
+    """Checks a dict that as_checkpoint made, decodes its weights in place -> the same dict."""
+    if raw.get("format") != FORMAT:
+        raise UserError(f"{path}: format {raw.get('format')!r}; this version reads {FORMAT!r}")
+    if raw.setdefault("precision", "float") not in ("float", "int8", "cascade"):
+        raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float', 'int8' and 'cascade'")
+    own = ("members", "threshold") if raw["precision"] == "cascade" else ()
+    if missing := [k for k in ("model", "config", "classes", "preprocess", *own) if k not in raw]:
+        raise UserError(f"{path}: damaged: has no {', '.join(missing)}")
+    decode_state(raw, path)
+    if own:
+        if not isinstance(raw["members"], list) or [type(m) for m in raw["members"]] != [dict, dict]:
+            raise UserError(f"{path}: damaged: members are not two checkpoints")
+        for name, member in zip(("small.", "big."), raw["members"]):
+            raw["encode"].update({name + k: v for k, v in read_fields(member, path)["encode"].items()})
+    return raw
+
+
 def load_checkpoint(path):
     """-> dict with the fields of DESIGN's checkpoint; for a foreign file `config` is empty and `classes` None."""
     raw = read_file(path)
     if isinstance(raw, dict) and str(raw.get("format", "")).startswith("resnet50/"):
-        if raw["format"] != FORMAT:
-            raise UserError(f"{path}: format {raw['format']!r}; this version reads {FORMAT!r}")
-        if raw.setdefault("precision", "float") not in ("float", "int8"):
-            raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float' and 'int8'")
-        if missing := [k for k in ("model", "config", "classes", "preprocess") if k not in raw]:
-            raise UserError(f"{path}: damaged: has no {', '.join(missing)}")
-        decode_state(raw, path)
-        return raw
+        return read_fields(raw, path)
     return dict(format=None, precision="float", model=find_state_dict(raw, path), config={}, classes=None, wnids=None,
                 preprocess=None, metrics={}, args={})
 
@@ -913,7 +961,7 @@ def load_weights(model, state, path):
 
 
 def build_model(checkpoint, path, **config):
-    """A checkpoint dict -> ResNet50, Int8ResNet50 or torchvision's `arch`, in eval mode, channels_last, with
+    """A checkpoint dict -> ResNet50, Int8ResNet50, Cascade or torchvision's `arch`, in eval mode, channels_last, with
     .preprocess. `config` (None = not said) supplies what a foreign file lacks; where the file says otherwise it is
     refused, not overridden."""
     config = {k: v for k, v in config.items() if v is not None}
@@ -924,12 +972,16 @@ def build_model(checkpoint, path, **config):
             raise UserError(f"{path}: was made with {key}={value}, not {config[key]}", code=2)
     if not checkpoint["config"] and "num_classes" not in config and "fc.weight" in checkpoint["model"]:
         config["num_classes"] = len(checkpoint["model"]["fc.weight"])
-    kind = Int8ResNet50 if checkpoint["precision"] == "int8" else torchvision_model if "arch" in config else ResNet50
+    if checkpoint["precision"] == "cascade":
+        config = dict(small=build_model(checkpoint["members"][0], path, **config),
+                      big=build_model(checkpoint["members"][1], path, **config), threshold=checkpoint["threshold"])
+    kinds = dict(int8=Int8ResNet50, cascade=Cascade, float=torchvision_model if "arch" in config else ResNet50)
     try:
-        model = kind(**config)
+        model = kinds[checkpoint["precision"]](**config)
     except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {error}") from error
-    load_weights(model, checkpoint["model"], path)
+    if checkpoint["precision"] != "cascade":  # its members have theirs
+        load_weights(model, checkpoint["model"], path)
     model.preprocess.update(checkpoint["preprocess"] or {})
     return model.to(memory_format=torch.channels_last).eval()
 
@@ -991,7 +1043,7 @@ def add_model_args(parser):
 def load_model(args, defaults=(), trains=False, **config):
     """What add_model_args' flags name -> (model, checkpoint dict, source text), or (None, None, None) if they name
     nothing and none of the files in `defaults` exists. args.classes replaces the checkpoint's class names. A script
-    that `trains` gets no int8 network."""
+    that `trains` gets float networks only."""
     path = args.checkpoint or next((p for p in defaults if os.path.exists(p)), None)
     if args.checkpoint and args.weights:
         raise UserError("--checkpoint and --weights exclude each other", code=2)
@@ -1001,9 +1053,9 @@ def load_model(args, defaults=(), trains=False, **config):
         checkpoint = load_checkpoint(path)
     else:
         return None, None, None
-    if trains and checkpoint["precision"] == "int8":
-        raise UserError(f"{path}: is an int8 network, which cannot be trained; start from the float checkpoint it was "
-                        "made of")
+    if trains and checkpoint["precision"] != "float":
+        raise UserError(f"{path}: is {checkpoint['precision']}, which cannot be trained; start from the float "
+                        "checkpoint it was made of")
     model = build_model(checkpoint, path, stride_on=args.stride_on, attention=args.attention, stem=args.stem,
                         num_classes=args.num_classes, **config)
     if args.classes:
@@ -1032,8 +1084,12 @@ def weights(model):
 
 
 def count_macs(model, size=224):
-    """-> {name of a convolution or linear layer: multiply-accumulates for one (3, size, size) image}."""
+    """-> {name of a convolution or linear layer: multiply-accumulates for one (3, size, size) image}. Of a cascade both
+    members', as for an image that goes on to the big one."""
     macs, handles = {}, []
+    if isinstance(model, Cascade):
+        return {f"{name}.{k}": v for name, member in model.named_children()
+                for k, v in count_macs(member, size).items()}
     if isinstance(model, Flat):
         def watch(step, y):
             if step.kind in ("conv", "gate", "linear"):
@@ -1093,7 +1149,9 @@ def stages(model):
 
 def parts(model, x):
     """-> {name: (callable, its inputs)} of model(x), for summarize(): the stages of a ResNet-50; of another network the
-    modules that it calls."""
+    modules that it calls, of a cascade both members."""
+    if isinstance(model, Cascade):
+        return {name: (functools.partial(predict, member), (x,)) for name, member in model.named_children()}
     result = {}
     if isinstance(model, (Flat, ResNet50)):
         for name, stage in stages(model):

@@ -857,8 +857,8 @@ def eval_only(args, world):
     model.preprocess.update({k: v for k, v in given.items() if v is not None})
     model.to(world.device)
     amp = amp_dtype(args, world.device)
-    if model.precision == "int8" and amp:
-        raise UserError(f"--amp-dtype {args.amp_dtype}: {source} is an int8 network", code=2)
+    if model.precision != "float" and amp:
+        raise UserError(f"--amp-dtype {args.amp_dtype}: takes a float network, {source} is {model.precision}", code=2)
     if args.fused:
         model, amp = fuse(model, amp or torch.float32), None  # it casts by itself
     dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)

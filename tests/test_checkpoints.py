@@ -1,4 +1,4 @@
-"""What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers."""
+"""What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers, cascades."""
 import copy
 import os
 
@@ -8,7 +8,7 @@ import torch
 import resnet50
 import train
 from resnet50 import ResNet50, UserError
-from tests.test_int8 import build, photographs, same_state
+from tests.test_int8 import WIDTHS, build, photographs, same_state
 from tests.test_resnet50 import randomise
 
 
@@ -206,3 +206,112 @@ def test_torchvision_classifiers_are_trained_evaluated_and_summarized(tiny, tmp_
     by_layer = resnet50.count_macs(resnet50.torchvision_model("resnet50"), 64)
     assert by_layer == resnet50.count_macs(ResNet50(), 64)
     assert sum(row[3] for row in resnet50.summarize(model, 64, 1, torch.device("cpu"))) == summary["macs"]
+
+
+# -------------------------------------------------------------------------------------------------------- cascade
+
+def cascade(kinds, threshold=0.5):
+    """Members of the kinds "float", "int8", "torchvision"; what they say differs much from image to image."""
+    def member(kind, seed):
+        if kind == "torchvision":
+            model = classifier(seed=seed)
+        else:
+            model = build("plain", seed)
+        with torch.no_grad():
+            head = model.fc
+            head.weight.mul_(4 / resnet50.predict(model, photographs(8, 64, 64)).std())
+        return resnet50.quantize(model, [photographs(8, 64, 64)]) if kind == "int8" else model
+    return resnet50.Cascade(member(kinds[0], 0), member(kinds[1], 1), threshold).eval()
+
+
+@pytest.mark.parametrize("kinds", [("torchvision", "float"), ("int8", "torchvision"), ("float", "int8")])
+@torch.no_grad()
+def test_a_cascade_asks_the_big_network_where_the_small_one_doubts(kinds, tmp_path):
+    path, model, pixels = str(tmp_path / "c.pt"), cascade(kinds), photographs(9, 64, 64, seed=3)
+    small, big = (resnet50.predict(m, pixels) for m in (model.small, model.big))
+    sure = small.softmax(1).amax(1)
+    for threshold in (0.0, sure.median().item(), 1.0):
+        model.threshold, seen = threshold, []
+        handle = model.big.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        logits = resnet50.predict(model, pixels)
+        handle.remove()
+        expected = torch.where((sure < threshold)[:, None], big, small)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)  # float kernels differ by the batch's size
+        assert model.deferred == (sure < threshold).sum() == sum(seen) and logits.dtype == torch.float32
+    assert torch.equal(logits, big) or kinds[1] != "int8"
+    model.threshold = sure.median().item()
+    resnet50.save_checkpoint(path, model, classes="abcdefg", encode={"small.conv1.weight": "sparse"})
+    raw = torch.load(path, weights_only=True)
+    assert raw["precision"] == "cascade" and raw["model"] == {} and isinstance(raw["threshold"], float)
+    assert [m["precision"] for m in raw["members"]] == [m.precision for m in (model.small, model.big)]
+    loaded = resnet50.load_checkpoint(path)
+    again = resnet50.build_model(loaded, path)
+    assert loaded["encode"] == {"small.conv1.weight": "sparse"} and same_state(model, again)
+    assert torch.equal(resnet50.predict(again, pixels), resnet50.predict(model, pixels))
+    assert again.deferred == 4 and again.threshold == model.threshold and again.config == model.config
+    torch.save(raw["members"][1], path)  # a member is a checkpoint
+    assert same_state(resnet50.build_model(resnet50.load_checkpoint(path), path), model.big)
+
+
+def test_a_loaded_cascade_packs_its_int8_members_anew():
+    a, b, pixels = (*(cascade(("int8", "int8"), 1.0) for _ in range(2)), photographs(3, 64, 64))
+    b.load_state_dict({k: a.state_dict()[k.replace("small", "tmp").replace("big", "small").replace("tmp", "big")]
+                       for k in a.state_dict()})
+    before = a(pixels)
+    a.load_state_dict(b.state_dict())
+    assert torch.equal(a(pixels), b(pixels)) and not torch.equal(a(pixels), before)
+
+
+def test_mistakes_of_cascades(tmp_path):
+    path, model = str(tmp_path / "c.pt"), cascade(("torchvision", "float"))
+    with pytest.raises(UserError, match="cascade: its networks disagree in outputs: 7 and 9"):
+        resnet50.Cascade(model.small, ResNet50(num_classes=9), 0.5)
+    other = build("plain")
+    other.preprocess.update(crop=100)
+    with pytest.raises(UserError, match="cascade: its networks disagree in preprocess: .*100"):
+        resnet50.Cascade(model.small, other, 0.5)
+    for threshold in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="cascade: threshold .* is no probability"):
+            resnet50.Cascade(model.small, model.big, threshold)
+    with pytest.raises(UserError, match="c.pt: not written: encode names no tensor of this network: conv1.weight"):
+        resnet50.save_checkpoint(path, model, classes="abcdefg", encode={"conv1.weight": "sparse"})
+    resnet50.save_checkpoint(path, model, classes="abcdefg")
+    whole = torch.load(path, weights_only=True)
+    for change, words in ((dict(members=whole["members"][:1]), "members are not two checkpoints"),
+                          (dict(members=[1, 2]), "members are not two checkpoints"), (dict(members=3), "members are"),
+                          (dict(threshold="x"), "threshold 'x' is no probability"),
+                          (dict(threshold=2.0), "threshold 2.0 is no probability"),
+                          (dict(members=[dict(whole["members"][0], format="resnet50/9")] * 2), "format 'resnet50/9'")):
+        torch.save({**whole, **change}, path)
+        with pytest.raises(UserError, match=f"c.pt: .*{words}"):
+            resnet50.build_model(resnet50.load_checkpoint(path), path)
+    del whole["threshold"]
+    torch.save(whole, path)
+    with pytest.raises(UserError, match="c.pt: damaged: has no threshold"):
+        resnet50.load_checkpoint(path)
+
+
+def test_scripts_take_a_cascade(tiny, tmp_path, capsys):
+    small = resnet50.torchvision_model("resnet18", 10)
+    big = ResNet50(num_classes=10, widths=WIDTHS, stem="small").eval()
+    for model in (small, big):
+        model.preprocess.update(crop=32, resize=36)
+    model, path = resnet50.Cascade(small, big, 0.15), str(tmp_path / "c.pt")
+    resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
+
+    def call(script, *args):
+        return script.main(script.get_args_parser().parse_args(["--device", "cpu", "--checkpoint", path, *args]))
+    score = ("--eval-only", "--data", tiny, "--workers", "0")
+    assert call(train, *score)["images"] == 29
+    for args, words in (((*score, "--fused"), "float ResNet-50 .* not cascade"),
+                        (("--data", tiny, "--out", str(tmp_path / "o")), "cannot be trained"),
+                        ((*score, "--amp-dtype", "bfloat16"), "c.pt is cascade"), ((*score, "--stem", "deep"), "stem")):
+        with pytest.raises(UserError, match=words):
+            call(train, *args)
+    capsys.readouterr()
+    summary, text = call(resnet50), capsys.readouterr().err
+    assert "small" in text and "big" in text and "cascade, 32 px" in text
+    assert summary["params"] == sum(p.numel() for p in model.parameters())
+    assert summary["macs"] == sum(sum(resnet50.count_macs(m, 32).values()) for m in (small, big))
+    with pytest.raises(UserError, match="not cascade"):
+        call(resnet50, "--fused")

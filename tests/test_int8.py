@@ -389,7 +389,7 @@ def test_scripts_take_an_int8_checkpoint_and_training_refuses_it(tiny, tmp_path,
     ours, plain, fused = score(path), score(floating), score(floating, "--fused")
     assert ours["images"] == 29 and abs(ours["loss"] - plain["loss"]) < 0.02 * plain["loss"]
     assert abs(fused["loss"] - plain["loss"]) < 1e-5 and fused["top1"] == plain["top1"]
-    for args, words in (((path, "--fused"), "not int8"), ((path, "--amp-dtype", "bfloat16"), "int8.pt is an int8")):
+    for args, words in (((path, "--fused"), "not int8"), ((path, "--amp-dtype", "bfloat16"), "int8.pt is int8")):
         with pytest.raises(UserError, match=words) as error:
             score(*args)
         assert error.value.code == 2
