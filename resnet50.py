@@ -513,9 +513,49 @@ class Int8Linear(nn.Module):
         return csrc.gemm_int8(x, self.weight, self.bias, scale=self.scale)
 
 
+class FloatStep(nn.Module):
+    """A convolution or linear layer that an int8 network keeps in float32, with its batch-norm and a downsampling
+    convolution folded in: x (N, C, H, W) or (N, C), residual, x2 -> float32. Of the pixels 0-255 it takes `centre` (C),
+    their mean, before it pads. An int8 step sees the result as scale * (value - zero)."""
+
+    def __init__(self, step, layer, folded=None):
+        super().__init__()
+        self.relu, self.linear = step.relu and step.kind == "conv", step.kind == "linear"
+        self.sizes = () if self.linear else (layer.stride, layer.padding, layer.dilation, layer.groups)
+        self.stride2 = folded.stride if folded else 1
+        for name, dtype, shape in (("weight", torch.float32, layer.weight.shape),
+                                   ("bias", torch.float32, layer.weight.shape[:1]),
+                                   ("weight2", torch.float32, folded.weight.shape if folded else None),
+                                   ("centre", torch.float32, (layer.in_channels,) if step.x == "pixels" else None),
+                                   ("scale", torch.float64, ()), ("zero", torch.int32, ())):
+            self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype))
+
+    @torch.no_grad()
+    def fill(self, weights, bias, low, high, centre=None):
+        """weights: one (O, ...) or two, the second the downsampling convolution's; bias (O): both with their
+        batch-norms folded, and for the pixels with their std; low, high: range of the result; centre: their mean."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        self.scale.fill_((high - low) / 255 or 1.0)
+        self.zero.fill_(round(-low / self.scale.item()))
+        for name, value in zip(("weight", "weight2"), weights):
+            getattr(self, name).copy_(value)
+        self.bias.copy_(bias)
+        if self.centre is not None:
+            self.centre.copy_(centre)
+
+    def forward(self, x, residual=None, x2=None):
+        if self.linear:
+            return F.linear(x, self.weight, self.bias)
+        x = x if self.centre is None else x - self.centre.view(-1, 1, 1)
+        y = F.conv2d(x, self.weight, self.bias, *self.sizes)
+        y = y if x2 is None else y + F.conv2d(x2, self.weight2, None, self.stride2)
+        y = y if residual is None else y + residual
+        return F.relu(y) if self.relu else y
+
+
 class Int8Gate(nn.Module):
     """Attention between uint8 maps: the gates, one per image and channel, come from float64, are rounded to integers,
-    and from there on everything is exact.
+    and from there on everything is exact. Maps in float32 give float32, and nothing is rounded.
 
     squeeze-and-excitation  x (N, C, H, W), residual the same -> relu(gate(x) * x + residual)
     split attention         x (N, 2 C, H, W), two branches    -> gate(x) * branch a + (1 - gate(x)) * branch b"""
@@ -535,13 +575,17 @@ class Int8Gate(nn.Module):
         return F.linear(hidden, self.fc2.weight.double(), self.fc2.bias.double())
 
     def forward(self, x, residual=None):
-        mean = (x.double().mean((2, 3)) - self.zeros[0]) * self.scales[0]
+        mean = x.double().mean((2, 3))
+        if not x.is_floating_point():
+            mean = (mean - self.zeros[0]) * self.scales[0]
         if residual is None:
             first, second = self.gate(sum(mean.chunk(2, 1))).chunk(2, 1)
             gates = [(first - second).sigmoid(), (second - first).sigmoid()]
             maps = x.chunk(2, 1)
         else:
             gates, maps = [self.gate(mean).sigmoid(), torch.ones_like(mean)], (x, residual)
+        if x.is_floating_point():
+            return F.relu(sum(value * gate.float()[:, :, None, None] for value, gate in zip(maps, gates)))
         acc = 0.0
         for value, gate, scale, zero in zip(maps, gates, self.scales, self.zeros):
             factor = (gate * (scale / self.scale * 2 ** GATE_BITS)).round_().float()[:, :, None, None]
@@ -551,30 +595,45 @@ class Int8Gate(nn.Module):
 
 class Int8ResNet50(Flat, nn.Module):
     """uint8 pixels (N, 3, H, W) -> float32 logits (N, num_classes). ResNet50's config; quantize() fills it. Names of
-    modules are ResNet50's, without the batch-norms and what is folded."""
+    modules are ResNet50's, without the batch-norms and what is folded.
+
+    float_layers  names of convolutions and linear layers that stay in float32, as FloatStep. They read uint8 as
+                  scale * (value - zero) of the step that made it, and make float32, which pools and gates keep; the
+                  next int8 convolution or linear layer rounds it to uint8 as the int8 network would have had it"""
     precision = "int8"
 
-    def __init__(self, **config):
+    def __init__(self, float_layers=(), **config):
         super().__init__()
         with torch.device("meta"):
             model = ResNet50(**config)
         self.config, self.preprocess, self.packed = model.config, dict(PREPROCESS), None
         self.steps = fold_downsample(flatten(model))
+        if unknown := sorted(set(float_layers) - {s.name for s in self.steps if s.kind in ("conv", "linear")}):
+            raise ValueError("Int8ResNet50: float_layers names no convolution or linear layer of this network, or one "
+                             f"that is part of another: {', '.join(unknown)}")
+        if float_layers:
+            self.config["float_layers"] = list(float_layers)
+        self.one_call = self.config["attention"] == "none" and not float_layers  # csrc.network_int8 knows all its steps
+        self.grids = {}  # name of a buffer -> of the step whose scale and zero it has
         for step in sorted(self.steps, key=lambda step: step.name):  # a gate comes before the convolution in it
             node, (*path, leaf) = self, step.name.split(".")
             for name in path:
                 if name not in node._modules:
                     node.add_module(name, nn.Module())
                 node = node.get_submodule(name)
-            if step.kind == "avgpool":
+            folded = step.folded and model.get_submodule(step.folded.name)
+            if step.name in float_layers:
+                module = FloatStep(step, model.get_submodule(step.name), folded)
+            elif step.kind == "avgpool":
                 module = Int8AvgPool()
             elif step.kind == "conv":
-                module = Int8Conv(model.get_submodule(step.name), step.folded and model.get_submodule(step.folded.name),
-                                  step.residual is not None, step.x == "pixels")
+                module = Int8Conv(model.get_submodule(step.name), folded, step.residual is not None, step.x == "pixels")
             else:
                 kinds = {"gate": Int8Gate, "linear": Int8Linear}
                 module = kinds.get(step.kind, lambda pool: pool)(model.get_submodule(step.name))
             node.add_module(leaf, module)
+        for step in self.steps:
+            self.grids[step.name] = self.grids[step.x] if step.kind in ("maxpool", "pool") else step.name
         self.to(memory_format=torch.channels_last).eval()
 
     def program(self):
@@ -586,11 +645,30 @@ class Int8ResNet50(Flat, nn.Module):
                         **sizes, **dict(module.named_buffers()))
         return [describe(step) for step in self.steps]
 
+    def converted(self, name, x, floating):
+        """The buffer `name` as float32 or as uint8, by the grid of the step that made it; the pixels are on none."""
+        if x.is_floating_point() == floating:
+            return x
+        if name == "pixels":
+            return x.float()
+        module = self.get_submodule(self.grids[name])
+        scale, zero = module.scale.float(), getattr(module, "zero", 0)
+        if floating:
+            return (x.float() - zero) * scale
+        return ((x / scale).round_() + zero).clamp_(0, 255).to(torch.uint8)
+
     def call(self, step, x, **more):
         module = self.get_submodule(step.name)
-        if step.kind == "maxpool":
+        floating = isinstance(module, FloatStep)
+        if step.kind not in ("conv", "linear"):  # these follow what they read
+            floating = any(value.is_floating_point() for value in (x, *more.values()))
+        x = self.converted(step.x, x, floating)
+        more = {k: self.converted(getattr(step, k), value, floating) for k, value in more.items()}
+        if step.kind == "avgpool" and floating:
+            return x.mean((2, 3))
+        if step.kind == "maxpool" and not floating:
             return csrc.max_pool_int8(x, module.kernel_size, module.stride, module.padding)
-        if step.kind == "pool":
+        if step.kind == "pool" and not floating:
             return module(x.float()).round().to(torch.uint8)
         return module(x, **more)
 
@@ -616,7 +694,7 @@ class Int8ResNet50(Flat, nn.Module):
 
     def forward(self, pixels):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if self.config["attention"] == "none" and pixels.device.type == "cpu" and csrc.available() \
+        if self.one_call and pixels.device.type == "cpu" and csrc.available() \
                 and not torch.compiler.is_exporting():  # an exported program shall run on machines of other kinds
             return csrc.network_int8(pixels, self.plan(), self.config["num_classes"])
         return self.replay(pixels)

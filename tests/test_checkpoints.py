@@ -1,14 +1,16 @@
-"""What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers, cascades."""
+"""What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers, cascades, int8
+networks with float layers."""
 import copy
 import os
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import resnet50
 import train
 from resnet50 import ResNet50, UserError
-from tests.test_int8 import WIDTHS, build, photographs, same_state
+from tests.test_int8 import VARIANTS, WIDTHS, build, one_thread, photographs, same_state  # noqa: F401
 from tests.test_resnet50 import randomise
 
 
@@ -315,3 +317,124 @@ def test_scripts_take_a_cascade(tiny, tmp_path, capsys):
     assert summary["macs"] == sum(sum(resnet50.count_macs(m, 32).values()) for m in (small, big))
     with pytest.raises(UserError, match="not cascade"):
         call(resnet50, "--fused")
+
+
+# -------------------------------------------------------------------------------------------------- float layers
+
+def named(net, *kinds):
+    return [step.name for step in net.steps if step.kind in kinds]
+
+
+def mixed(model, net, names):
+    """The float network and what quantize() made of it -> an int8 network whose steps `names` are float."""
+    result = resnet50.Int8ResNet50(**model.config, float_layers=names)
+    kept = {k: v for k, v in net.state_dict().items() if k.rpartition(".")[0] not in names}
+    result.load_state_dict(kept, strict=False)
+    mean, std = (torch.tensor(model.preprocess[k], dtype=torch.float64) * 255 for k in ("mean", "std"))
+
+    def folded(step):
+        scale, shift = resnet50.batch_norm_affine(model.get_submodule(step.bn))
+        weight = model.get_submodule(step.name).weight * scale.view(-1, 1, 1, 1)
+        return weight / std.view(1, 3, 1, 1) if step.x == "pixels" else weight, shift
+    for step in result.steps:
+        if step.name == "fc" in names:
+            result.fc.fill([model.fc.weight], model.fc.bias, 0.0, 0.0)
+        elif step.name in names:
+            old, parts = net.get_submodule(step.name), [folded(s) for s in (step, step.folded) if s]
+            low = -(old.zero * old.scale).item()
+            result.get_submodule(step.name).fill([w for w, _ in parts], sum(b for _, b in parts), low,
+                                                 low + 255 * old.scale.item(), mean)
+    result.preprocess = dict(model.preprocess)
+    return result
+
+
+def check_steps(model, net, other, pixels):
+    """Each step of the mixed network `other`, given what it read, is the int8 network's or the float network's."""
+    names, got = other.config["float_layers"], {"pixels": pixels}
+    logits = other.run(pixels, watch=lambda step, y: got.update({step.name: y}))
+    grids = {}
+
+    def real(name):
+        if name == "pixels":
+            return resnet50.normalize(pixels, model.preprocess)
+        return got[name] if got[name].is_floating_point() else (got[name].float() - grids[name][1]) * grids[name][0]
+
+    def byte(name):
+        if not got[name].is_floating_point():
+            return got[name]
+        return ((got[name] / grids[name][0]).round() + grids[name][1]).clamp(0, 255).byte()
+
+    def conv(step, x):
+        return model.get_submodule(step.bn)(model.get_submodule(step.name)(x))
+    for step in other.steps:
+        module = other.get_submodule(step.name)
+        grids[step.name] = grids[step.x] if step.kind in ("maxpool", "pool") else (
+            module.scale.float(), getattr(module, "zero", 0))
+        reads = {k: getattr(step, k) for k in ("x", "residual", "x2") if getattr(step, k)}
+        floating = step.name in names if step.kind in ("conv", "linear") else any(
+            got[name].is_floating_point() for name in reads.values())
+        assert got[step.name].is_floating_point() == (floating or step.kind == "linear"), step
+        if not floating:
+            expected = net.call(step, **{k: byte(name) for k, name in reads.items()})
+            assert torch.equal(got[step.name], expected), step
+            continue
+        module, x = model.get_submodule(step.name) if step.kind != "avgpool" else None, real(step.x)
+        if step.kind == "conv":
+            y = conv(step, x)
+            y = y if step.x2 is None else y + conv(step.folded, real(step.x2))
+            y = y if step.residual is None else y + real(step.residual)
+            expected = F.relu(y) if step.relu else y
+        elif step.kind == "gate":
+            expected = module.mix(x) if step.residual is None else F.relu(module(x) + real(step.residual))
+        else:
+            expected = module(x) if module else x.mean((2, 3))
+        assert (got[step.name] - expected).abs().max() <= 1e-4 * expected.abs().max(), step
+    return logits
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_float_layers_compute_as_the_float_network(variant):
+    model, pixels = build(variant), photographs(2, 75, 50, seed=5)
+    net = resnet50.quantize(model, photographs(5, 75, 50).split(2))
+    convs = named(net, "conv")
+    for names in (["layer2.0.conv3"], [convs[0], *[name for name in convs if name.startswith("layer3.0.")]], ["fc"],
+                  convs[1::3] + ["layer4.2.conv3"]):
+        other = mixed(model, net, names)
+        logits = check_steps(model, net, other, pixels)
+        assert torch.equal(other(pixels), logits) and torch.equal(resnet50.predict(other, pixels), logits)
+        assert not torch.equal(logits, net(pixels))
+    other, expected = mixed(model, net, named(net, "conv", "linear")), resnet50.predict(model, pixels)
+    check_steps(model, net, other, pixels)
+    assert (other(pixels) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("variant", ["plain", "se"])
+def test_float_layers_in_checkpoints(variant, tmp_path):
+    path, model, pixels = str(tmp_path / "m.pt"), build(variant), photographs(2, 64, 64)
+    net = resnet50.quantize(model, [pixels])
+    other = mixed(model, net, ["conv1", "layer2.0.conv3", "fc"])
+    resnet50.save_checkpoint(path, other, classes="abcdefg", encode={"fc.weight": "int4:8"})
+    loaded = resnet50.load_checkpoint(path)
+    again = resnet50.build_model(loaded, path)
+    assert loaded["config"] == other.config == {**model.config, "float_layers": ["conv1", "layer2.0.conv3", "fc"]}
+    other.fc.weight.copy_(naive_int4(other.fc.weight, 8))
+    assert same_state(again, other) and torch.equal(again(pixels), other(pixels))
+    assert sum(resnet50.count_macs(other, 64).values()) == sum(resnet50.count_macs(net, 64).values())
+    assert "float_layers" not in net.config and net.config == resnet50.Int8ResNet50(**model.config,
+                                                                                    float_layers=[]).config
+    folded = ["layer3.0.downsample.0"] if variant == "plain" else [""]
+    for names in (["conv9"], ["layer1.0"], ["maxpool"], "fc", folded):
+        loaded["config"]["float_layers"] = names
+        with pytest.raises(UserError, match="m.pt: .*float_layers names no convolution or linear layer"):
+            resnet50.build_model(loaded, path)
+    loaded["precision"] = "float"
+    with pytest.raises(UserError, match="m.pt: .*float_layers"):
+        resnet50.build_model(loaded, path)
+
+
+def test_float_layers_are_compiled_and_exported():
+    model, pixels = build("plain"), photographs(2, 64, 64)
+    other = mixed(model, resnet50.quantize(model, [pixels]), ["conv1", "layer2.0.conv3"])
+    for f in (torch.compile(other, fullgraph=True, backend="eager"), torch.export.export(other, (pixels,)).module()):
+        torch.testing.assert_close(f(pixels), other(pixels))
