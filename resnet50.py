@@ -999,7 +999,8 @@ def read_fields(raw, path):
     if raw.setdefault("precision", "float") not in ("float", "int8", "cascade"):
         raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float', 'int8' and 'cascade'")
     own = ("members", "threshold") if raw["precision"] == "cascade" else ()
-    if missing := [k for k in ("model", "config", "classes", "preprocess", *own) if k not in raw]:
+    if missing := [k for k in ("model", "config", "classes", "preprocess", *own)
+                   if k not in raw or k in ("model", "config") and not isinstance(raw[k], dict)]:
         raise UserError(f"{path}: damaged: has no {', '.join(missing)}")
     decode_state(raw, path)
     if own:

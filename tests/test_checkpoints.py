@@ -122,6 +122,9 @@ def test_damaged_encodings_name_file_and_key(tmp_path):
         torch.save({**whole, "model": {**whole["model"], "bn1.weight": value}}, path)
         with pytest.raises(UserError, match="e.pt: bn1.weight: damaged encoding"):
             resnet50.load_checkpoint(path)
+    torch.save({**whole, "model": 3, "config": None}, path)
+    with pytest.raises(UserError, match="e.pt: damaged: has no model, config"):
+        resnet50.load_checkpoint(path)
     for field in ("model", "config", "classes", "preprocess"):
         torch.save({k: v for k, v in whole.items() if k != field}, path)
         with pytest.raises(UserError, match=f"e.pt: damaged: has no {field}"):
