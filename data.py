@@ -127,6 +127,24 @@ def class_index(classes, wnids):
     return index
 
 
+def images_below(root, folder=""):
+    """-> paths, relative to root, of the images in root/folder and below; sorted, hidden ones left out"""
+    names = []
+    for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True):
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        names += [os.path.normpath(os.path.join(os.path.relpath(path, root), f)) for f in sorted(files)
+                  if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
+    return names
+
+
+def scan_unlabelled(root):
+    """Every image below root -> Files, with the label that cross entropy ignores. Raises UserError if there is none."""
+    names = images_below(root)
+    if not names:
+        raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")
+    return Files(root, names, np.full(len(names), -100))
+
+
 def scan(root, index, allow_empty):
     """Every image below root/<class>/ -> Files, labels by `index`.
     Sorted, so the order is the same on every machine."""
@@ -138,13 +156,10 @@ def scan(root, index, allow_empty):
                         f"{len(set(index.values()))} classes of the training set, checkpoint or --classes")
     names, labels, empty = [], [], []
     for folder in folders:
-        before = len(names)
-        for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True):
-            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
-            names += [os.path.join(os.path.relpath(path, root), f) for f in sorted(files)
-                      if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
-        labels += [index[folder]] * (len(names) - before)
-        if len(names) == before:
+        found = images_below(root, folder)
+        names += found
+        labels += [index[folder]] * len(found)
+        if not found:
             empty.append(folder)
     if empty and not allow_empty:
         raise UserError(f"{root}: no images in class folder{'s' * (len(empty) > 1)} {', '.join(empty[:5])}")

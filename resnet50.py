@@ -715,46 +715,71 @@ def observe(model, batches):
     return ranges
 
 
-def fill_conv(module, name, weights, bias, residual, low, high, centre):
-    """The integers of one convolution. weights: [(float64 (O, C, kh, kw), scale of its input)], one or two; bias
-    float64 (O); residual: its scale or None; low, high: range of the result; centre (C): inputs that stand for zero.
+class Grid(NamedTuple):
+    """What the integers of one convolution stand for."""
+    scale: float  # a value of the result stands for scale * (value - zero)
+    zero: int
+    mult: torch.Tensor  # float64 (O), whole numbers
+    unit: torch.Tensor  # float64 (O), what one in the accumulator stands for: exactly mult / 2^22 * scale
+    limit: int  # of a weight's magnitude
+
+    def weights(self, weight, scale):
+        """float64 (O, ...), scale of its input -> whole numbers, what the weight is stored as"""
+        unit = self.unit.view(-1, *[1] * (weight.dim() - 1))
+        return (weight * scale / unit).round().clamp(-self.limit, self.limit)
+
+
+def conv_grid(name, weights, bias, residual, low, high, bits=8, per_tensor=False):
+    """weights: [(float64 (O, C, kh, kw), scale of its input)], one or two that add up; bias float64 (O); residual: its
+    scale or None; low, high: range of the result -> Grid. Weights of fewer `bits` use fewer of int8's values, and
+    per_tensor gives all channels one unit: both are harder to bear than need be, for comparison and training.
 
     One unit of the accumulator is mult / 2^22 * scale exactly, so rounding `mult` costs nothing; it is the least for
-    which the largest weight fits 127, or just above it where that makes the residual's gain an integer too."""
-    low, high = min(low, 0.0), max(high, 0.0)
+    which the largest weight fits, or just above it where that makes the residual's gain an integer too."""
+    low, high, limit = min(low, 0.0), max(high, 0.0), 2 ** (bits - 1) - 1
     flat = [w.flatten(1) * scale for w, scale in weights]
     reach = torch.maximum(*(sum((sign * w).clamp(min=0).sum(1) for w in flat) for sign in (1, -1))) * 255
-    least = torch.stack([w.abs().amax(1) / 127 for w in flat]
+    least = torch.stack([w.abs().amax(1) / limit for w in flat]
                         + [(bias.abs() - low) / HEADROOM, reach / REACH]).amax(0)
+    if per_tensor:
+        least = least.max().expand_as(least)
     if residual:
         least = least.clamp(min=residual * 255 / HEADROOM)
     scale = max((high - low) / 255, least.max().item()) or 1.0  # where all is zero, any will do
     if not (least * scale).isfinite().all():
         raise UserError(f"{name}: a weight or the range of the results is not finite")
-    zero = round(-low / scale)
     least = least.clamp(min=scale / 2 ** MULT_BITS)
     unit = residual / (residual / least).floor().clamp(min=1) if residual else least
     mult = torch.maximum((unit / scale * 2 ** MULT_BITS).round(), (least / scale * 2 ** MULT_BITS).ceil())
     mult = mult.clamp(1, 2 ** MULT_BITS)
-    unit = mult * scale / 2 ** MULT_BITS
-    ints = [(w * s / unit.view(-1, 1, 1, 1)).round().clamp(-127, 127) for w, s in weights]
+    return Grid(scale, round(-low / scale), mult, mult * scale / 2 ** MULT_BITS, limit)
+
+
+def linear_unit(weight, bias):
+    """float64 (classes, C), in units of its input, and (classes) -> what one in each accumulator stands for"""
+    return torch.maximum(weight.abs().amax(1) / 127, bias.abs() / HEADROOM).clamp(min=1e-30).float()
+
+
+def fill_conv(module, name, weights, bias, residual, low, high, centre, **grid):
+    """The integers of one convolution, by conv_grid's arguments; centre (C): inputs that stand for zero."""
+    grid = conv_grid(name, weights, bias, residual, low, high, **grid)
+    ints = [grid.weights(w, s) for w, s in weights]
     offset = (ints[0] * centre.view(1, -1, 1, 1)).flatten(1).sum(1)  # of the weights as they are now
-    values = dict(weight=ints[0], weight2=ints[1] if ints[1:] else None, mult=mult,
-                  bias=((bias + zero * scale) / unit - offset).round(),
-                  gain=(residual / unit).round() if residual else None)
+    values = dict(weight=ints[0], weight2=ints[1] if ints[1:] else None, mult=grid.mult,
+                  bias=((bias + grid.zero * grid.scale) / grid.unit - offset).round(),
+                  gain=(residual / grid.unit).round() if residual else None, scale=grid.scale, zero=grid.zero)
     for key, value in values.items():
         if value is not None:
-            getattr(module, key).copy_(value)
-    module.scale.fill_(scale)
-    module.zero.fill_(zero)
+            getattr(module, key).copy_(torch.as_tensor(value))
 
 
 @torch.no_grad()
-def quantize(model, batches=None, ranges=None):
+def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
     """Post-training quantization of a float ResNet50 on the CPU -> Int8ResNet50. `ranges`, or what observe() says of
-    the `batches` of pixels, give uint8 activations one scale per tensor; weights are symmetric, one per channel."""
+    the `batches` of pixels, give uint8 activations one scale per tensor; weights are symmetric, one scale per channel
+    (`grid`: conv_grid's bits and per_tensor)."""
     ranges = observe(model, batches) if ranges is None else ranges
-    result = Int8ResNet50(**model.config)
+    result = Int8ResNet50(float_layers, **model.config)
     result.preprocess = dict(model.preprocess)
     mean, std = (torch.tensor(model.preprocess[key], dtype=torch.float64) * 255 for key in ("mean", "std"))
     scales, zeros = {"pixels": 1.0}, {}
@@ -771,14 +796,18 @@ def quantize(model, batches=None, ranges=None):
             weight, bias = folded(step)
             weights, centre = [(weight, scale)], torch.zeros(weight.shape[1], dtype=torch.float64)
             if step.x == "pixels":
-                centre = mean  # and padding is the nearest byte
-                module.pad_value.copy_(mean.round().clamp(0, 255))
+                centre = mean
             if step.folded:
                 weight2, bias2 = folded(step.folded)
                 weights.append((weight2, scales[step.x2]))
                 bias = bias + bias2
-            fill_conv(module, step.name, weights, bias, scales.get(step.residual), 0.0 if step.relu else low, high,
-                      centre)
+            low = 0.0 if step.relu else low
+            if step.name in float_layers:
+                module.fill([w for w, _ in weights], bias, low, high, centre)
+            else:
+                fill_conv(module, step.name, weights, bias, scales.get(step.residual), low, high, centre, **grid)
+                if step.x == "pixels":
+                    module.pad_value.copy_(mean.round().clamp(0, 255))  # the nearest to what stands for zero
             zeros[step.name] = module.zero.item()
         elif step.kind == "gate":
             attention, both = model.get_submodule(step.name), [step.x, step.residual or step.x]
@@ -795,9 +824,11 @@ def quantize(model, batches=None, ranges=None):
         elif step.kind == "avgpool":
             module.scale.fill_(max(high / 255, scale / 256))
             module.mult.copy_((scale / module.scale * 2 ** MULT_BITS).round())
+        elif step.name in float_layers:
+            module.fill([model.fc.weight], model.fc.bias, low, high)
         elif step.kind == "linear":
             weight, bias = model.fc.weight.double() * scale, model.fc.bias.double()
-            unit = torch.maximum(weight.abs().amax(1) / 127, bias.abs() / HEADROOM).clamp(min=1e-30).float()
+            unit = linear_unit(weight, bias)
             module.weight.copy_((weight / unit[:, None]).round().clamp(-127, 127))
             module.bias.copy_((bias / unit).round())
             module.scale.copy_(unit)
@@ -1065,21 +1096,27 @@ def build_model(checkpoint, path, **config):
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def fetch_weights(name):
-    """torchvision's weights by name, as a checkpoint dict. Downloads once into torch's cache."""
-    from torchvision.models import ResNet50_Weights
-    if name not in ResNet50_Weights.__members__:
-        raise UserError(f"--weights {name}: torchvision has {', '.join(ResNet50_Weights.__members__)}", code=2)
-    weights = ResNet50_Weights[name]
+def fetch_weights(name, arch=None):
+    """torchvision's weights by name, for ResNet-50 or its classifier `arch`, as a checkpoint dict. Downloads once into
+    torch's cache."""
+    from torchvision.models import get_model_weights
+    try:
+        known = get_model_weights(arch or "resnet50")
+    except ValueError as error:
+        raise UserError(f"{arch}: neither a file nor a model of torchvision") from error
+    if name not in known.__members__:
+        raise UserError(f"--weights {name}: torchvision has {', '.join(known.__members__)}", code=2)
+    weights = known[name]
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--weights {name}: cannot be fetched from {weights.url} ({error}); "
+        raise UserError(f"{arch or '--weights ' + name}: cannot be fetched from {weights.url} ({error}); "
                         "on a machine without network give a file with --checkpoint") from error
     transform = weights.transforms()
     preprocess = dict(resize=transform.resize_size[0], crop=transform.crop_size[0],
                       interpolation=transform.interpolation.value, mean=list(transform.mean), std=list(transform.std))
-    return dict(format=None, precision="float", model=state, config={}, classes=list(weights.meta["categories"]),
+    config = dict(arch=arch, num_classes=len(weights.meta["categories"])) if arch else {}
+    return dict(format=None, precision="float", model=state, config=config, classes=list(weights.meta["categories"]),
                 wnids=None, preprocess=preprocess, metrics={}, args={})
 
 

@@ -396,9 +396,9 @@ def size_at(epoch, args):
 
 
 def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
-    """-> callable (logits float (N, C), target) -> scalar.
-    Target: indices (N,), or probabilities (N, C) after mixing."""
-    def loss(logits, target):
+    """-> callable (logits float (N, C), target, images) -> scalar. Target: indices (N,), or probabilities (N, C) after
+    mixing. The images are there for a teacher (compress.py) and not looked at."""
+    def loss(logits, target, images=None):
         if kind == "ce":
             return F.cross_entropy(logits, target, weights, label_smoothing=smoothing)
         p = target if target.ndim == 2 else F.one_hot(target, logits.shape[1]).to(logits.dtype)
@@ -461,7 +461,7 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
             with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
                 logits = net(images)
-            loss = loss_fn(logits.float(), target) / len(batches)
+            loss = loss_fn(logits.float(), target, images) / len(batches)
             (scaler.scale(loss) if scaler else loss).backward()
         loss_sum = loss_sum + loss.detach()
         correct = correct + (logits.argmax(1) == (target.argmax(1) if mixer else labels)).sum()
@@ -485,9 +485,10 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
 
 @torch.no_grad()
 def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=False, loader=None,
-             poll=lambda: False, on_corrupt="error"):
+             poll=lambda: False, on_corrupt="error", predictions=None):
     """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in
-    percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict()."""
+    percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict(). A list
+    `predictions` receives the arg-max of this process's images, in order; a label of -100 is none."""
     device = world.device
     loader = loader or data.make_loader(dataset,
                                         data.eval_batches(len(dataset.files), batch_size, world.rank, world.size),
@@ -511,6 +512,8 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
                 logits = predict(model, pixels)
                 if tta:
                     logits = (logits + predict(model, pixels.flip(3))) / 2
+            if predictions is not None:
+                predictions += logits.argmax(1).tolist()
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
                                  torch.tensor(len(labels), device=device)]).double()
@@ -668,13 +671,13 @@ class FlatConv(nn.Conv2d):
     its time on blocked weight layouts; as a product a training step on the CPU takes half to nine tenths of the time.
     Without gradients the convolution is faster and runs."""
 
-    def forward(self, x):  # (N, C, H, W) channels_last -> same
+    def _conv_forward(self, x, weight, bias):  # (N, C, H, W) channels_last -> same
         if not torch.is_grad_enabled():
-            return super().forward(x)
+            return super()._conv_forward(x, weight, bias)
         x = x[:, :, ::self.stride[0], ::self.stride[1]] if self.stride[0] > 1 else x
         # the gradient then has the weight's own strides, as DDP's buckets want
-        weight = self.weight.permute(0, 2, 3, 1).flatten(0, 2)
-        return F.linear(x.permute(0, 2, 3, 1), weight, self.bias).permute(0, 3, 1, 2)
+        weight = weight.permute(0, 2, 3, 1).flatten(0, 2)
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 def flatten_1x1(model):
@@ -830,15 +833,18 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
         progress.update(loss_sum=0.0, correct=0.0, count=0.0, skipped=0)
 
 
-def open_data(args, world, classes=None, wnids=None):
-    """-> what data.open_folder returns; the demo set is made by the first process of each machine."""
-    root = args.data
+def data_root(root, world):
+    """-> the folder `root`, or where there is none the demo set's, made by the first process of each machine."""
     if root is None:
         if world.local_rank == 0:
             data.make_demo()
         world.barrier()
-        root = data.DEMO
-    return data.open_folder(root, classes, wnids, args.val_split, args.eval_only)
+    return root or data.DEMO
+
+
+def open_data(args, world, classes=None, wnids=None):
+    """-> what data.open_folder returns"""
+    return data.open_folder(data_root(args.data, world), classes, wnids, args.val_split, args.eval_only)
 
 
 def eval_only(args, world):
@@ -874,7 +880,7 @@ def eval_only(args, world):
                 images_per_second=round(result["images"] / seconds, 2))
 
 
-def make_model(args, classes, world):
+def make_model(args, classes):
     """A new network for the classes, or --checkpoint's / --weights' if it has as many outputs."""
     shape = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
     if args.num_classes not in (None, len(classes)):
@@ -899,9 +905,7 @@ def make_model(args, classes, world):
             module.fused = True
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if world.device.type == "cpu" and not args.compile:
-        flatten_1x1(model)
-    return model.to(world.device, memory_format=torch.channels_last).train()
+    return model
 
 
 def wrap(model, args, world, amp):
@@ -950,12 +954,17 @@ def check_args(args):
 
 # --------------------------------------------------------------------------------------------------- the loop
 
-def train(args, world, stop):
+def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_fn):
+    """A run from start to end, as the flags say. The later scripts give a `model` of their own, the (classes, wnids) it
+    knows, and may wrap the loss: teach(loss_fn) -> loss_fn."""
     device = world.device
     resume = open_run(args, world)
-    names = read_classes(args.classes) if args.classes else (None, None)
+    names = names or (read_classes(args.classes) if args.classes else (None, None))
     files, val_files, classes, wnids, notes = open_data(args, world, *names)
-    model, amp = make_model(args, classes, world), amp_dtype(args, device)
+    model, amp = model or make_model(args, classes), amp_dtype(args, device)
+    if device.type == "cpu" and not args.compile:
+        flatten_1x1(model)
+    model = model.to(device, memory_format=torch.channels_last).train()
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(model, args.image_size, amp, world,
                                           limit=max(1, min(1024, len(files) // world.size)))
@@ -965,7 +974,7 @@ def train(args, world, stop):
     if args.class_weights == "balanced":
         counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
         weights = (counts.sum() / counts / len(classes)).to(device)
-    loss_fn = make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights)
+    loss_fn = teach(make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights))
     mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
     optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum)
     scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None

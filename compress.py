@@ -1,0 +1,1320 @@
+"""Make a trained network smaller and faster, and measure what that costs.
+
+  python compress.py --prune 0.5 --int8                       # runs/train/best.pt: half the channels, fine-tuned, int8
+  python compress.py --int8 --checkpoint FILE --data FOLDER   # post-training quantization alone: minutes
+  python compress.py --qat --checkpoint FILE --data FOLDER    # quantization-aware training
+  python compress.py --target-latency 5 --int8                # milliseconds per image on this machine
+  python compress.py --distill FILE --student resnet18        # a student taught by FILE
+  python compress.py --cascade SMALL BIG                      # BIG sees only what SMALL is unsure of
+  torchrun --nproc_per_node=8 compress.py --prune 0.5 --data /imagenet --epochs 50
+
+Stages run in the order distill, prune, finetune, qat, quantize, as far as flags ask for them; --stages says otherwise.
+Every stage leaves a checkpoint in --out; best.pt is the last one's. The report compares all of them with the network
+as it came, on the same images and, in alternation, on this device. Unstructured and 2:4 sparsity (--sparsity,
+--sparsity-2-4) make the file smaller, not the network faster: no kernel here skips zeros.
+"""
+import argparse
+import copy
+import html
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import csrc
+import data
+import train
+from resnet50 import (
+    Bottleneck,
+    Cascade,
+    Flat,
+    ResNet50,
+    UserError,
+    add_model_args,
+    build_model,
+    conv_grid,
+    count_macs,
+    decode_tensor,
+    encode_tensor,
+    example,
+    fetch_weights,
+    flatten,
+    fold_downsample,
+    fuse,
+    linear_unit,
+    load_checkpoint,
+    load_model,
+    load_weights,
+    measure,
+    normalize,
+    observe,
+    predict,
+    quantize,
+    run_script,
+    save_checkpoint,
+    torchvision_model,
+    weights,
+    write_atomic,
+)
+
+DEFAULTS = ["runs/finetune/best.pt", "runs/train/best.pt"]
+TARGETS = ("macs", "params", "latency")
+STAGES = ("distill", "prune", "finetune", "qat", "quantize")
+IMPORTANCE = ("l1", "l2", "bn", "taylor", "activation", "random")
+
+
+def say(text):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- pruning
+
+class Space(NamedTuple):
+    """Channels that stay or go together: all tensors that make, scale, add or read them."""
+    name: str  # its name in config["widths"]; "....se" and "....inner" are attention's, whose width follows the others'
+    size: int
+    width: int  # config["widths"] counts so many times the size
+    members: list  # of (key in the state dict, dimension, how often the channels repeat along it)
+
+
+def spaces(model):
+    """ResNet50 -> {name: Space}. A stage's stream is one space: what its blocks add up, and what the next stage reads.
+    Split attention's halves and branches repeat their space, so that its two groups lose the same channels."""
+    found, state = {}, model.state_dict()
+
+    def join(name, key, dim, repeat=1, width=1):
+        if name is not None:
+            size = state[key].shape[dim] // repeat
+            found.setdefault(name, Space(name, size, width, [])).members.append((key, dim, repeat))
+
+    def layer(key, reads, makes, bn=None, repeat=1, width=1):
+        join(makes, key + ".weight", 0, repeat, width)
+        join(reads, key + ".weight", 1)
+        norm = [f"{bn}.{k}" for k in ("weight", "bias", "running_mean", "running_var")] if bn else []
+        for name in [f"{key}.bias"] * (key + ".bias" in state) + norm:
+            join(makes, name, 0, repeat)
+
+    if model.config["stem"] == "deep":
+        layer("conv1.0", None, "conv1.0", "conv1.1")
+        layer("conv1.3", "conv1.0", "conv1.3", "conv1.4")
+        layer("conv1.6", "conv1.3", "conv1", "bn1")
+    else:
+        layer("conv1", None, "conv1", "bn1")
+    x = "conv1"
+    for at, block in model.named_modules():
+        if not isinstance(block, Bottleneck):
+            continue
+        stage, one, two = at.split(".")[0], at + ".conv1", at + ".conv2"
+        layer(at + ".conv1", x, one, at + ".bn1", repeat=1 + block.split, width=1 + block.split)
+        if block.split:
+            layer(two + ".conv", one, two, two + ".bn0", repeat=2)
+            layer(two + ".fc1", two, at + ".inner", two + ".bn1")
+            layer(two + ".fc2", at + ".inner", two, repeat=2)
+        else:
+            layer(two, one, two, at + ".bn2")
+        layer(at + ".conv3", two, stage, at + ".bn3")
+        if block.se is not None:
+            layer(at + ".se.fc1", stage, at + ".se")
+            layer(at + ".se.fc2", at + ".se", stage)
+        if block.downsample is not None:
+            i = len(block.downsample) - 2
+            layer(f"{at}.downsample.{i}", x, stage, f"{at}.downsample.{i + 1}")
+        x = stage
+    join(x, "fc.weight", 1)
+    return found
+
+
+def follows(name):
+    """True for a space whose width the network's constructor derives from another's."""
+    return name.endswith((".se", ".inner"))
+
+
+def prune(model, keep):
+    """ResNet50, {space: indices of the channels that stay} -> a ResNet50 without the others; physically smaller."""
+    state, found = dict(model.state_dict()), spaces(model)
+    widths = {name: found[name].width * len(index) for name, index in keep.items()}
+    result = ResNet50(**{**model.config, "widths": {**model.config["widths"], **widths}})
+    shapes = {key: value.shape for key, value in result.state_dict().items()}
+    for name, space in found.items():
+        index = keep.get(name)
+        if follows(name):
+            rows = sum(state[key].abs().flatten(1).sum(1) for key, dim, _ in space.members
+                       if dim == 0 and state[key].ndim > 1)
+            index = rows.topk(shapes[space.members[0][0]][0]).indices.sort().values
+        if index is None:
+            continue
+        for key, dim, repeat in space.members:
+            every = torch.cat([index + i * space.size for i in range(repeat)]).to(state[key].device)
+            state[key] = state[key].index_select(dim, every)
+    result.load_state_dict(state)
+    result.preprocess = dict(model.preprocess)
+    return result.to(next(model.parameters()).device, memory_format=torch.channels_last).eval()
+
+
+def rank(model, kind, pixels, labels, seed=0):
+    """How much each channel matters -> {space: float64 (channels)}, for the prunable spaces.
+
+    l1, l2      norm of the weights that make the channel (arXiv 1608.08710)
+    bn          |gamma| (arXiv 1708.06519)
+    taylor      (gamma * dloss/dgamma + beta * dloss/dbeta)^2, the loss's first-order change without it, summed over
+                batches (arXiv 1906.10771); labels (N) of -100 take the network's own arg-max
+    activation  mean after the ReLU
+    random      for comparison
+    All but taylor and bn are divided by their mean over the space, to be comparable between spaces."""
+    found, generator = spaces(model), torch.Generator().manual_seed(seed)
+    score = {name: torch.zeros(space.size, dtype=torch.float64) for name, space in found.items() if not follows(name)}
+    where = {key: (name, repeat) for name, space in found.items() for key, dim, repeat in space.members if dim == 0}
+    state = dict(model.named_parameters())
+
+    def add(key, values):
+        name, repeat = where[key]
+        if name in score:
+            score[name] += values.detach().double().cpu().view(repeat, -1).sum(0)
+
+    norms = {key: key[:-len("weight")] + "bias" for key in where
+             if key.endswith(".weight") and key[:-len("weight")] + "running_mean" in where}
+    if kind in ("l1", "l2"):
+        for key in where:
+            if key in state and state[key].ndim == 4:
+                add(key, state[key].flatten(1).norm(p=int(kind[1]), dim=1))
+    elif kind == "bn":
+        for key in norms:
+            add(key, state[key].abs())
+    elif kind == "taylor":
+        probe = copy.deepcopy(model).eval().requires_grad_(True)
+        parameters = dict(probe.named_parameters())
+        for images, target in zip(pixels.split(32), labels.split(32)):
+            logits = probe(normalize(images, model.preprocess))
+            F.cross_entropy(logits, torch.where(target < 0, logits.argmax(1), target)).backward()
+            for weight, bias in norms.items():
+                w, b = parameters[weight], parameters[bias]
+                add(weight, (w * w.grad + b * b.grad) ** 2)
+            probe.zero_grad(set_to_none=True)
+    elif kind == "activation":
+        def watch(step, y):
+            if step.kind == "conv":
+                add(step.name + ".weight", y.float().clamp(min=0).mean((0, 2, 3)))
+        with torch.no_grad():
+            for images in pixels.split(32):
+                fuse(model).run(normalize(images, model.preprocess).contiguous(memory_format=torch.channels_last),
+                                watch=watch)
+    else:
+        score = {name: torch.rand(s.shape, generator=generator, dtype=torch.float64) for name, s in score.items()}
+    if kind in ("l1", "l2", "activation"):
+        score = {name: s / s.mean().clamp(min=1e-30) for name, s in score.items()}
+    for name, s in score.items():
+        if not s.isfinite().all():
+            raise UserError(f"{name}: a weight, activation or gradient of its channels is not finite")
+    return score
+
+
+def layers(model):
+    """-> {layer: (space that it reads, space that it makes)}; None for the pixels and the classes."""
+    ends = {}
+    for name, space in spaces(model).items():
+        for key, dim, _ in space.members:
+            if key.endswith("weight") and model.state_dict()[key].ndim > 1:
+                ends.setdefault(key[:-len(".weight")], [None, None])[1 - dim] = name
+    return ends
+
+
+# What a layer costs is a + b * i * o + c * i + d * o, where i and o are the shares of the channels it reads and makes
+# that are left. Multiply-accumulates and parameters are of that form exactly, milliseconds nearly.
+
+def cost_of(kind, model, size, int8=False):
+    """-> {layer: (a, b, c, d)} for kind "macs", "params" or "latency" (milliseconds for one image, measured here)."""
+    if kind == "macs":
+        return {name: (0, macs, 0, 0) for name, macs in count_macs(model, size).items()}
+    if kind == "latency":
+        return latency_table(model, size, int8)
+    costs = {name: [0, 0, 0, 0] for name in layers(model)}
+    norms = {step.bn: step.name for step in flatten(model) if step.bn}
+    for key, parameter in model.named_parameters():
+        name, kind = key.rsplit(".", 1)
+        name = norms.get(name, name if name in costs else name.replace(".bn1", ".fc1"))
+        at = 1 if parameter.ndim > 1 else 0 if name == "fc" else 3
+        costs[name][at] += parameter.numel()
+    return costs
+
+
+def latency_table(model, size, int8, probes=10, seed=0):
+    """Milliseconds of each layer in its place: `probes` networks with random widths run whole, step by step timed, and
+    each layer's times are fitted (least squares, no negative terms). int8: in the int8 network of this machine."""
+    generator, found, ends = torch.Generator().manual_seed(seed), spaces(model), layers(model)
+    pixels = example(model, 1, size)
+    samples, times = [], []
+    for probe in range(probes):
+        share = {name: 1.0 if probe == 0 else float(torch.rand((), generator=generator) * 0.85 + 0.15)
+                 for name in found}
+        keep = {name: torch.arange(max(8, round(s.size * share[name] / 8) * 8)) for name, s in found.items()
+                if not follows(name)}
+        smaller = prune(model, {name: index[:found[name].size] for name, index in keep.items()})
+        samples.append({name: len(keep[name]) / found[name].size if name in keep else share[name] for name in found})
+        times.append(step_times(smaller, pixels, size, int8))
+    table = {}
+    for layer, (reads, makes) in ends.items():
+        if layer not in times[0]:
+            continue
+        i, o = (torch.tensor([s.get(name, 1.0) for s in samples], dtype=torch.float64) for name in (reads, makes))
+        rows = torch.stack([torch.ones_like(i), i * o, i, o], 1)
+        table[layer] = fit(rows, torch.tensor([t[layer] for t in times], dtype=torch.float64))
+    return table
+
+
+def fit(rows, values):
+    """Non-negative least squares by trying every subset of the four columns. -> list of 4"""
+    best, found = math.inf, [0.0] * rows.shape[1]
+    for subset in range(1, 2 ** rows.shape[1]):
+        columns = [i for i in range(rows.shape[1]) if subset >> i & 1]
+        solution = torch.linalg.lstsq(rows[:, columns], values[:, None]).solution[:, 0]
+        error = (rows[:, columns] @ solution - values).square().sum().item()
+        if (solution >= 0).all() and error < best:
+            best, found = error, [0.0] * rows.shape[1]
+            for column, x in zip(columns, solution.tolist()):
+                found[column] = x
+    return found
+
+
+def stand_in(model):
+    """The int8 network of the model's shapes, with ranges out of the air: to measure time"""
+    return quantize(model, ranges={step.name: (0.0, 6.0) for step in flatten(model)})
+
+
+@torch.no_grad()
+def milliseconds(model, size, int8):
+    """Median time of one image of size x size pixels through the network as it will run"""
+    net = stand_in(model) if int8 else model
+    x = example(net, 1, size)
+    return measure(lambda: net(x), x.device, 15)
+
+
+@torch.no_grad()
+def step_times(model, example_pixels, size, int8, repeats=5):
+    """-> {layer: least milliseconds of `repeats` runs}; a folded downsampling convolution's are in its sum's."""
+    if int8:
+        net = stand_in(model)
+        pixels = example(net, 1, size)
+    else:
+        net, pixels = fuse(model), example_pixels
+    best = {}
+    for _ in range(repeats + 1):
+        last = [time.perf_counter()]
+
+        def watch(step, _):
+            now = time.perf_counter()
+            best[step.name] = min(best.get(step.name, math.inf), (now - last[0]) * 1e3)
+            last[0] = time.perf_counter()
+        if int8 and net.config["attention"] == "none" and csrc.available():
+            profile = torch.ops.resnet50.network_int8_profile(pixels, net.plan(), net.config["num_classes"])
+            for step, ms in zip(net.steps, profile.tolist()[-len(net.steps):]):
+                best[step.name] = min(best.get(step.name, math.inf), ms)
+        else:
+            net.run(pixels, watch=watch)
+    return best
+
+
+def uniform(model, importance, ratio, round_to):
+    """The same share of every space goes: the least important channels of each. -> keep"""
+    keep, found = {}, spaces(model)
+    for name, score in importance.items():
+        size, step = found[name].size, max(1, round_to // found[name].width)
+        left = size * (1 - ratio)
+        if left < 0.5:
+            raise UserError(f"--prune {ratio}: leaves nothing of the {size} channels of {name}", code=2)
+        count = min(size, max(step, round(left / step) * step)) if ratio else size
+        keep[name] = score.topk(count).indices.sort().values
+    return keep
+
+
+def greedy(model, importance, cost, ends, budget, round_to):
+    """Takes `round_to` channels at a time where the importance lost per cost saved is least, until the summed cost of
+    all layers is within the budget; `ends` says which spaces a layer reads and makes. No space loses more than nine
+    tenths. -> keep"""
+    found = spaces(model)
+    touching = {name: [layer for layer in cost if name in ends[layer]] for name in importance}
+    left = {name: found[name].size for name in found}
+    order = {name: score.sort(descending=True) for name, score in importance.items()}
+    total_of = {name: torch.cat([s.values.new_zeros(1), s.values.cumsum(0)]) for name, s in order.items()}
+
+    def price(layer):
+        i, o = (left[name] / found[name].size if name else 1.0 for name in ends[layer])
+        a, b, c, d = cost[layer]
+        return a + b * i * o + c * i + d * o
+
+    def attempt(name):
+        """-> (importance lost per cost saved, cost saved, channels left)"""
+        step = max(1, round_to // found[name].width)
+        count = left[name] - (left[name] % step or step)
+        if count < max(step, found[name].size / 10):
+            return math.inf, 0.0, left[name]
+        before, now = sum(map(price, touching[name])), left[name]
+        lost = (total_of[name][now] - total_of[name][count]).item()
+        left[name] = count
+        saved = before - sum(map(price, touching[name]))
+        left[name] = now
+        return lost / saved if saved > 0 else math.inf, saved, count
+
+    total = sum(map(price, cost))
+    while total > budget:
+        offers = {name: attempt(name) for name in importance}
+        name = min(offers, key=lambda name: offers[name][0])
+        if offers[name][0] == math.inf:
+            raise UserError(f"the target cannot be reached: with a tenth of every layer {total:.4g} are left, "
+                            f"{budget:.4g} were asked for", code=2)
+        total -= offers[name][1]
+        left[name] = offers[name][2]
+    return {name: order[name].indices[:left[name]].sort().values for name in importance}
+
+
+@torch.no_grad()
+def recalibrate(model, batches):
+    """Batch-norm statistics anew, as plain means over the batches of pixels; nothing else changes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative
+    model.train()
+    for pixels in batches:
+        if len(pixels) > 1:
+            model(normalize(pixels, model.preprocess))
+    model.eval()
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
+
+
+# ------------------------------------------------------------------------------------------------ distillation
+
+class Teacher:
+    """Wraps a loss so that the student also follows a teacher on the same augmented images:
+
+      (1 - alpha) * loss + alpha * soft + beta * features
+
+    kl    T^2 * KL(teacher || student) of the softened outputs (Hinton et al., arXiv 1503.02531)
+    dkd   the same split into the target's share and the others', the latter eight times as heavy (arXiv 2203.08679)
+    dist  1 - Pearson correlation of the softened outputs, between classes and between images (arXiv 2205.10536)
+    Features: attention transfer (arXiv 1612.03928), the mean squared difference of normalised maps of channel energy,
+    wherever both networks have a map of the same size; widths and depths may differ."""
+
+    def __init__(self, teacher, student, kind, temperature, alpha, beta, size):
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student
+        self.kind, self.temperature, self.alpha, self.beta = kind, temperature, alpha, beta
+        self.pairs = []
+        if beta:
+            mine, theirs = taps(student, size), taps(teacher, size)
+            common = [s for s in mine if s in theirs]
+            if not common:
+                raise UserError("--kd-features: teacher and student have no feature maps of the same size", code=2)
+            self.pairs = [(self.keep(student.get_submodule(mine[s])), self.keep(teacher.get_submodule(theirs[s])))
+                          for s in common]
+
+    @staticmethod
+    def keep(module):
+        """-> a list whose only element is the module's last output in training (student) or at all (teacher)"""
+        box = [None]
+
+        def hook(module, _, output):
+            box[0] = output
+        module.register_forward_hook(hook)
+        return box
+
+    def __call__(self, loss_fn):
+        def loss(logits, target, images):
+            kept = [box[0] for box, _ in self.pairs]  # before the teacher, which may share modules' hooks with nobody
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+                other = self.teacher(self.renormalize(images)).float()
+            soft = self.soft(logits, other, target)
+            features = sum((energy(a) - energy(b[0])).square().mean() for a, (_, b) in zip(kept, self.pairs))
+            return (1 - self.alpha) * loss_fn(logits, target) + self.alpha * soft + self.beta * features
+        return loss
+
+    def renormalize(self, images):
+        """The student's normalised images as the teacher was trained to see them."""
+        mine, theirs = ({k: torch.tensor(m.preprocess[k], device=images.device).view(3, 1, 1)
+                         for k in ("mean", "std")} for m in (self.student, self.teacher))
+        if all(torch.equal(mine[k], theirs[k]) for k in mine):
+            return images
+        return (images * mine["std"] + mine["mean"] - theirs["mean"]) / theirs["std"]
+
+    def soft(self, logits, other, target):
+        t = self.temperature
+        if self.kind == "kl":
+            return F.kl_div((logits / t).log_softmax(1), (other / t).log_softmax(1), log_target=True,
+                            reduction="batchmean") * t * t
+        p, q = (logits / t).softmax(1), (other / t).softmax(1)
+        if self.kind == "dist":
+            return (2 - correlation(p, q) - correlation(p.T, q.T)) * t * t
+        truth = F.one_hot(target if target.ndim == 1 else target.argmax(1), logits.shape[1]).bool()
+        hit = [torch.stack([x[truth], 1 - x[truth]], 1).clamp(min=1e-8) for x in (p, q)]
+        rest = [(x / t).masked_fill(truth, -1e4).log_softmax(1) for x in (logits, other)]
+        target_part = F.kl_div(hit[0].log(), hit[1], reduction="batchmean")
+        return (target_part + 8 * F.kl_div(rest[0], rest[1], log_target=True, reduction="batchmean")) * t * t
+
+
+def correlation(p, q):
+    """Mean over rows of Pearson's correlation."""
+    return F.cosine_similarity(p - p.mean(1, keepdim=True), q - q.mean(1, keepdim=True), dim=1).mean()
+
+
+def energy(x):
+    """(N, C, H, W) -> (N, H * W): mean square over channels, scaled to norm 1"""
+    return F.normalize(x.float().square().mean(1).flatten(1))
+
+
+@torch.no_grad()
+def taps(model, size):
+    """-> {(H, W): name of the last module, two levels deep, whose output has that size}, for maps under size / 2"""
+    found, handles = {}, []
+    for name, module in model.named_modules():
+        if name and name.count(".") < 2:
+            def hook(module, _, y, name=name):
+                if isinstance(y, torch.Tensor) and y.ndim == 4 and 1 < y.shape[2] < size // 2:
+                    found[tuple(y.shape[2:])] = name
+            handles.append(module.register_forward_hook(hook))
+    training = model.training
+    model.eval()(example(model, 1, size))
+    model.train(training)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def load_teacher(name, model, classes, device):
+    """A checkpoint of ours, a torchvision model by name with its pretrained weights, or "self", a copy of `model` ->
+    eval() network"""
+    if name == "self":
+        return copy.deepcopy(model).to(device)
+    checkpoint = load_checkpoint(name) if os.path.exists(name) else fetch_weights("DEFAULT", name)
+    teacher, names = build_model(checkpoint, name), checkpoint["classes"]
+    if teacher.precision != "float":
+        raise UserError(f"--distill {name}: is an {teacher.precision} network; the teacher must be a float one")
+    count = teacher.config["num_classes"]
+    if count != model.config["num_classes"] or (names and classes and list(names) != list(classes)):
+        raise UserError(f"--distill {name}: has other classes ({count}) than the student "
+                        f"({model.config['num_classes']})")
+    return teacher.to(device, memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------- quantization-aware training
+
+def round_through(x):
+    """round(x) whose gradient is 1 (the straight-through estimator, arXiv 1308.3432)"""
+    return x + (x.round() - x).detach()
+
+
+class FakeQuantResNet50(Flat, ResNet50):
+    """ResNet50 that computes in float what its int8 program will: weights rounded to conv_grid's integers after the
+    batch-norm is folded into them, activations to uint8. Gradients pass straight through the rounding.
+
+    Each activation's scale is learned as its logarithm (LSQ, arXiv 1902.08153), or stays as observed. Batch-norm uses
+    the batch's statistics for the first `freeze_after` steps, on outputs scaled back to before folding
+    (arXiv 1806.08342, section 3.2), and the running ones from then on."""
+
+    def __init__(self, model, ranges, learned=True, freeze_after=0, **grid):
+        super().__init__(**model.config)
+        self.load_state_dict(model.state_dict())
+        self.preprocess, self.steps, self.grid = dict(model.preprocess), fold_downsample(flatten(model)), grid
+        self.freeze_after, self.live = freeze_after, False
+        scales, zeros = [], []
+        for step in self.steps:
+            low, high = ranges[step.name]
+            low, high = min(low, 0.0) * (not step.relu), max(high, 0.0)
+            scale = (high - low) / 255 or 1.0
+            scales.append(math.log(scale))
+            zeros.append(round(-low / scale))
+        self.log_scale = nn.Parameter(torch.tensor(scales), requires_grad=learned)
+        self.register_buffer("zero", torch.tensor(zeros, dtype=torch.float32))
+        self.register_buffer("begun", self.bn1.num_batches_tracked.clone())
+        self.at = {step.name: i for i, step in enumerate(self.steps)}
+
+    def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes)
+        self.scale_of, self.zero_of = {"pixels": 1.0}, {"pixels": 0.0}
+        self.live = self.training and int(self.bn1.num_batches_tracked - self.begun) < self.freeze_after
+        return self.run(x)
+
+    def call(self, step, x, residual=None, x2=None):
+        scale = self.scale_of[step.x]
+        module = self.get_submodule(step.name) if step.kind != "avgpool" else None
+        if step.kind == "linear":
+            weight, bias = module.weight.detach().double() * scale, module.bias.detach().double()
+            unit = linear_unit(weight, bias)[:, None]
+            rounded = ((weight / unit).round().clamp(-127, 127) * unit / scale).to(x.dtype)
+            return F.linear(F.dropout(x, self.config["dropout"], self.training),
+                            module.weight + (rounded - module.weight).detach(), module.bias)
+        if step.kind == "maxpool":
+            return self.note(step, module(x), scale, self.zero_of[step.x])
+        if step.kind == "pool":
+            return self.note(step, fake_quantize(module(x), scale, 0.0), scale, 0.0)
+        learned = self.learned_scale(step, x)
+        low, high = self.range(step)
+        if step.kind == "conv":
+            y, scale, zero = self.conv(step, x, residual, x2, low, high)
+        elif step.kind == "avgpool":
+            y, scale, zero = x.mean((2, 3)), max(high / 255, scale / 256), 0.0
+        else:
+            both = scale + self.scale_of[step.residual or step.x]
+            y = module.mix(x) if residual is None else F.relu(module(x) + residual)
+            scale, zero = max(high / 255, both / 15), 0.0
+        y = fake_quantize(y, learned * (scale / learned.item()), zero)
+        return self.note(step, y, scale, zero)
+
+    def note(self, step, y, scale, zero):
+        self.scale_of[step.name], self.zero_of[step.name] = scale, zero
+        return y
+
+    def learned_scale(self, step, x):
+        """The step's scale, its gradient divided as LSQ does, by sqrt(values * 255)"""
+        scale, share = self.log_scale[self.at[step.name]].exp(), (x[0].numel() * 255) ** -0.5
+        return scale * share + (scale * (1 - share)).detach()
+
+    def conv(self, step, x, residual, x2, low, high):
+        """-> (float result before rounding, scale, zero)"""
+        parts, folded, shift = [(step, x)] + ([(step.folded, x2)] if step.folded else []), [], 0.0
+        for part, _ in parts:
+            bn, weight = self.get_submodule(part.bn), self.get_submodule(part.name).weight
+            factor = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            shift = shift + bn.bias - bn.running_mean * factor
+            folded.append((weight * factor.view(-1, 1, 1, 1), factor, bn))
+        std = 1.0
+        if step.x == "pixels":
+            std = 255 * torch.tensor(self.preprocess["std"], device=x.device).view(1, -1, 1, 1)
+        exact = [((w / std).detach().double(), self.scale_of[part.x]) for (w, _, _), (part, _) in zip(folded, parts)]
+        grid = conv_grid(step.name, exact, shift.detach().double(), self.scale_of.get(step.residual), low, high,
+                         **self.grid)
+        y, live = 0.0, self.live
+        for (weight, factor, bn), (part, z), (w, scale) in zip(folded, parts, exact):
+            rounded = (grid.weights(w, scale) * (grid.unit / scale).view(-1, 1, 1, 1)).to(z.dtype) * std
+            module = self.get_submodule(part.name)
+            z = module._conv_forward(z, weight + (rounded - weight).detach(), None)
+            y = y + (bn(z / torch.where(factor.abs() < 1e-6, 1e-6, factor).view(1, -1, 1, 1)) if live else z)
+        y = y if live else y + shift.view(1, -1, 1, 1)
+        y = y if residual is None else y + residual
+        return F.relu(y) if step.relu else y, grid.scale, float(grid.zero)
+
+    def ranges(self):
+        """-> {step name: (low, high)} as observe() gives, of the scales as they are now"""
+        return {step.name: self.range(step) for step in self.steps}
+
+    def range(self, step):
+        scale, zero = (t[self.at[step.name]].item() for t in (self.log_scale.detach().double().exp(), self.zero))
+        return -zero * scale, (255 - zero) * scale
+
+
+def fake_quantize(x, scale, zero):
+    """Float -> the nearest of scale * (0 ... 255 - zero). Differentiable in x and scale."""
+    return (round_through((x / scale + zero).clamp(0, 255)) - zero) * scale
+
+
+# -------------------------------------------------------------------------------------------------------- data
+
+class Sets(NamedTuple):
+    """What is measured on, and what calibrates."""
+    root: str
+    calibration: data.Files
+    evaluation: data.Files
+    labelled: bool  # whether the evaluation's labels are this network's classes
+    classes: list  # names of the outputs, as far as anybody knows them
+    notes: list
+
+
+def class_folders(root):
+    """-> names of the class folders of a data set as data.open_folder takes it; none if there is nothing like that"""
+    for name in ("train",) + data.VAL_NAMES + ("",):
+        if os.path.isdir(os.path.join(root, name)):
+            return data.list_classes(os.path.join(root, name))[0]
+    raise UserError(f"{root}: no such folder")
+
+
+def open_sets(args, checkpoint, model, world, trains):
+    """Images from --data, else from where the checkpoint was trained, else the demo set. Calibration images are a
+    random part of the training images; in a folder without train/ and val/, a part that is then not evaluated. Where
+    the folders are not this network's classes, the images serve without labels."""
+    recorded = checkpoint["args"].get("data")
+    root = args.data or (recorded if recorded and os.path.isdir(recorded) else None)
+    origin = "--data" if args.data else "the checkpoint's record" if root else "the demo set"
+    root, classes, wnids = train.data_root(root, world), checkpoint["classes"], checkpoint["wnids"]
+    folders = class_folders(root)
+    index = data.class_index(classes or folders, wnids)
+    labelled = bool(folders) and all(index.get(name) is not None for name in folders) \
+        and len(classes or folders) == model.config["num_classes"]
+    if trains and not labelled:
+        raise UserError(f"{root}: its folders are not this network's classes; --classes FILE must say which is which")
+    apart = any(os.path.isdir(os.path.join(root, name)) for name in ("train",) + data.VAL_NAMES)
+    if not labelled:
+        first = last = data.scan_unlabelled(root)
+        notes = [f"{root}: has no folders of this network's classes: agreement with it stands for accuracy"]
+    elif trains or apart or args.val_split:
+        first, last, _, _, notes = data.open_folder(root, classes, wnids, args.val_split)
+    else:
+        _, last, _, _, notes = data.open_folder(root, classes, wnids, eval_only=True)
+        first = last
+    order = np.random.default_rng(args.seed).permutation(len(first))
+    count = min(args.calib_images, len(first) // 2 if first is last else len(first))
+    if not count:
+        raise UserError(f"{root}: {len(first)} images are too few to calibrate and to evaluate")
+    evaluation = last.select(np.sort(order[count:])) if first is last else last
+    notes.append(f"{origin}, {root}: {count} images calibrate, {len(evaluation)} others evaluate")
+    names = classes or (folders if labelled else [str(i) for i in range(model.config["num_classes"])])
+    return Sets(root, first.select(np.sort(order[:count])), evaluation, labelled, names, notes)
+
+
+def read_pixels(files, model, args):
+    """-> (uint8 pixels (N, 3, H, W) NHWC, labels (N)) of all the files, as in evaluation"""
+    images = data.Images(files, lambda _: data.eval_transform(model.preprocess))
+    parts = list(data.make_loader(images, data.eval_batches(len(files), 32), args.workers, False))
+    complaints = [c for part in parts for c in part[2]]
+    train.check_corrupt(complaints, args.on_corrupt)
+    pixels = [p for p, y, _ in parts if len(y)]
+    if not pixels:
+        raise UserError(f"{files.root}: no image could be decoded")
+    return torch.cat(pixels).contiguous(memory_format=torch.channels_last), torch.cat([y for _, y, _ in parts])
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+class Report:
+    """Every stage's network on the same images; the first is the network as it came."""
+
+    def __init__(self, args, sets, world):
+        self.args, self.sets, self.world = args, sets, world
+        self.rows, self.models, self.original, self.extra = [], [], None, {}
+
+    def score(self, model):
+        """-> dict(top1, top5, agreement with the first network scored; percent; images)"""
+        predictions = []
+        images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess))
+        score = train.evaluate(model.to(self.world.device), images, self.args.eval_batch_size, self.world,
+                               workers=self.args.workers, on_corrupt=self.args.on_corrupt, predictions=predictions)
+        self.original = self.original or predictions
+        same, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), len(predictions))
+        return dict(**{k: score[k] if self.sets.labelled else None for k in ("top1", "top5")},
+                    agreement=round(100 * same / total, 4), images=score["images"])
+
+    def accuracy(self, row):
+        return row["top1"] if self.sets.labelled else row["agreement"]
+
+    def drop(self, row):
+        """Points of top-1 below the first network's, or without labels of agreement with it"""
+        return self.accuracy(self.rows[0]) - self.accuracy(row)
+
+    def add(self, stage, model, path):
+        """A network and its file -> its row, all but the times"""
+        row = dict(stage=stage, **self.score(model),
+                   params=sum(p.numel() for _, p in weights(model)),
+                   macs=sum(count_macs(model, model.preprocess["crop"]).values()),
+                   bytes=os.path.getsize(path) if path else None, checkpoint=path)
+        self.rows.append(row)
+        self.models.append(model)
+        accuracy = f"top-1 {row['top1']:.2f}, " if self.sets.labelled else ""
+        say(f"{stage}: {accuracy}agreement {row['agreement']:.2f} % on {row['images']} images")
+        return row
+
+    @torch.no_grad()
+    def time(self):
+        """Milliseconds at batch 1 and images per second at batch 32 into the rows: networks in alternation, medians;
+        by the first process, while the others wait. A pruned int8 network is compared with an int8 network of the
+        first one's widths too, into extra["unpruned_int8"]."""
+        rows, models = list(self.rows), list(self.models)
+        if models[-1].precision == "int8" and models[-1].config["widths"] != models[0].config["widths"]:
+            rows.append(self.extra.setdefault("unpruned_int8", {}))
+            models.append(stand_in(models[0].cpu()))
+        for key, batch, rounds in (("latency_ms_bs1", 1, 5), ("images_per_second_bs32", 32, 3)):
+            values = None
+            if self.world.rank == 0:
+                inputs = [example(m, batch, m.preprocess["crop"]) for m in models]
+                times = [[measure(lambda: m(x), self.world.device, 3) for m, x in zip(models, inputs)]
+                         for _ in range(rounds)]
+                values = [statistics.median(column) for column in zip(*times)]
+            for row, ms in zip(rows, self.world.gather(values)[0]):
+                row[key] = round(ms, 3) if batch == 1 else round(batch / ms * 1e3, 2)
+
+    def table(self):
+        head = ("stage", "top-1", "top-5", "same", "M param", "GMAC", "MB", "ms, 1", "img/s, 32")
+        lines = [("{:12}" + "{:>10}" * 8).format(*head)]
+        for r in self.rows:
+            values = (r["top1"], r["top5"], r["agreement"], r["params"] / 1e6, r["macs"] / 1e9,
+                      r["bytes"] and r["bytes"] / 1e6, r["latency_ms_bs1"], r["images_per_second_bs32"])
+            lines.append(f"{r['stage']:12}" + "".join(f"{'-' if v is None else f'{v:.2f}':>10}" for v in values))
+        first, last = self.rows[0], self.rows[-1]
+        ratios = [f"{first[k] / last[k]:.1f}x {name}" for k, name in
+                  (("params", "fewer parameters"), ("macs", "fewer MACs"), ("bytes", "smaller"),
+                   ("latency_ms_bs1", "faster at batch 1")) if first[k] and last[k]]
+        ratios.append(f"{last['images_per_second_bs32'] / first['images_per_second_bs32']:.1f}x faster at batch 32")
+        return "\n".join(lines + [f"{first['stage']} -> {last['stage']}: " + ", ".join(ratios)])
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+KEPT = ("opt", "momentum", "weight_decay", "loss", "label_smoothing", "focal_gamma", "class_weights", "clip_grad_norm",
+        "crop_scale", "hflip", "color_jitter", "rotation", "elastic", "auto_augment", "ra_magnitude", "ra_std",
+        "random_erase", "mixup_alpha", "cutmix_alpha", "image_size", "exif", "lr_base_size", "model_ema_decay",
+        "model_ema_steps")  # what training after pruning takes over from the training before
+
+
+def training_args(args, checkpoint, root, out, epochs, lr_share):
+    """-> a namespace for train.train: the checkpoint's own recipe, for `epochs` at `lr_share` of its peak rate"""
+    saved = checkpoint["args"]
+    recipe = saved.get("recipe") or ("demo" if os.path.abspath(root) == os.path.abspath(data.DEMO) else "v1")
+    run = train.get_args_parser().parse_args(["--recipe", recipe, "--data", root, "--out", out])
+    for key in KEPT:
+        setattr(run, key, saved.get(key, getattr(run, key)))
+    peak = args.lr if args.lr is not None else saved.get("lr", run.lr) * lr_share
+    for key, value in dict(epochs=epochs, lr=peak, lr_warmup_epochs=min(1.0, epochs / 4), lr_scheduler="cosine",
+                           device=args.device, seed=args.seed, workers=args.workers, on_corrupt=args.on_corrupt,
+                           val_split=args.val_split, resume="auto" if args.resume else None, progressive=None,
+                           overwrite=args.overwrite, amp_dtype=args.amp_dtype, save_every=args.save_every).items():
+        setattr(run, key, value)
+    for key in ("batch_size", "weight_decay", "image_size", "opt"):
+        if getattr(args, key) is not None:
+            setattr(run, key, getattr(args, key))
+    if not isinstance(run.batch_size, int):
+        run.batch_size = 32
+    return run
+
+
+class Pipeline:
+    """The network between stages, and what stages share. A stage is a method that replaces `model`."""
+
+    def __init__(self, args, world, stop, model, checkpoint, sets, report, teacher=None):
+        self.args, self.world, self.stop, self.checkpoint, self.sets = args, world, stop, checkpoint, sets
+        self.model, self.original, self.report, self.teacher = model, model, report, teacher
+        self.masks, self.pixels, self.encode, self.at = {}, None, {}, 0
+
+    def run(self, stages):
+        """Each stage, its checkpoint and its row; with --resume a finished stage is read from its checkpoint."""
+        for self.at, stage in enumerate(stages, 1):
+            path = self.path(stage if self.at < len(stages) else "best") + ".pt"
+            if self.args.resume and os.path.exists(path):
+                self.model = build_model(load_checkpoint(path), path).to(self.world.device)
+                self.masks = {k: p.detach() != 0 for k, p in self.model.named_parameters() if k in self.masks}
+            else:
+                getattr(self, stage)()
+                self.save(path)
+            self.report.add(stage, self.model, path)
+
+    def path(self, name):
+        return os.path.join(self.args.out, name if name == "best" else f"{self.at}-{name}")
+
+    def save(self, path, **metrics):
+        encode = self.encode or {key: "sparse" for key, value in self.model.state_dict().items()
+                                 if self.masks and value.ndim > 1 and (value == 0).float().mean() > 0.3}
+        if self.world.rank == 0:
+            save_checkpoint(path, self.model, classes=self.checkpoint["classes"], wnids=self.checkpoint["wnids"],
+                            args=self.checkpoint["args"], metrics=metrics, encode=encode)
+        self.world.barrier()
+
+    def calibration(self):
+        """-> pixels (N, 3, H, W), labels (N) of the calibration images, on the device, decoded once"""
+        if self.pixels is None:
+            self.pixels = [t.to(self.world.device) for t in read_pixels(self.sets.calibration, self.model, self.args)]
+        return self.pixels
+
+    def fit(self, stage, epochs, lr_share):
+        """Trains the network in OUT/<n>-<stage>, by --distill's teacher where there is one, and leaves it with the best
+        epoch's weights."""
+        args, model, teacher = self.args, self.model, self.teacher
+        run = training_args(args, self.checkpoint, self.sets.root, self.path(stage), epochs, lr_share)
+        teach = (lambda loss: loss) if teacher is None else Teacher(
+            teacher, model, args.kd_loss, args.kd_temperature, args.kd_alpha, args.kd_features, run.image_size)
+        for name, parameter in model.named_parameters():
+            if name in self.masks:  # a weight that is zero and has no gradient stays zero under every optimizer here
+                parameter.register_hook(lambda gradient, mask=self.masks[name]: gradient * mask)
+        result = train.train(run, self.world, self.stop, model, (self.checkpoint["classes"], self.checkpoint["wnids"]),
+                             teach)
+        self.world.barrier()
+        load_weights(model, load_checkpoint(result["checkpoint"])["model"], result["checkpoint"])
+        model.eval()
+
+    def distill(self):
+        self.model = self.student().to(self.world.device)
+        self.fit("distill", self.args.epochs, 1.0)
+
+    def student(self):
+        """--student: a share of ResNet-50's channels, or torchvision's network of that name; new weights"""
+        name, config = self.args.student, {**self.model.config, "widths": {}}
+        torch.manual_seed(self.args.seed)
+        try:
+            part = float(name)
+        except ValueError:
+            student = torchvision_model(name, config["num_classes"])
+        else:
+            full = ResNet50(**config)
+            keep = uniform(full, rank(full, "random", None, None), 1 - part, self.args.round_to)
+            student = ResNet50(**prune(full, keep).config)
+        student.preprocess = dict(self.model.preprocess)
+        return student
+
+    def prune(self):
+        args, model = self.args, self.model
+        if args.sparsity is not None or args.sparsity_2_4:
+            self.masks = masks_2_4(model) if args.sparsity_2_4 else masks_global(model, args.sparsity)
+            with torch.no_grad():
+                for name, mask in self.masks.items():
+                    model.get_parameter(name).mul_(mask)
+            say(f"{sum(int((~m).sum()) for m in self.masks.values()):,} weights are zero: the file gets smaller, the "
+                "network not faster (no kernel here skips zeros)")
+            return
+        part = 1 / args.rounds
+        pixels, labels = self.calibration() if args.importance in ("taylor", "activation") else (None, None)
+        importance = rank(model, args.importance, pixels, labels, args.seed)
+        if args.prune is not None and args.ranking == "layer":
+            keep = uniform(model, importance, 1 - (1 - args.prune) ** part, args.round_to)
+        elif args.prune is not None:
+            cost = {name: (0, 0, 0, len(score)) for name, score in importance.items()}
+            keep = greedy(model, importance, cost, {name: (None, name) for name in cost},
+                          sum(map(len, importance.values())) * (1 - args.prune) ** part, args.round_to)
+        else:
+            keep = self.reach_target(importance, part)
+        self.model = prune(model, keep)
+        if args.sensitivity:
+            self.say_sensitivity(importance)
+        if args.recalibrate:
+            recalibrate(self.model, self.calibration()[0].split(32))
+        say(widths_line(model, self.model))
+
+    def say_sensitivity(self, importance):
+        """The network as it came to this stage, each space pruned alone by half"""
+        table = sensitivity(self.original, importance, self.calibration()[0][:64], 0.5, self.args.round_to)
+        say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
+        for name, (kl, same) in sorted(table.items(), key=lambda item: -item[1][0]):
+            say(f"{name:24}{kl:>14.3e}{same:>10.1f}")
+        self.report.extra["sensitivity"] = table
+
+    def reach_target(self, importance, part):
+        """-> what prune keeps for --target-macs, --target-params or --target-latency"""
+        args, model, size = self.args, self.model, self.model.preprocess["crop"]
+        kind = next(k for k in TARGETS if getattr(args, "target_" + k) is not None)
+        target, ends, int8 = getattr(args, "target_" + kind), layers(model), args.int8 or args.qat
+        cost = cost_of(kind, model, size, int8)
+        total = sum(map(sum, cost.values()))
+        now = milliseconds(model, size, int8) if kind == "latency" else total
+        target = now * min(1.0, target / now) ** part
+        budget = total * target / now
+        for _ in range(4):  # what the table of latencies says is corrected by what the pruned network takes
+            keep = greedy(model, importance, cost, ends, budget, args.round_to)
+            if kind != "latency":
+                break
+            reached = milliseconds(prune(model, keep), size, int8)
+            say(f"latency {now:.2f} -> {reached:.2f} ms, {target:.2f} wanted")
+            if abs(reached / target - 1) < 0.03:
+                break
+            budget = min(total, budget * target / reached)
+        return keep
+
+    def finetune(self):
+        self.fit("finetune", -(-self.args.epochs // self.args.rounds), 0.5)
+
+    def qat(self):
+        args, float_model = self.args, self.model
+        steps = args.freeze_bn_epochs * (len(data.open_folder(self.sets.root, val_split=args.val_split)[0])
+                                         // (args.batch_size or 32))
+        fake = self.model = FakeQuantResNet50(float_model, self.ranges(), args.qat_ranges == "learned", steps)
+        self.fit("qat", args.qat_epochs, 0.02)
+        self.model = quantize(fake.cpu(), ranges=fake.ranges())
+        pixels = self.calibration()[0].cpu()
+        same = (logits_of(fake, pixels).argmax(1) == logits_of(self.model, pixels).argmax(1)).float().mean().item()
+        say(f"fake-quantized network and int8 program agree on {100 * same:.2f} % of {len(pixels)} images")
+
+    def ranges(self):
+        return observe(self.model, self.calibration()[0].split(32))
+
+    def quantize(self):
+        args, float_model, ranges = self.args, self.model.cpu(), self.ranges()
+        if args.int4_weights:
+            self.encode = {key: f"int4:{args.int4_weights}" for key, p in float_model.named_parameters() if p.ndim > 1}
+            with torch.no_grad():
+                for key, encoding in self.encode.items():
+                    weight = float_model.get_parameter(key)
+                    weight.copy_(decode_tensor(encode_tensor(weight, encoding)))
+            return
+        self.model = quantize(float_model, ranges=ranges, float_layers=args.float_layers)
+        if args.max_drop is not None and self.report.drop(self.report.score(self.model)) > args.max_drop:
+            self.back_to_float(float_model, ranges)
+
+    def back_to_float(self, float_model, ranges):
+        """Layers return to float, those first whose return brings the logits of the calibration images nearest to the
+        float network's, until the drop is within --max-drop."""
+        def to_int8(layers):
+            return quantize(float_model, ranges=ranges, float_layers=layers)
+        pixels, chosen = self.calibration()[0][:64], list(self.args.float_layers)
+        names = [step.name for step in self.model.steps if step.kind in ("conv", "linear") and step.name not in chosen]
+        gains = {name: divergence(float_model, to_int8(chosen + [name]), pixels) for name in names}
+        names.sort(key=gains.get)
+        base = divergence(float_model, self.model, pixels)
+        say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {base:.3e})")
+        say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
+        count = 1
+        while True:
+            self.model = to_int8(chosen + names[:count])
+            drop = self.report.drop(self.report.score(self.model))
+            say(f"{count} layers in float: {drop:.2f} points lost")
+            if drop <= self.args.max_drop or count == len(names):
+                return
+            count = min(len(names), 2 * count)
+
+
+@torch.no_grad()
+def logits_of(model, pixels):
+    return torch.cat([predict(model, part) for part in pixels.split(32)])
+
+
+def divergence(model, other, pixels):
+    """Mean KL(model || other) of the outputs for the pixels"""
+    p, q = (logits_of(m, pixels).log_softmax(1) for m in (model, other))
+    return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+
+
+def sensitivity(model, importance, pixels, ratio, round_to):
+    """-> {space: (KL of the outputs, share of arg-maxes kept, in percent) when it alone loses `ratio` of its channels}
+    """
+    table, before = {}, logits_of(model, pixels).argmax(1)
+    for name, score in importance.items():
+        smaller = prune(model, uniform(model, {name: score}, ratio, round_to))
+        after = logits_of(smaller, pixels).argmax(1)
+        table[name] = divergence(model, smaller, pixels), 100 * (before == after).float().mean().item()
+    return table
+
+
+def masks_global(model, share):
+    """The weights of least magnitude, over all convolutions and the classifier but the first -> {name: mask}"""
+    found = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("conv1")}
+    every = torch.cat([p.detach().abs().flatten() for p in found.values()])
+    if not 0 < share < 1:
+        raise UserError(f"--sparsity {share}: must lie between 0 and 1", code=2)
+    threshold = every.kthvalue(max(1, round(share * len(every)))).values
+    return {name: p.detach().abs() > threshold for name, p in found.items()}
+
+
+def masks_2_4(model):
+    """Of each four consecutive inputs the two of greatest magnitude -> {name: mask} (arXiv 2104.08378)"""
+    masks = {}
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and p.shape[1] % 4 == 0 and not name.startswith("conv1"):
+            groups = p.detach().abs().movedim(1, -1).unflatten(-1, (-1, 4))
+            mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(2, -1).indices, True)
+            masks[name] = mask.flatten(-2).movedim(-1, 1)
+    return masks
+
+
+def widths_line(before, after):
+    """How many channels are left, by stage"""
+    old, new = ({k: s for k, s in spaces(m).items() if not follows(k)} for m in (before, after))
+    parts = {}
+    for name in old:
+        part = parts.setdefault(name.split(".")[0], [0, 0])
+        part[0] += new[name].size
+        part[1] += old[name].size
+    return "channels left: " + ", ".join(f"{name} {a}/{b}" for name, (a, b) in parts.items())
+
+
+# -------------------------------------------------------------------------------------------------------- main
+
+def share(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1)")
+    return value
+
+
+def get_args_parser():
+    p = argparse.ArgumentParser(prog="compress.py", description="Prune, distil and quantize a trained network.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("run")
+    g.add_argument("--data", metavar="FOLDER", help="images; default: the checkpoint's own, else the demo set")
+    g.add_argument("--out", default="runs/compress", metavar="FOLDER")
+    g.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    g.add_argument("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    g.add_argument("--stages", nargs="+", choices=STAGES, help="another order than the usual one")
+    g.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)), metavar="N")
+    g.add_argument("--eval-batch-size", type=train.positive, default=32, metavar="N")
+    g.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/")
+    g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--dist-timeout", type=int, default=600, metavar="S")
+    add_model_args(p)
+    g = p.add_argument_group("pruning")
+    g.add_argument("--prune", type=share, metavar="RATIO", help="share of the channels that goes")
+    g.add_argument("--target-macs", type=float, metavar="N", help="multiply-accumulates per image to get down to")
+    g.add_argument("--target-params", type=float, metavar="N", help="parameters to get down to")
+    g.add_argument("--target-latency", type=float, metavar="MS", help="milliseconds per image, on this machine")
+    g.add_argument("--importance", choices=IMPORTANCE, default="l2", help="what tells which channels matter")
+    g.add_argument("--ranking", choices=("layer", "global"), default="layer",
+                   help="the same share of every layer, or the least important of all")
+    g.add_argument("--round-to", type=train.positive, default=8, metavar="N", help="channels are left in multiples")
+    g.add_argument("--sensitivity", action="store_true", help="report what halving each layer alone would do")
+    g.add_argument("--rounds", type=train.positive, default=1, metavar="N", help="prune and fine-tune by and by")
+    g.add_argument("--recalibrate", action=argparse.BooleanOptionalAction, default=True,
+                   help="batch-norm statistics anew after pruning")
+    g.add_argument("--sparsity", type=share, metavar="RATIO",
+                   help="share of single weights set to zero: a smaller file, not a faster network")
+    g.add_argument("--sparsity-2-4", action="store_true", help="two of every four weights: the same")
+    g = p.add_argument_group("several networks")
+    g.add_argument("--auto", action="store_true", help="search prune ratio and precision, within --max-drop")
+    g.add_argument("--cascade", nargs=2, metavar=("SMALL", "BIG"),
+                   help="one network of two checkpoints, that asks BIG when SMALL is unsure")
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=int, default=5, metavar="N", help="after pruning, or of a student")
+    g.add_argument("--lr", type=float, help="peak rate; default: a share of the checkpoint's own recipe's")
+    g.add_argument("--batch-size", type=train.positive, metavar="N")
+    g.add_argument("--image-size", type=train.positive, metavar="PX")
+    g.add_argument("--opt", choices=("sgd", "nesterov", "adamw", "lars", "lamb"))
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--amp-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    g.add_argument("--save-every", type=int, default=0, metavar="STEPS")
+    g = p.add_argument_group("distillation")
+    g.add_argument("--distill", metavar="TEACHER", help="a checkpoint, a torchvision model's name, or self")
+    g.add_argument("--student", metavar="WHAT", help="torchvision's name, or a share of ResNet-50's channels")
+    g.add_argument("--kd-loss", choices=("kl", "dkd", "dist"), default="kl")
+    g.add_argument("--kd-temperature", type=float, default=4.0)
+    g.add_argument("--kd-alpha", type=float, default=0.5, help="weight of the teacher's outputs against the labels'")
+    g.add_argument("--kd-features", type=float, default=0.0, metavar="BETA", help="weight of intermediate maps")
+    g = p.add_argument_group("quantization")
+    g.add_argument("--int8", action="store_true", help="post-training quantization")
+    g.add_argument("--qat", action="store_true", help="quantization-aware training, then int8")
+    g.add_argument("--qat-epochs", type=train.positive, default=2, metavar="N")
+    g.add_argument("--qat-ranges", choices=("learned", "observed"), default="learned")
+    g.add_argument("--freeze-bn-epochs", type=int, default=0, metavar="N",
+                   help="batch statistics for so long, then the running ones")
+    g.add_argument("--float-layers", nargs="+", default=[], metavar="LAYER", help="stay float, such as conv1 and fc")
+    g.add_argument("--max-drop", type=float, metavar="POINTS",
+                   help="return layers to float until no more is lost; with --auto and --cascade what may be lost")
+    g.add_argument("--int4-weights", type=train.positive, metavar="GROUP",
+                   help="4-bit weights in the file, one scale per so many; computes in float")
+    g.add_argument("--calib-images", type=train.positive, default=256, metavar="N")
+    return p
+
+
+def stage_list(args):
+    """-> the stages that the flags ask for, in order; gradual pruning repeats two of them"""
+    pruned = args.prune is not None or args.sparsity is not None or args.sparsity_2_4 or any(
+        getattr(args, f"target_{k}") is not None for k in TARGETS)
+    taught = args.distill is not None and args.student is None
+    wanted = dict(distill=args.student is not None, prune=pruned, finetune=args.epochs > 0 and (pruned or taught),
+                  qat=args.qat, quantize=bool(args.int8 and not args.qat or args.int4_weights))
+    stages = [stage for stage in args.stages or STAGES if wanted[stage]]
+    if args.rounds > 1:
+        at = stages.index("prune")
+        stages[at:at + 2] = ["prune", "finetune"] * args.rounds
+    return stages
+
+
+def prepare_out(args, world):
+    """Refuses an --out that holds something, unless --overwrite or --resume says what shall become of it."""
+    if os.path.isdir(args.out) and os.listdir(args.out) and not (args.overwrite or args.resume):
+        raise UserError(f"{args.out} is not empty: --resume goes on, --overwrite starts anew, --out names another "
+                        "folder", code=2)
+    world.barrier()  # nobody writes before everybody has looked
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
+
+
+def check_args(args):
+    def refuse(text):
+        raise UserError(text, code=2)
+    goals = [f"--{k.replace('_', '-')}" for k in ("prune", "sparsity", *(f"target_{k}" for k in TARGETS))
+             if getattr(args, k) is not None] + ["--sparsity-2-4"] * args.sparsity_2_4
+    if len(goals) > 1:
+        refuse(f"{' and '.join(goals)} exclude each other")
+    for name in TARGETS:
+        value = getattr(args, f"target_{name}")
+        if value is not None and not value > 0:
+            refuse(f"--target-{name} {value:g}: must be positive")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        refuse(f"--device {args.device}: PyTorch sees no CUDA device here")
+    if args.epochs < 0 or args.workers < 0:
+        refuse("--epochs and --workers must not be negative")
+    if args.rounds > 1 and (not goals or goals[0].startswith("--sparsity") or not args.epochs):
+        refuse("--rounds goes with --prune or a --target-..., and --epochs")
+    if args.int4_weights and (args.int8 or args.qat or goals[:1] == ["--sparsity"] or args.sparsity_2_4):
+        refuse("--int4-weights excludes --int8, --qat and sparsity")
+    if (args.float_layers or args.max_drop is not None) and not (args.int8 or args.auto or args.cascade):
+        refuse("--float-layers and --max-drop go with --int8, --auto or --cascade")
+    alone = "--cascade" if args.cascade else "--auto" if args.auto else None
+    if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights):
+        refuse(f"{alone} decides by itself: no --prune, --int8, --qat, --student, --int4-weights with it")
+    if args.stages and sorted(args.stages) != sorted(set(stage_list(argparse.Namespace(**{**vars(args), "stages": None,
+                                                                                          "rounds": 1})))):
+        refuse(f"--stages {' '.join(args.stages)}: the flags ask for "
+               f"{' '.join(stage_list(argparse.Namespace(**{**vars(args), 'stages': None}))) or 'none'}")
+    if not alone and not stage_list(args):
+        refuse("nothing to do: --prune, --int8, --qat, --distill, --sparsity ... say what (--help)")
+
+
+def open_model(args):
+    """-> what load_model returns, of a float ResNet50 whose weights are finite"""
+    model, checkpoint, source = load_model(args, defaults=DEFAULTS, trains=True)
+    if model is None:
+        try:
+            args.weights = "IMAGENET1K_V2"
+            model, checkpoint, source = load_model(args, trains=True)
+        except UserError as error:
+            raise UserError(f"no checkpoint: train one (python train.py writes {DEFAULTS[-1]}) or name one with "
+                            f"--checkpoint FILE; {error}") from error
+    if not isinstance(model, ResNet50):
+        raise UserError(f"{source}: is no ResNet-50 of ours; such a network can teach (--distill) or be a --student")
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{source}: {name} holds values that are not finite")
+    if args.image_size:
+        model.preprocess.update({k: v for k, v in train.preprocess_of(argparse.Namespace(
+            val_size=None, image_size=args.image_size, val_resize=None, interpolation=None)).items()
+            if k in ("resize", "crop")})
+    return model, checkpoint, source
+
+
+def compress(args, world, stop):
+    model, checkpoint, source = open_model(args)
+    stages = [] if args.auto else stage_list(args)
+    sets = open_sets(args, checkpoint, model, world, bool(args.auto or {"finetune", "qat", "distill"} & set(stages)))
+    checkpoint["classes"] = checkpoint["classes"] or sets.classes
+    known = {step.name for step in fold_downsample(flatten(model)) if step.kind in ("conv", "linear")}
+    if unknown := sorted(set(args.float_layers) - known):
+        raise UserError(f"--float-layers {' '.join(unknown)}: no such layer in this network's int8 program", code=2)
+    teacher = args.distill and load_teacher(args.distill, model, checkpoint["classes"], world.device)
+    prepare_out(args, world)
+    say("\n".join([f"{source}: {', '.join(stages)}"] + sets.notes))
+    report = Report(args, sets, world)
+    report.add("original", model, source if os.path.exists(source) else None)
+    if args.auto:
+        return auto(args, world, stop, model, checkpoint, sets, report, teacher)
+    Pipeline(args, world, stop, model, checkpoint, sets, report, teacher).run(stages)
+    return finish(report)
+
+
+def auto(args, world, stop, model, checkpoint, sets, report, teacher):
+    """Prune ratio x precision: quarters first, then twice the middle between the last ratio that keeps within
+    --max-drop (default 1) and the first that does not. The fastest network within it becomes best.pt."""
+    allowed, tried = 1.0 if args.max_drop is None else args.max_drop, {}
+
+    def attempt(ratio):
+        run = argparse.Namespace(**{**vars(args), "prune": ratio or None, "int8": True, "max_drop": None,
+                                    "out": os.path.join(args.out, f"prune-{ratio:g}")})
+        first = len(report.rows)
+        Pipeline(run, world, stop, copy.deepcopy(model), checkpoint, sets, report, teacher).run(stage_list(run))
+        for row in report.rows[first:]:
+            row["stage"] = f"{ratio:g} {row['stage']}"
+        tried[ratio] = report.drop(report.rows[-1]) <= allowed
+    for ratio in (0.0, 0.25, 0.5, 0.75):
+        attempt(ratio)
+    for _ in range(2):
+        low = max((r for r in tried if tried[r]), default=0.0)
+        high = min((r for r in tried if not tried[r] and r > low), default=0.95)
+        attempt(round((low + high) / 2, 3))
+    report.time()
+    fit = [r for r in report.rows if report.drop(r) <= allowed]
+    chosen = min(fit, key=lambda r: r["latency_ms_bs1"])
+    path = os.path.join(args.out, "best.pt")
+    if world.rank == 0:
+        with open(chosen["checkpoint"], "rb") as f:
+            write_atomic(path, f.read())
+        write_atomic(os.path.join(args.out, "pareto.svg"), pareto_svg(report.rows, chosen, report.accuracy).encode())
+    report.rows.append({**chosen, "checkpoint": path, "bytes": chosen["bytes"]})
+    return finish(report, timed=True, max_drop=allowed)
+
+
+def front(rows, accuracy):
+    """The rows that no other beats in accuracy and in latency, from fast to slow"""
+    found = []
+    for row in sorted(rows, key=lambda r: (r["latency_ms_bs1"], -accuracy(r))):
+        if not found or accuracy(row) > accuracy(found[-1]):
+            found.append(row)
+    return found
+
+
+def pareto_svg(rows, chosen, accuracy):
+    """Accuracy over milliseconds (logarithmic), a circle per network with the area of its file, and the front"""
+    width, height, left, top = 720, 400, 60, 30
+    x0, x1 = (f(math.log(r["latency_ms_bs1"]) for r in rows) for f in (min, max))
+    y0, y1 = (f(map(accuracy, rows)) for f in (min, max))
+    place = lambda r: (left + (math.log(r["latency_ms_bs1"]) - x0) / (x1 - x0 or 1) * width,  # noqa: E731
+                       top + height - (accuracy(r) - y0) / (y1 - y0 or 1) * height)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, front(rows, accuracy)))
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 150} {top + height + 60}" '
+           'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
+           f'<polyline points="{line}" fill="none" stroke="#4878a8"/>',
+           f'<text x="{left}" y="{top + height + 45}">milliseconds per image: {math.exp(x0):.2f} to '
+           f'{math.exp(x1):.2f}, logarithmic; top-1 or agreement: {y0:.1f} to {y1:.1f} %; areas: file size</text>']
+    for row in rows:
+        (x, y), radius = place(row), math.sqrt((row["bytes"] or 0) / 1e5)
+        colour = "#c05020" if row is chosen else "#4878a8"
+        svg.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius + 2:.1f}" fill="{colour}" fill-opacity="0.4"/>'
+                   f'<text x="{x + radius + 4:.1f}" y="{y + 4:.1f}">{html.escape(row["stage"])} {accuracy(row):.1f} % '
+                   f'{row["latency_ms_bs1"]:.1f} ms</text>')
+    return "\n".join(svg + ["</svg>"])
+
+
+def cascade(args, world):
+    """--cascade: SMALL answers what it is sure of, BIG the rest. The threshold on the largest probability is the least
+    with which no more than --max-drop points (default 0.5) of BIG's top-1 on the calibration images, or without labels
+    of the agreement with it, are lost."""
+    parts = []
+    for path in args.cascade:
+        checkpoint = load_checkpoint(path)
+        parts.append((build_model(checkpoint, path).to(world.device), checkpoint))
+    (small, other), (big, checkpoint) = parts
+    if other["classes"] != checkpoint["classes"]:
+        raise UserError(f"--cascade: {args.cascade[0]} and {args.cascade[1]} have different classes")
+    model = Cascade(small, big, 1.0).eval()
+    sets = open_sets(args, checkpoint, big, world, trains=False)
+    say("\n".join(sets.notes))
+    pixels, labels = read_pixels(sets.calibration, big, args)
+    first, second = (logits_of(m, pixels.to(world.device)).cpu() for m in (small, big))
+    sure, guess = first.softmax(1).max(1)
+    truth = labels if sets.labelled else second.argmax(1)
+    order = sure.argsort(descending=True)
+    gain = (guess == truth)[order].double() - (second.argmax(1) == truth)[order].double()
+    lost = -100 * gain.cumsum(0) / len(gain)  # points below BIG if SMALL answers the surest so many
+    allowed = (lost <= (0.5 if args.max_drop is None else args.max_drop)).nonzero()
+    count = int(allowed[-1]) + 1 if len(allowed) else 0
+    model.threshold = sure[order[count - 1]].item() if count else 1.0
+    say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")
+    prepare_out(args, world)
+    report, path = Report(args, sets, world), os.path.join(args.out, "best.pt")
+    report.add("big", big, args.cascade[1])
+    report.add("small", small, args.cascade[0])
+    save_checkpoint(path, model, classes=checkpoint["classes"], wnids=checkpoint["wnids"])
+    report.add("cascade", model, path)
+    return finish(report, threshold=model.threshold)
+
+
+def finish(report, timed=False, **more):
+    """Times the networks, prints the table, writes report.json. -> the dict on the last line"""
+    if not timed:
+        report.time()
+    say(report.table())
+    before, after = report.rows[0], report.rows[-1]
+    result = dict(top1=after["top1"], top5=after["top5"], agreement=after["agreement"], before=before, after=after,
+                  stages=report.rows, checkpoint=after["checkpoint"], data=report.sets.root, **report.extra, **more)
+    if report.world.rank == 0:
+        write_atomic(os.path.join(report.args.out, "report.json"), json.dumps(result, indent=1).encode())
+    return result
+
+
+def main(args):
+    check_args(args)
+    if args.device == "cpu":
+        train.keep_freed_memory()
+    world = train.World(args.device, args.dist_timeout)
+    stop = train.Stop(world)
+    try:
+        result = cascade(args, world) if args.cascade else compress(args, world, stop)
+        return result if world.rank == 0 else None
+    finally:
+        stop.close()
+        world.close()
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args(), "compress.py")

@@ -1,0 +1,522 @@
+"""compress.py: pruning against networks whose channels are switched off, costs against counts, fake quantization
+against the int8 program, losses against formulas written anew, and the commands on a small network and few images."""
+import copy
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import compress
+import data
+import resnet50
+import train
+from resnet50 import ResNet50, UserError
+from tests.test_int8 import VARIANTS, WIDTHS, build, one_thread, photographs  # noqa: F401
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    return build(request.param)
+
+
+def switched_off(model, keep):
+    """The network with the scale and shift of every channel that is not kept at zero, computed as before"""
+    result = copy.deepcopy(model)
+    state = result.state_dict()
+    for name, space in compress.spaces(model).items():
+        gone = torch.ones(space.size, dtype=torch.bool)
+        gone[keep.get(name, slice(None))] = False
+        for key, dim, repeat in space.members:
+            if dim == 0 and key.endswith(("weight", "bias")) and state[key].ndim == 1:
+                state[key][gone.repeat(repeat)] = 0
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------- pruning
+
+@pytest.mark.parametrize("kind", compress.IMPORTANCE)
+def test_pruned_network_computes_what_the_switched_off_one_does(model, kind):
+    pixels, labels = photographs(2, 32, 32), torch.tensor([3, -100])
+    importance = compress.rank(model, kind, pixels, labels)
+    assert all(s.dtype == torch.float64 and len(s) == compress.spaces(model)[n].size for n, s in importance.items())
+    x = resnet50.normalize(pixels, model.preprocess)
+    sizes = []
+    for tenth in range(10 if min(map(len, importance.values())) > 4 else 9):
+        keep = compress.uniform(model, importance, tenth / 10, 1)
+        small = compress.prune(model, keep)
+        with torch.no_grad():
+            got, expected = small(x), switched_off(model, keep)(x)
+        assert torch.isfinite(got).all() and (got - expected).abs().max() < 1e-5 * expected.abs().max()
+        sizes.append(sum(p.numel() for p in small.parameters()))
+    assert sizes[0] == sum(p.numel() for p in model.parameters())
+    assert all(b < a for a, b in zip(sizes, sizes[1:]))
+
+
+def test_every_tensor_belongs_to_the_spaces_that_its_shape_says(model):
+    """Along each dimension but the pixels' and classes', a tensor of weights lies in exactly one space"""
+    dims = {(key, dim) for space in compress.spaces(model).values() for key, dim, _ in space.members}
+    first = "conv1.0" if model.config["stem"] == "deep" else "conv1"
+    for key, value in model.state_dict().items():
+        for dim in range(min(2, value.ndim)):
+            outside = (key, dim) in ((first + ".weight", 1), ("fc.weight", 0), ("fc.bias", 0))
+            assert ((key, dim) in dims) != outside, (key, dim)
+
+
+def test_importance_by_weights_and_gamma():
+    model = build("plain")
+    by = {kind: compress.rank(model, kind, None, None) for kind in ("l1", "l2", "bn")}
+    w = {f"layer2.{i}.conv3": getattr(model.layer2, str(i)).conv3.weight for i in range(4)}
+    w["down"] = model.layer2[0].downsample[0].weight
+    for kind, p in (("l1", 1), ("l2", 2)):
+        expected = [sum(v[c].abs().double().pow(p).sum().item() ** (1 / p) for v in w.values()) for c in range(40)]
+        expected = torch.tensor(expected, dtype=torch.float64)
+        assert torch.allclose(by[kind]["layer2"], expected / expected.mean(), rtol=1e-5)
+    norms = [model.layer2[0].downsample[1]] + [block.bn3 for block in model.layer2]
+    assert torch.allclose(by["bn"]["layer2"].float(), sum(n.weight.abs() for n in norms))
+    assert torch.equal(by["bn"]["conv1"].float(), model.bn1.weight.abs())
+
+
+def test_taylor_importance_is_the_gradient_of_a_gate():
+    """A gate of 1 behind every batch-norm; its gradient is the first-order change of the loss without the channel"""
+    model, pixels, labels = build("plain"), photographs(5, 64, 64), torch.tensor([1, 2, 3, 4, 0])
+    got = compress.rank(model, "taylor", pixels, labels)
+    probe, gates = copy.deepcopy(model), {}
+    for name in ("layer3.2.bn2", "bn1"):
+        gate = gates[name] = torch.ones(1, probe.get_submodule(name).num_features, 1, 1, requires_grad=True)
+        probe.get_submodule(name).register_forward_hook(lambda m, i, y, gate=gate: y * gate)
+    F.cross_entropy(probe(resnet50.normalize(pixels, model.preprocess)), labels).backward()
+    for space, name in (("layer3.2.conv2", "layer3.2.bn2"), ("conv1", "bn1")):
+        expected = gates[name].grad.flatten().double() ** 2
+        assert torch.allclose(got[space], expected, rtol=1e-3, atol=1e-12)
+
+
+def test_activation_importance():
+    model, pixels = build("plain"), photographs(4, 64, 64)
+    seen = {}
+    model.layer1[1].bn1.register_forward_hook(lambda m, i, y: seen.update(y=y))
+    with torch.no_grad():
+        resnet50.predict(model, pixels)
+    expected = seen["y"].clamp(min=0).mean((0, 2, 3)).double()
+    got = compress.rank(model, "activation", pixels, None)["layer1.1.conv1"]
+    assert torch.allclose(got, expected / expected.mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("macs", "params"))
+def test_costs_are_exact(model, kind):
+    """Predicted cost of any widths == the count of the network built with them"""
+    costs, ends, found = compress.cost_of(kind, model, 64), compress.layers(model), compress.spaces(model)
+    importance = compress.rank(model, "random", None, None)
+    for ratio in (0.0, 0.35):
+        keep = compress.uniform(model, importance, ratio, 1)
+        small = compress.prune(model, keep)
+        left = {name: s.size / found[name].size for name, s in compress.spaces(small).items()}
+        total = sum(a + b * left.get(ends[n][0], 1) * left.get(ends[n][1], 1) + c * left.get(ends[n][0], 1)
+                    + d * left.get(ends[n][1], 1) for n, (a, b, c, d) in costs.items())
+        counted = (sum(resnet50.count_macs(small, 64).values()) if kind == "macs"
+                   else sum(p.numel() for p in small.parameters()))
+        assert abs(total - counted) < 1e-6 * counted
+
+
+def test_greedy_takes_the_cheapest_first_and_stops_at_the_budget():
+    model = build("plain")
+    importance = compress.rank(model, "l2", None, None)
+    cost, ends = compress.cost_of("macs", model, 64), compress.layers(model)
+    total = sum(map(sum, cost.values()))
+    for share in (0.9, 0.5, 0.2):
+        keep = compress.greedy(model, importance, cost, ends, share * total, 4)
+        left = sum(resnet50.count_macs(compress.prune(model, keep), 64).values())
+        assert 0.8 * share * total < left <= share * total
+        assert all(len(k) % 4 == 0 or len(k) == len(importance[n]) for n, k in keep.items())
+        for name, index in keep.items():  # the most important ones stay
+            assert set(index.tolist()) == set(importance[name].topk(len(index)).indices.tolist())
+    poor = {**importance, "layer3.1.conv2": importance["layer3.1.conv2"] * 1e-6}
+    keep = compress.greedy(model, poor, cost, ends, 0.99 * total, 4)
+    assert len(keep["layer3.1.conv2"]) < len(importance["layer3.1.conv2"])
+    with pytest.raises(UserError, match="cannot be reached"):
+        compress.greedy(model, importance, cost, ends, 1e-4 * total, 4)
+
+
+def test_fit_finds_the_coefficients_and_none_below_zero():
+    g = torch.Generator().manual_seed(0)
+    i, o = torch.rand(2, 12, generator=g, dtype=torch.float64)
+    rows = torch.stack([torch.ones_like(i), i * o, i, o], 1)
+    for truth in ([0.2, 3.0, 0.5, 0.1], [0.0, 2.0, 0.0, 0.3]):
+        found = compress.fit(rows, rows @ torch.tensor(truth, dtype=torch.float64))
+        assert np.allclose(found, truth, atol=1e-9)
+    found = compress.fit(rows, rows @ torch.tensor([1.0, 2.0, -0.5, 0.0], dtype=torch.float64))
+    assert min(found) >= 0
+
+
+@pytest.mark.parametrize("int8", (False, True))
+def test_latency_table_names_every_layer(int8):
+    model = build("plain")
+    table = compress.latency_table(model, 32, int8, probes=5)
+    expected = {s.name for s in compress.fold_downsample(compress.flatten(model))} if int8 else \
+        {s.name for s in compress.flatten(model)}
+    assert set(table) == {n for n in expected if n in compress.layers(model)}
+    assert all(min(c) >= 0 and sum(c) > 0 for c in table.values())
+
+
+def test_recalibration_is_the_mean_over_the_batches():
+    model, batches = build("plain"), photographs(6, 48, 48).split(2)
+    seen = []
+    compress.recalibrate(model, batches)
+    assert not model.training and model.bn1.momentum == 0.1
+    with torch.no_grad():
+        for pixels in batches:
+            y = model.conv1(resnet50.normalize(pixels, model.preprocess))
+            seen.append((y.mean((0, 2, 3)), y.var((0, 2, 3))))
+    for got, values in zip((model.bn1.running_mean, model.bn1.running_var), zip(*seen)):
+        assert torch.allclose(got, sum(values) / 3, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_left_and_values_that_are_not_finite():
+    model = build("plain")
+    with pytest.raises(UserError, match="leaves nothing of the .* channels of conv1"):
+        compress.uniform(model, compress.rank(model, "l2", None, None), 0.99, 1)
+    with torch.no_grad():
+        model.layer2[0].conv1.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="layer2.0.conv1: .*not finite"):
+        compress.rank(model, "l1", None, None)
+
+
+def test_masks():
+    model = build("plain")
+    masks = compress.masks_global(model, 0.8)
+    weights = torch.cat([model.get_parameter(n).abs().flatten() for n in masks])
+    kept = torch.cat([m.flatten() for m in masks.values()])
+    assert abs(kept.float().mean() - 0.2) < 1e-3 and weights[kept].min() >= weights[~kept].max()
+    for name, mask in compress.masks_2_4(model).items():
+        groups = mask.movedim(1, -1).reshape(-1, 4)
+        values = model.get_parameter(name).abs().movedim(1, -1).reshape(-1, 4)
+        assert (groups.sum(1) == 2).all()
+        assert torch.equal((values * groups).sum(1), values.sort(1, descending=True).values[:, :2].sum(1))
+
+
+# ------------------------------------------------------------------------------- quantization-aware training
+
+def test_fake_quantized_layers_are_the_int8_program_within_one_step(model):
+    """Layer by layer on the int8 program's own inputs; and the same arg-max through the whole network"""
+    pixels = photographs(6, 64, 64)
+    fake = compress.FakeQuantResNet50(model, resnet50.observe(model, [pixels])).eval()
+    net, made = resnet50.quantize(fake, ranges=fake.ranges()), {}
+    net.run(pixels, watch=lambda step, y: made.update({step.name: y}))
+    with torch.no_grad():
+        logits = resnet50.predict(fake, pixels)
+
+    def real(name):
+        if name == "pixels":
+            return resnet50.normalize(pixels, model.preprocess)
+        return ((made[name].double() - fake.zero_of[name]) * fake.scale_of[name]).float()
+    for step in net.steps:
+        with torch.no_grad():
+            y = fake.call(step, **{k: real(n) for k, n in (("x", step.x), ("residual", step.residual), ("x2", step.x2))
+                                   if n})
+        if step.kind == "linear":
+            assert torch.allclose(y, made["fc"], atol=1e-4)
+        else:
+            steps = y.double() / fake.scale_of[step.name] + fake.zero_of[step.name] - made[step.name].double()
+            assert steps.abs().max() < 1.01 and (steps.abs() > 0.5).double().mean() < 0.05, step.name
+    assert torch.equal(logits.argmax(1), made["fc"].argmax(1))
+
+
+def test_fake_quantize_has_lsq_s_gradient():
+    x = torch.linspace(-1, 4, 101, dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor(0.0101, dtype=torch.float64, requires_grad=True)
+    y = compress.fake_quantize(x, scale, 10.0)
+    ints = (x.detach() / 0.0101 + 10).round().clamp(0, 255) - 10
+    assert torch.allclose(y, ints * 0.0101)
+    y.sum().backward()
+    inside = (x.detach() / 0.0101 + 10 >= 0) & (x.detach() / 0.0101 + 10 <= 255)
+    assert torch.equal(x.grad, inside.double())
+    expected = torch.where(inside, ints - x.detach() / 0.0101, ints).sum()
+    assert torch.allclose(scale.grad, expected)
+
+
+def test_batch_norm_is_live_for_so_many_steps_and_then_frozen():
+    model, pixels = build("plain"), photographs(4, 32, 32)
+    fake = compress.FakeQuantResNet50(model, resnet50.observe(model, [pixels]), freeze_after=2).train()
+    x, means = resnet50.normalize(pixels, model.preprocess), []
+    for _ in range(4):
+        fake(x).sum().backward()
+        means.append(fake.layer2[0].bn2.running_mean.clone())
+    assert not torch.equal(means[0], means[1]) and torch.equal(means[1], means[2]) and torch.equal(means[2], means[3])
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fake.parameters() if p.requires_grad)
+    # live, and with the batch's statistics as the running ones, both modes compute the same
+    fake = compress.FakeQuantResNet50(model, resnet50.observe(model, [pixels]), freeze_after=9)
+    fixed = compress.FakeQuantResNet50(model, resnet50.observe(model, [pixels]))
+    conv, step = "layer1.0.conv1", next(s for s in fake.steps if s.name == "layer1.0.conv1")
+    y = torch.rand(8, model.get_submodule(conv).in_channels, 9, 9)
+    z = F.conv2d(y, model.get_submodule(conv).weight)
+    for net in (fake, fixed):
+        net.layer1[0].bn1.running_mean.copy_(z.mean((0, 2, 3)))
+        net.layer1[0].bn1.running_var.copy_(z.var((0, 2, 3), unbiased=False))
+        net.scale_of, net.zero_of = {step.x: 1 / 255}, {step.x: 0}
+    fake.live = True
+    live, frozen = (net.train().conv(step, y, None, None, 0.0, 4.0)[0] for net in (fake, fixed))
+    assert (live - frozen).abs().max() < 0.05 * frozen.abs().max()
+
+
+# ------------------------------------------------------------------------------------------------ distillation
+
+def test_losses_against_formulas():
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(2, 6, 5, generator=g, dtype=torch.float64)
+    y, t = torch.tensor([0, 1, 2, 3, 4, 0]), 3.0
+    p, q = (F.softmax(v / t, 1).numpy() for v in (a, b))
+
+    def soft(kind):
+        teacher = compress.Teacher(nn.Identity(), nn.Identity(), kind, t, 0.5, 0.0, 32)
+        return teacher.soft(a, b, y).item()
+    assert np.isclose(soft("kl"), t * t * (q * np.log(q / p)).sum() / 6)
+    between = np.mean([np.corrcoef(p[i], q[i])[0, 1] for i in range(6)])
+    within = np.mean([np.corrcoef(p[:, j], q[:, j])[0, 1] for j in range(5)])
+    assert np.isclose(soft("dist"), t * t * (2 - between - within))
+    parts = []
+    for i in range(6):
+        pt, qt, others = p[i, y[i]], q[i, y[i]], [j for j in range(5) if j != y[i]]
+        target = qt * np.log(qt / pt) + (1 - qt) * np.log((1 - qt) / (1 - pt))
+        pn, qn = p[i, others] / p[i, others].sum(), q[i, others] / q[i, others].sum()
+        parts.append(target + 8 * (qn * np.log(qn / pn)).sum())
+    assert np.isclose(soft("dkd"), t * t * np.mean(parts))
+
+
+def test_teacher_sees_the_student_s_images_in_its_own_normalization():
+    student, teacher, pixels = build("plain"), build("se", 1), photographs(3, 64, 64)
+    teacher.preprocess = dict(teacher.preprocess, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
+    wrap = compress.Teacher(teacher, student, "kl", 2.0, 0.3, 2.0, 64)
+    assert len(wrap.pairs) == 4  # maps of 16, 8, 4 and 2 pixels
+    images, y = resnet50.normalize(pixels, student.preprocess), torch.tensor([1, 2, 3])
+    student.train().requires_grad_(True)
+    logits = student(images)
+    loss = wrap(train.make_loss("ce"))(logits, y, images)
+    with torch.no_grad():
+        other = teacher(resnet50.normalize(pixels, teacher.preprocess))
+        kl = 4 * F.kl_div((logits / 2).log_softmax(1), (other / 2).softmax(1), reduction="batchmean")
+        plain = 0.7 * F.cross_entropy(logits, y) + 0.3 * kl
+        maps = []
+        for net, x in ((student, images), (teacher, resnet50.normalize(pixels, teacher.preprocess))):
+            x = net.maxpool(F.relu(net.bn1(net.conv1(x))))
+            for i in range(1, 5):
+                x = getattr(net, f"layer{i}")(x)
+                e = (x ** 2).mean(1).flatten(1)
+                maps.append(e / e.norm(dim=1, keepdim=True))
+        features = sum(((m - n) ** 2).mean() for m, n in zip(maps[:4], maps[4:]))
+    assert torch.allclose(loss, plain + 2 * features, rtol=1e-3)
+    loss.backward()
+    assert student.conv1.weight.grad.abs().sum() > 0 and all(p.grad is None for p in teacher.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny):
+    """A small network's checkpoint that knows its data: 10 classes, 32 px"""
+    torch.manual_seed(0)
+    model = ResNet50(num_classes=10, widths={**WIDTHS, "conv1": 16}).eval()
+    model.preprocess = dict(model.preprocess, crop=32, resize=32)
+    for block in model.blocks():
+        nn.init.constant_(block.bn3.weight, 0.3)
+    path = str(tmp_path_factory.mktemp("trained") / "best.pt")
+    compress.recalibrate(model, photographs(8, 32, 32).split(4))
+    resnet50.save_checkpoint(path, model, classes=sorted(data.DEMO_CLASSES),
+                             args=dict(data=tiny, recipe="demo", image_size=32, batch_size=16, model_ema_decay=0.0))
+    return path
+
+
+@pytest.fixture
+def call(tmp_path, trained):
+    """call(flags...) -> what main() returns; --out is a folder of the test's"""
+    def main(*flags, checkpoint=trained):
+        flags = list(map(str, flags))
+        if "--out" not in flags:
+            flags += ["--out", str(tmp_path / "out")]
+        if checkpoint and "--cascade" not in flags:
+            flags += ["--checkpoint", checkpoint]
+        return compress.main(compress.get_args_parser().parse_args(flags + ["--workers", "0", "--device", "cpu"]))
+    return main
+
+
+ROW = {"stage", "top1", "top5", "params", "macs", "bytes", "latency_ms_bs1", "images_per_second_bs32", "agreement",
+       "checkpoint", "images"}
+
+
+def logits(path, pixels):
+    model = resnet50.build_model(resnet50.load_checkpoint(path), path)
+    with torch.no_grad():
+        return resnet50.predict(model, pixels)
+
+
+def test_prune_and_int8(call, tmp_path, trained, tiny, run):
+    result = call("--prune", 0.5, "--int8", "--epochs", 1, "--calib-images", 20)
+    assert [r["stage"] for r in result["stages"]] == ["original", "prune", "finetune", "quantize"]
+    assert all(set(r) == ROW for r in result["stages"]) and result["before"]["agreement"] == 100
+    assert result["data"] == tiny and result["after"]["images"] == 29
+    before, after = result["before"], result["after"]
+    assert after["params"] < 0.45 * before["params"] and after["bytes"] == os.path.getsize(after["checkpoint"])
+    assert result["unpruned_int8"]["latency_ms_bs1"] > 0
+    assert json.load(open(tmp_path / "out" / "report.json")) == result
+    scored = train.main(train.get_args_parser().parse_args(
+        ["--eval-only", "--checkpoint", after["checkpoint"], "--data", tiny, "--device", "cpu"]))
+    assert scored["top1"] == after["top1"]  # the report's figure is what another script measures
+    for row in result["stages"][1:]:  # a fresh process rebuilds the same bits from the file alone
+        pixels = photographs(2, 32, 32)
+        np.save(tmp_path / "pixels.npy", pixels.numpy())
+        fresh = run("--help", script="compress.py", before=(
+            "import numpy, torch, resnet50\n"
+            f"c = resnet50.load_checkpoint({row['checkpoint']!r}); m = resnet50.build_model(c, 'x')\n"
+            f"p = torch.from_numpy(numpy.load({str(tmp_path / 'pixels.npy')!r}))\n"
+            f"torch.set_num_threads(1); torch.save(resnet50.predict(m, p), {str(tmp_path / 'logits.pt')!r})"))
+        assert fresh.returncode == 0, fresh.stderr
+        assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(row["checkpoint"], pixels))
+    with pytest.raises(UserError, match="not empty"):
+        call("--int8")
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.pt")}
+    again = call("--prune", 0.5, "--int8", "--epochs", 1, "--calib-images", 20, "--resume")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.pt")} == written
+    assert [r["top1"] for r in again["stages"]] == [r["top1"] for r in result["stages"]]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--target-macs", 5e5), ("--target-params", 4e4, "--importance", "taylor"),
+    ("--prune", 0.4, "--ranking", "global", "--importance", "bn", "--sensitivity"),
+    ("--prune", 0.6, "--rounds", 2, "--importance", "activation")])
+def test_pruning_flags(call, flags):
+    epochs = 2 if "--rounds" in flags else 0
+    result = call(*flags, "--epochs", epochs, "--calib-images", 20, "--round-to", 4)
+    after, before = result["after"], result["before"]
+    if flags[0].startswith("--target"):
+        key = flags[0].rpartition("-")[2]
+        assert 0.8 * flags[1] < after[key] <= flags[1]
+    if "--sensitivity" in flags:
+        assert all(kl >= 0 and 0 <= same <= 100 for kl, same in result["sensitivity"].values())
+        channels = [sum(s.size for n, s in compress.spaces(resnet50.build_model(
+            resnet50.load_checkpoint(r["checkpoint"]), "x")).items() if not compress.follows(n))
+            for r in (before, after)]
+        assert 0.5 < channels[1] / channels[0] <= 0.6
+    if epochs:
+        assert [r["stage"] for r in result["stages"][1:]] == ["prune", "finetune"] * 2
+        assert after["params"] < 0.4 * before["params"]
+
+
+@pytest.mark.parametrize("flags", [("--sparsity", 0.9), ("--sparsity-2-4",), ("--int4-weights", 32)])
+def test_smaller_files(call, flags):
+    result = call(*flags, "--epochs", 1, "--calib-images", 20)
+    state = resnet50.load_checkpoint(result["checkpoint"])["model"]
+    weights = {k: v for k, v in state.items() if v.ndim > 1 and not k.startswith("conv1")}
+    zeros = sum(int((v == 0).sum()) for v in weights.values()) / sum(v.numel() for v in weights.values())
+    if "--sparsity" in flags:
+        assert 0.89 < zeros < 0.92
+    elif "--sparsity-2-4" in flags:
+        for key, value in weights.items():
+            assert (value.movedim(1, -1).reshape(-1, 4).count_nonzero(1) <= 2).all()
+    small = call("--sparsity", 0.0001, "--epochs", 0, "--out", os.path.dirname(result["checkpoint"]) + "-dense")
+    assert result["after"]["bytes"] < (0.9 if "--sparsity-2-4" in flags else 0.7) * small["after"]["bytes"]
+
+
+def test_qat(call, capfd):
+    result = call("--qat", "--qat-epochs", 1, "--freeze-bn-epochs", 1, "--calib-images", 20)
+    assert [r["stage"] for r in result["stages"]] == ["original", "qat"]
+    assert resnet50.load_checkpoint(result["checkpoint"])["precision"] == "int8"
+    same = re.search(r"agree on ([0-9.]+) % of 20 images", capfd.readouterr().err)
+    assert float(same[1]) >= 90  # an untrained network's logits lie close together
+
+
+@pytest.mark.parametrize("student", ("mobilenet_v2", "0.125"))
+def test_student(call, trained, student):
+    result = call("--distill", trained, "--student", student, "--epochs", 1, "--kd-features", 1, "--calib-images", 20)
+    assert [r["stage"] for r in result["stages"]] == ["original", "distill"]
+    config = resnet50.load_checkpoint(result["checkpoint"])["config"]
+    assert config["arch"] == "mobilenet_v2" if student[0] == "m" else config["widths"]["layer4"] == 256
+
+
+def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call):
+    result = call("--int8", "--max-drop", -100, "--calib-images", 20)  # never reached: every layer goes back
+    assert result["agreement"] == 100.0
+    config = resnet50.load_checkpoint(result["checkpoint"])["config"]
+    assert len(config["float_layers"]) == 50
+    chosen = call("--int8", "--float-layers", "conv1", "fc", "--calib-images", 20, "--overwrite")
+    assert resnet50.load_checkpoint(chosen["checkpoint"])["config"]["float_layers"] == ["conv1", "fc"]
+
+
+def test_cascade(call, tmp_path, trained):
+    small = call("--prune", 0.5, "--epochs", 1, "--calib-images", 20, "--out", tmp_path / "small")["checkpoint"]
+    result = call("--cascade", small, trained, "--max-drop", 5, "--calib-images", 30)
+    assert [r["stage"] for r in result["stages"]] == ["big", "small", "cascade"]
+    pixels = photographs(9, 32, 32)
+    a, b, c = (logits(p, pixels) for p in (small, trained, result["checkpoint"]))
+    sure = a.softmax(1).amax(1) >= result["threshold"]
+    assert torch.equal(c[sure], a[sure]) and torch.allclose(c[~sure], b[~sure], atol=1e-4)
+
+
+def test_auto(call, tmp_path):
+    result = call("--auto", "--max-drop", 100, "--epochs", 1, "--calib-images", 20)
+    stages = [r["stage"] for r in result["stages"]]
+    assert stages[0] == "original" and {"0 quantize", "0.5 finetune", "0.75 quantize"} <= set(stages)
+    fastest = min(result["stages"], key=lambda r: r["latency_ms_bs1"])
+    assert result["after"]["latency_ms_bs1"] == fastest["latency_ms_bs1"]
+    assert logits(result["checkpoint"], photographs(1, 32, 32)).shape == (1, 10)
+    assert (tmp_path / "out" / "pareto.svg").read_text().startswith("<svg")
+
+
+def test_images_without_labels(call, tmp_path, tiny):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for i, name in enumerate(data.images_below(tiny, "train")[:30]):
+        (folder / f"{i}.jpg").write_bytes(open(os.path.join(tiny, name), "rb").read())
+    result = call("--int8", "--data", folder, "--calib-images", 10)
+    assert result["top1"] is None and result["after"]["top5"] is None
+    assert 0 <= result["agreement"] <= 100 and result["after"]["images"] == 20
+
+
+@pytest.mark.parametrize("flags, code, text", [
+    (("--prune", "0.999", "--round-to", "1"), 2, "leaves nothing"),
+    (("--prune", "0.5", "--target-macs", "1e6"), 2, "exclude each other"),
+    (("--target-latency", "-1"), 2, "must be positive"),
+    ((), 2, "nothing to do"),
+    (("--int8", "--data", "EMPTY"), 3, "no images"),
+    (("--int8", "--data", "nowhere"), 3, "nowhere: no such folder"),
+    (("--prune", "0.5", "--data", "EMPTY"), 3, "EMPTY"),
+    (("--distill", "nowhere.pt", "--int8"), 3, "nowhere.pt: neither a file nor a model"),
+    (("--int8", "--float-layers", "conv9"), 2, "conv9"),
+    (("--int8", "--stages", "prune"), 2, "the flags ask for quantize"),
+    (("--max-drop", "1", "--prune", "0.5"), 2, "--max-drop"),
+    (("--cascade", "nowhere.pt", "TRAINED"), 3, "nowhere.pt: No such file")])
+def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags, code, text):
+    (tmp_path / "EMPTY").mkdir()
+    flags = [str(tmp_path / "EMPTY") if f == "EMPTY" else trained if f == "TRAINED" else f for f in flags]
+    before = open(trained, "rb").read()
+    with pytest.raises(UserError) as caught:
+        call(*flags)
+    assert caught.value.code == code and text.replace("EMPTY", str(tmp_path / "EMPTY")) in str(caught.value)
+    assert not list((tmp_path / "out").glob("*.pt")) and open(trained, "rb").read() == before
+
+
+def test_ratio_outside_is_wrong_usage(capsys):
+    for flags in (["--prune", "1"], ["--prune", "-0.1"], ["--sparsity", "1.5"]):
+        with pytest.raises(SystemExit) as caught:
+            compress.get_args_parser().parse_args(flags)
+        assert caught.value.code == 2 and "must lie in [0, 1)" in capsys.readouterr().err
+
+
+def test_checkpoints_that_cannot_be_compressed(call, tmp_path, trained):
+    model = resnet50.build_model(resnet50.load_checkpoint(trained), trained)
+    classes = sorted(data.DEMO_CLASSES)
+    with torch.no_grad():
+        model.layer3[0].conv2.weight[0] = float("nan")
+    resnet50.save_checkpoint(str(tmp_path / "nan.pt"), model, classes=classes)
+    with pytest.raises(UserError, match=r"nan.pt: layer3.0.conv2.weight holds values that are not finite"):
+        call("--int8", checkpoint=str(tmp_path / "nan.pt"))
+    int8 = call("--int8", "--calib-images", 10)["checkpoint"]
+    with pytest.raises(UserError, match="is int8, which cannot be trained"):
+        call("--prune", 0.5, "--out", tmp_path / "second", checkpoint=int8)
+    other = ResNet50(num_classes=10, widths=WIDTHS)
+    resnet50.save_checkpoint(str(tmp_path / "other.pt"), other, classes=[f"x{i}" for i in range(10)])
+    with pytest.raises(UserError, match="other.pt: has other classes"):
+        call("--distill", tmp_path / "other.pt", "--out", tmp_path / "third")
+    assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
