@@ -19,6 +19,7 @@ import html
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import time
@@ -32,13 +33,18 @@ from torch.nn import functional as F
 import csrc
 import data
 import train
+from csrc.reference import MULT_BITS
 from resnet50 import (
+    HEADROOM,
     Bottleneck,
     Cascade,
     Flat,
+    Int8Conv,
+    Int8Linear,
     ResNet50,
     UserError,
     add_model_args,
+    batch_norm_affine,
     build_model,
     conv_grid,
     count_macs,
@@ -55,7 +61,6 @@ from resnet50 import (
     load_weights,
     measure,
     normalize,
-    observe,
     predict,
     quantize,
     run_script,
@@ -286,7 +291,8 @@ def fit(rows, values):
 
 def stand_in(model):
     """The int8 network of the model's shapes, with ranges out of the air: to measure time"""
-    return quantize(model, ranges={step.name: (0.0, 6.0) for step in flatten(model)})
+    ranges = {step.name: (0.0, 6.0) for step in flatten(model)}
+    return quantize(copy.deepcopy(model).cpu(), ranges=ranges).to(next(model.parameters()).device)
 
 
 @torch.no_grad()
@@ -309,11 +315,13 @@ def step_times(model, example_pixels, size, int8, repeats=5):
     for _ in range(repeats + 1):
         last = [time.perf_counter()]
 
-        def watch(step, _):
+        def watch(step, y):
+            if y.is_cuda:
+                torch.cuda.synchronize()
             now = time.perf_counter()
             best[step.name] = min(best.get(step.name, math.inf), (now - last[0]) * 1e3)
             last[0] = time.perf_counter()
-        if int8 and net.config["attention"] == "none" and csrc.available():
+        if int8 and pixels.device.type == "cpu" and net.one_call and csrc.available():
             profile = torch.ops.resnet50.network_int8_profile(pixels, net.plan(), net.config["num_classes"])
             for step, ms in zip(net.steps, profile.tolist()[-len(net.steps):]):
                 best[step.name] = min(best.get(step.name, math.inf), ms)
@@ -504,6 +512,203 @@ def load_teacher(name, model, classes, device):
     return teacher.to(device, memory_format=torch.channels_last)
 
 
+# ---------------------------------------------------------------------------------- post-training quantization
+
+BINS = 4096  # of a histogram on each side of zero: 8 to 16 for each of the 256 levels
+
+
+class Statistics:
+    """What calibration sees of one step's results (N, C, ...): a histogram over 2 BINS bins of (-reach, reach), and per
+    channel the maximum and the mean. The histogram extends itself by doubling: bins merge two by two, and zero stays an
+    edge."""
+
+    def __init__(self):
+        self.counts, self.reach = torch.zeros(2 * BINS, dtype=torch.float64), 0.0
+        self.low = self.high = self.max = self.mean = 0.0
+        self.seen = 0
+
+    def add(self, name, y):
+        low, high = (v.item() for v in y.aminmax())
+        if not math.isfinite(high - low):
+            raise UserError(f"{name}: results in calibration are not finite")
+        most = max(-low, high)
+        self.reach = self.reach or most
+        while self.reach < most:
+            self.counts = torch.cat([torch.zeros(BINS // 2), self.counts.view(-1, 2).sum(1), torch.zeros(BINS // 2)])
+            self.reach *= 2
+        if most:
+            self.counts += torch.histc(y, 2 * BINS, -self.reach, self.reach).double()
+        else:
+            self.counts[BINS] += y.numel()
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        wide = y.flatten(2) if y.dim() > 2 else y[:, :, None]
+        self.max = torch.maximum(wide.amax((0, 2)).double(), torch.as_tensor(self.max))
+        self.seen += len(y)
+        self.mean = self.mean + (wide.mean(2, dtype=torch.float64) - self.mean).sum(0) / self.seen
+
+
+@torch.no_grad()
+def gather(model, batches):
+    """float ResNet50, iterable of uint8 pixels (N, 3, H, W) -> {step name: Statistics} for every step's result."""
+    fused, found = fuse(model), {}
+    for pixels in batches:
+        fused.run(normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last),
+                  watch=lambda step, y: found.setdefault(step.name, Statistics()).add(step.name, y))
+    if not found:
+        raise UserError("quantization needs images to observe, and there are none")
+    return found
+
+
+def minmax(found):
+    return found.low, found.high
+
+
+def percentile(found, share=0.9999):
+    """As much as 1 - share of the values lies beyond either end."""
+    below = found.counts.cumsum(0) / found.counts.sum()
+    first, last = ((below >= q).nonzero()[0].item() - BINS for q in (1 - share, share))
+    width = found.reach / BINS
+    return min(max(first * width, found.low), 0.0), max(min((last + 1) * width, found.high), 0.0)
+
+
+def search(found, cost):
+    """The fraction of the whole range whose cost is least, as (low, high)"""
+    occupied = slice(0 if found.low < 0 else BINS, None)
+    counts = found.counts[occupied]
+    centres = ((torch.arange(2 * BINS, dtype=torch.float64) + 0.5 - BINS) * (found.reach / BINS))[occupied]
+
+    def price(fraction):
+        low, scale = fraction * found.low, fraction * (found.high - found.low) / 255
+        zero = round(-low / scale)
+        return cost(counts, centres, ((centres / scale).round_() + zero).clamp_(0, 255), zero, scale)
+    best = min(torch.linspace(1, 0.3, 71, dtype=torch.float64).tolist(), key=price)
+    return best * found.low, best * found.high
+
+
+def squared_error(counts, centres, ints, zero, scale):
+    """The squared error of quantization, summed over the values that a histogram counts"""
+    return torch.dot(counts, ((ints - zero) * scale - centres).square_()).item()
+
+
+def clipped_divergence(counts, centres, ints, zero, scale):
+    """TensorRT's measure (Migacz 2017, "8-bit Inference with TensorRT"): the Kullback-Leibler divergence of the clipped
+    histogram from the one that 256 levels keep of it. Zeros, which every range keeps, do not count."""
+    counts = torch.where((ints == zero) & (centres.abs() == centres.abs().min()), 0, counts)
+    inside = (centres > (-zero - 0.5) * scale) & (centres < (255.5 - zero) * scale)
+    kept, ints = counts * inside, ints.long()
+    total, filled = (torch.zeros(256, dtype=torch.float64).index_add_(0, ints, v) for v in (kept, (kept > 0).double()))
+    p, q = kept.clone(), torch.where(kept > 0, (total / filled.clamp_(min=1))[ints], 0)
+    first, last = inside.nonzero()[[0, -1], 0].tolist()
+    p[first] += counts[:first].sum()
+    p[last] += counts[last + 1:].sum()
+    p, q = p / p.sum().clamp(min=1), q / q.sum().clamp(min=1)
+    return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0).sum().item()
+
+
+OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": lambda found: search(found, squared_error),
+             "entropy": lambda found: search(found, clipped_divergence)}
+
+
+def ranges_of(found, observer):
+    """{step name: Statistics} -> {step name: (low, high)}, with zero in every range"""
+    if observer not in OBSERVERS:
+        raise UserError(f"observer {observer!r} is none of {', '.join(OBSERVERS)}", 2)
+    return {name: OBSERVERS[observer](s) if s.reach else (0.0, 0.0) for name, s in found.items()}
+
+
+def equalisation(model, found):
+    """{step name: Statistics} -> [(batch-norm, convolution behind it, float64 (C) factors)] for equalise()"""
+    pairs = []
+    for name, block in model.named_modules():
+        if isinstance(block, Bottleneck) and not block.split:
+            for source, bn, conv, last in (("conv1", "bn1", "conv2", block.bn2), ("conv2", "bn2", "conv3", block.bn3)):
+                peak = getattr(block, conv).weight.double() * batch_norm_affine(last)[0].view(-1, 1, 1, 1)
+                peak, reach = peak.abs().amax((0, 2, 3)), found[f"{name}.{source}"].max
+                factor = (reach.clamp(min=0.03 * reach.max()) / peak.clamp(min=0.01 * peak.median())).sqrt()
+                if factor.max() > 0 and factor.isfinite().all():  # not where all channels or weights are zero
+                    pairs.append((f"{name}.{bn}", f"{name}.{conv}", factor / factor.max()))
+    return pairs
+
+
+@torch.no_grad()
+def equalise(model, batches):
+    """Cross-layer equalisation inside the blocks (Nagel et al. 2019, arXiv 1906.04721; with ranges of activations as
+    SmoothQuant, arXiv 2211.10438) -> a copy of the float network that computes the same. ReLU lets channel c be divided
+    by a factor before it and the next convolution's weights be multiplied by it: sqrt(largest activation / largest
+    weight), so that both have the same spread. Split attention, which has no such ReLU, stays as it is."""
+    result = copy.deepcopy(model)
+    for bn, conv, factor in equalisation(model, gather(model, batches)):
+        result.get_submodule(bn).weight.div_(factor)
+        result.get_submodule(bn).bias.div_(factor)
+        result.get_submodule(conv).weight.mul_(factor.view(1, -1, 1, 1))
+    return result
+
+
+class BiasCorrection(Flat):
+    """Bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2), empirical: run(pixels) shifts the bias of
+    each convolution, in order and in place, by how far the float network's mean of a channel's results lies above the
+    int8's, on inputs that are corrected already. `means` {step name: float64 (C)} are of the same pixels: of others
+    they would differ by more than rounding does.
+
+    A bias stays within HEADROOM, so what conv_grid proves of accumulators holds."""
+
+    def __init__(self, net, means):
+        self.net, self.steps, self.means = net, net.steps, means
+        net.packed = None  # it holds the biases of before
+
+    def call(self, step, x, **more):
+        y = self.net.call(step, x, **more)
+        module = self.net.get_submodule(step.name)
+        if not isinstance(module, (Int8Conv, Int8Linear)):
+            return y
+        if step.kind == "conv":
+            unit, mean = module.mult.double() * module.scale / 2 ** MULT_BITS, y.sum((0, 2, 3)).double()
+            mean = (mean / (y.numel() / y.shape[1]) - module.zero) * module.scale
+        else:
+            unit, mean = module.scale.double(), y.double().mean(0)
+        old = module.bias.double()
+        new = old + ((self.means[step.name] - mean) / unit).round()
+        module.bias.copy_(torch.minimum(torch.maximum(new, old.clamp(max=-HEADROOM)), old.clamp(min=HEADROOM)))
+        return self.net.call(step, x, **more)
+
+
+@torch.no_grad()
+def post_training(model, batches, observer="mse", correct=True, **more):
+    """Post-training quantization of a float ResNet50 on the CPU, from `batches` of uint8 pixels (N, 3, H, W) ->
+    Int8ResNet50: ranges by `observer`, then biases are corrected, for which all pixels run at once. `more` is
+    quantize()'s: float_layers, bits, per_tensor. Most accurate is model = equalise(model, batches)."""
+    batches = list(batches)
+    found = gather(model, batches)
+    net = quantize(model, ranges=ranges_of(found, observer), **more)
+    if correct:
+        BiasCorrection(net, {name: s.mean for name, s in found.items()}).run(
+            torch.cat(batches).contiguous(memory_format=torch.channels_last))
+    return net
+
+
+@torch.no_grad()
+def signal_to_noise(model, net, batches):
+    """float ResNet50, its Int8ResNet50, iterable of uint8 pixels -> {step name: dB}: the power of a float result over
+    that of what its int8 counterpart, scaled back, differs by. `model` is what quantize() was given."""
+    fused, power, noise, scales = fuse(model), {}, {}, {}
+    for step in net.steps:
+        module = net.get_submodule(step.name)
+        scales[step.name] = ((1.0, 0) if step.kind == "linear" else scales[step.x] if step.kind in ("maxpool", "pool")
+                             else (module.scale.item(), int(getattr(module, "zero", 0))))
+    for pixels in batches:
+        ints = {}
+        net.run(pixels.contiguous(memory_format=torch.channels_last), watch=lambda s, y: ints.update({s.name: y}))
+
+        def watch(step, y):
+            if step.name in ints:  # a downsampling convolution is no step of its own there
+                scale, zero = scales[step.name]
+                error = (ints.pop(step.name).float() - zero) * scale - y
+                power[step.name] = power.get(step.name, 0.0) + y.square().sum(dtype=torch.float64).item()
+                noise[step.name] = noise.get(step.name, 0.0) + error.square().sum(dtype=torch.float64).item()
+        fused.run(normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last), watch=watch)
+    return {name: 10 * math.log10(max(power[name], 1e-30) / max(noise[name], 1e-30)) for name in power}
+
+
 # ------------------------------------------------------------------------------- quantization-aware training
 
 def round_through(x):
@@ -546,7 +751,7 @@ class FakeQuantResNet50(Flat, ResNet50):
         module = self.get_submodule(step.name) if step.kind != "avgpool" else None
         if step.kind == "linear":
             weight, bias = module.weight.detach().double() * scale, module.bias.detach().double()
-            unit = linear_unit(weight, bias)[:, None]
+            unit = linear_unit(weight, bias, **self.grid)[:, None]
             rounded = ((weight / unit).round().clamp(-127, 127) * unit / scale).to(x.dtype)
             return F.linear(F.dropout(x, self.config["dropout"], self.training),
                             module.weight + (rounded - module.weight).detach(), module.bias)
@@ -694,7 +899,7 @@ class Report:
         images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess))
         score = train.evaluate(model.to(self.world.device), images, self.args.eval_batch_size, self.world,
                                workers=self.args.workers, on_corrupt=self.args.on_corrupt, predictions=predictions)
-        self.original = self.original or predictions
+        self.original = predictions if self.original is None else self.original
         same, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), len(predictions))
         return dict(**{k: score[k] if self.sets.labelled else None for k in ("top1", "top5")},
                     agreement=round(100 * same / total, 4), images=score["images"])
@@ -726,7 +931,7 @@ class Report:
         rows, models = list(self.rows), list(self.models)
         if models[-1].precision == "int8" and models[-1].config["widths"] != models[0].config["widths"]:
             rows.append(self.extra.setdefault("unpruned_int8", {}))
-            models.append(stand_in(models[0].cpu()))
+            models.append(stand_in(models[0]))
         for key, batch, rounds in (("latency_ms_bs1", 1, 5), ("images_per_second_bs32", 32, 3)):
             values = None
             if self.world.rank == 0:
@@ -756,8 +961,8 @@ class Report:
 
 KEPT = ("opt", "momentum", "weight_decay", "loss", "label_smoothing", "focal_gamma", "class_weights", "clip_grad_norm",
         "crop_scale", "hflip", "color_jitter", "rotation", "elastic", "auto_augment", "ra_magnitude", "ra_std",
-        "random_erase", "mixup_alpha", "cutmix_alpha", "image_size", "exif", "lr_base_size", "model_ema_decay",
-        "model_ema_steps")  # what training after pruning takes over from the training before
+        "random_erase", "mixup_alpha", "cutmix_alpha", "image_size", "batch_size", "exif", "lr_base_size",
+        "model_ema_decay", "model_ema_steps")  # what training after pruning takes over from the training before
 
 
 def training_args(args, checkpoint, root, out, epochs, lr_share):
@@ -793,9 +998,13 @@ class Pipeline:
         """Each stage, its checkpoint and its row; with --resume a finished stage is read from its checkpoint."""
         for self.at, stage in enumerate(stages, 1):
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
+            if self.stop.poll():
+                raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
+                                f"{self.args.out}, and the same command with --resume goes on", code=75)
             if self.args.resume and os.path.exists(path):
                 self.model = build_model(load_checkpoint(path), path).to(self.world.device)
-                self.masks = {k: p.detach() != 0 for k, p in self.model.named_parameters() if k in self.masks}
+                if self.args.sparsity is not None or self.args.sparsity_2_4:
+                    self.masks = {k: p.detach() != 0 for k, p in self.model.named_parameters() if p.ndim > 1}
             else:
                 getattr(self, stage)()
                 self.save(path)
@@ -804,12 +1013,12 @@ class Pipeline:
     def path(self, name):
         return os.path.join(self.args.out, name if name == "best" else f"{self.at}-{name}")
 
-    def save(self, path, **metrics):
+    def save(self, path):
         encode = self.encode or {key: "sparse" for key, value in self.model.state_dict().items()
                                  if self.masks and value.ndim > 1 and (value == 0).float().mean() > 0.3}
         if self.world.rank == 0:
             save_checkpoint(path, self.model, classes=self.checkpoint["classes"], wnids=self.checkpoint["wnids"],
-                            args=self.checkpoint["args"], metrics=metrics, encode=encode)
+                            args=self.checkpoint["args"], encode=encode)
         self.world.barrier()
 
     def calibration(self):
@@ -914,38 +1123,49 @@ class Pipeline:
         self.fit("finetune", -(-self.args.epochs // self.args.rounds), 0.5)
 
     def qat(self):
-        args, float_model = self.args, self.model
+        args, (float_model, batches) = self.args, self.equalised()
         steps = args.freeze_bn_epochs * (len(data.open_folder(self.sets.root, val_split=args.val_split)[0])
                                          // (args.batch_size or 32))
-        fake = self.model = FakeQuantResNet50(float_model, self.ranges(), args.qat_ranges == "learned", steps)
-        self.fit("qat", args.qat_epochs, 0.02)
-        self.model = quantize(fake.cpu(), ranges=fake.ranges())
+        fake = self.model = FakeQuantResNet50(float_model, ranges_of(gather(float_model, batches), args.observer),
+                                              args.qat_ranges == "learned", steps, **self.grid())
+        self.fit("qat", args.qat_epochs, 0.1)
+        self.model = quantize(fake.cpu(), ranges=fake.ranges(), **self.grid())
         pixels = self.calibration()[0].cpu()
         same = (logits_of(fake, pixels).argmax(1) == logits_of(self.model, pixels).argmax(1)).float().mean().item()
         say(f"fake-quantized network and int8 program agree on {100 * same:.2f} % of {len(pixels)} images")
 
-    def ranges(self):
-        return observe(self.model, self.calibration()[0].split(32))
+    def grid(self):
+        return dict(bits=self.args.weight_bits, per_tensor=self.args.per_tensor)
+
+    def equalised(self):
+        """-> the float network on the CPU, its channels equalised if --equalise says so, and batches of pixels"""
+        batches, model = self.calibration()[0].cpu().split(32), self.model.cpu()
+        return equalise(model, batches) if self.args.equalise else model, batches
 
     def quantize(self):
-        args, float_model, ranges = self.args, self.model.cpu(), self.ranges()
+        args = self.args
         if args.int4_weights:
-            self.encode = {key: f"int4:{args.int4_weights}" for key, p in float_model.named_parameters() if p.ndim > 1}
+            self.encode = {key: f"int4:{args.int4_weights}" for key, p in self.model.named_parameters() if p.ndim > 1}
             with torch.no_grad():
                 for key, encoding in self.encode.items():
-                    weight = float_model.get_parameter(key)
+                    weight = self.model.get_parameter(key)
                     weight.copy_(decode_tensor(encode_tensor(weight, encoding)))
             return
-        self.model = quantize(float_model, ranges=ranges, float_layers=args.float_layers)
-        if args.max_drop is not None and self.report.drop(self.report.score(self.model)) > args.max_drop:
-            self.back_to_float(float_model, ranges)
+        float_model, batches = self.equalised()
 
-    def back_to_float(self, float_model, ranges):
+        def to_int8(float_layers):
+            return post_training(float_model, batches, args.observer, args.bias_correction, float_layers=float_layers,
+                                 **self.grid())
+        self.model = to_int8(args.float_layers)
+        table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.model, batches[:2])
+        say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
+        if args.max_drop is not None and self.report.drop(self.report.score(self.model)) > args.max_drop:
+            self.back_to_float(float_model, to_int8)
+
+    def back_to_float(self, float_model, to_int8):
         """Layers return to float, those first whose return brings the logits of the calibration images nearest to the
         float network's, until the drop is within --max-drop."""
-        def to_int8(layers):
-            return quantize(float_model, ranges=ranges, float_layers=layers)
-        pixels, chosen = self.calibration()[0][:64], list(self.args.float_layers)
+        pixels, chosen = self.calibration()[0][:64].cpu(), list(self.args.float_layers)
         names = [step.name for step in self.model.steps if step.kind in ("conv", "linear") and step.name not in chosen]
         gains = {name: divergence(float_model, to_int8(chosen + [name]), pixels) for name in names}
         names.sort(key=gains.get)
@@ -1032,7 +1252,8 @@ def get_args_parser():
     g.add_argument("--data", metavar="FOLDER", help="images; default: the checkpoint's own, else the demo set")
     g.add_argument("--out", default="runs/compress", metavar="FOLDER")
     g.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    g.add_argument("--resume", action="store_true", help="go on where a stopped run of the same flags was")
+    g.add_argument("--resume", nargs="?", const="auto", choices=("auto",),
+                   help="go on where a stopped run of the same flags was")
     g.add_argument("--stages", nargs="+", choices=STAGES, help="another order than the usual one")
     g.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)), metavar="N")
     g.add_argument("--eval-batch-size", type=train.positive, default=32, metavar="N")
@@ -1085,6 +1306,14 @@ def get_args_parser():
     g.add_argument("--qat-ranges", choices=("learned", "observed"), default="learned")
     g.add_argument("--freeze-bn-epochs", type=int, default=0, metavar="N",
                    help="batch statistics for so long, then the running ones")
+    g.add_argument("--observer", choices=OBSERVERS, default="mse", help="what chooses the range of activations")
+    g.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=True,
+                   help="even out channels inside blocks first")
+    g.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=True,
+                   help="shift biases to the float network's channel means")
+    g.add_argument("--weight-bits", type=int, choices=range(2, 9), default=8, metavar="2..8",
+                   help="use fewer of int8's values for weights")
+    g.add_argument("--per-tensor", action="store_true", help="one scale for all of a layer's weights, not per channel")
     g.add_argument("--float-layers", nargs="+", default=[], metavar="LAYER", help="stay float, such as conv1 and fc")
     g.add_argument("--max-drop", type=float, metavar="POINTS",
                    help="return layers to float until no more is lost; with --auto and --cascade what may be lost")
@@ -1118,6 +1347,11 @@ def prepare_out(args, world):
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
+    if args.overwrite and world.rank == 0:
+        for name in os.listdir(args.out):
+            if re.fullmatch(r"(\d+-\w+|best)\.pt|report\.json|pareto\.svg", name):
+                os.unlink(os.path.join(args.out, name))
+    world.barrier()
 
 
 def check_args(args):

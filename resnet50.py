@@ -755,9 +755,11 @@ def conv_grid(name, weights, bias, residual, low, high, bits=8, per_tensor=False
     return Grid(scale, round(-low / scale), mult, mult * scale / 2 ** MULT_BITS, limit)
 
 
-def linear_unit(weight, bias):
-    """float64 (classes, C), in units of its input, and (classes) -> what one in each accumulator stands for"""
-    return torch.maximum(weight.abs().amax(1) / 127, bias.abs() / HEADROOM).clamp(min=1e-30).float()
+def linear_unit(weight, bias, bits=8, per_tensor=False):
+    """float64 (classes, C), in units of its input, and (classes) -> float32 (classes), what one in each accumulator
+    stands for"""
+    unit = torch.maximum(weight.abs().amax(1) / (2 ** (bits - 1) - 1), bias.abs() / HEADROOM).clamp(min=1e-30)
+    return (unit.max().expand_as(unit) if per_tensor else unit).float()
 
 
 def fill_conv(module, name, weights, bias, residual, low, high, centre, **grid):
@@ -828,7 +830,7 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
             module.fill([model.fc.weight], model.fc.bias, low, high)
         elif step.kind == "linear":
             weight, bias = model.fc.weight.double() * scale, model.fc.bias.double()
-            unit = linear_unit(weight, bias)
+            unit = linear_unit(weight, bias, **grid)
             module.weight.copy_((weight / unit[:, None]).round().clamp(-127, 127))
             module.bias.copy_((bias / unit).round())
             module.scale.copy_(unit)
