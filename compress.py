@@ -676,7 +676,7 @@ class BiasCorrection(Flat):
 def post_training(model, batches, observer="mse", correct=True, **more):
     """Post-training quantization of a float ResNet50 on the CPU, from `batches` of uint8 pixels (N, 3, H, W) ->
     Int8ResNet50: ranges by `observer`, then biases are corrected, for which all pixels run at once. `more` is
-    quantize()'s: float_layers, bits, per_tensor. Most accurate is model = equalise(model, batches)."""
+    quantize()'s: float_layers, bits, per_tensor. Where channels differ much, model = equalise(model, batches)."""
     batches = list(batches)
     found = gather(model, batches)
     net = quantize(model, ranges=ranges_of(found, observer), **more)
@@ -701,8 +701,8 @@ def signal_to_noise(model, net, batches):
 
         def watch(step, y):
             if step.name in ints:  # a downsampling convolution is no step of its own there
-                scale, zero = scales[step.name]
-                error = (ints.pop(step.name).float() - zero) * scale - y
+                got, (scale, zero) = ints.pop(step.name), scales[step.name]
+                error = (got if got.is_floating_point() else (got.float() - zero) * scale) - y
                 power[step.name] = power.get(step.name, 0.0) + y.square().sum(dtype=torch.float64).item()
                 noise[step.name] = noise.get(step.name, 0.0) + error.square().sum(dtype=torch.float64).item()
         fused.run(normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last), watch=watch)
@@ -840,9 +840,9 @@ def class_folders(root):
 
 
 def open_sets(args, checkpoint, model, world, trains):
-    """Images from --data, else from where the checkpoint was trained, else the demo set. Calibration images are a
-    random part of the training images; in a folder without train/ and val/, a part that is then not evaluated. Where
-    the folders are not this network's classes, the images serve without labels."""
+    """Images from --data, else from where the checkpoint was trained, else the demo set. Calibration images are spread
+    evenly over the training images; in a folder without train/ and val/ they are then not evaluated. Where the folders
+    are not this network's classes, the images serve without labels."""
     recorded = checkpoint["args"].get("data")
     root = args.data or (recorded if recorded and os.path.isdir(recorded) else None)
     origin = "--data" if args.data else "the checkpoint's record" if root else "the demo set"
@@ -862,14 +862,14 @@ def open_sets(args, checkpoint, model, world, trains):
     else:
         _, last, _, _, notes = data.open_folder(root, classes, wnids, eval_only=True)
         first = last
-    order = np.random.default_rng(args.seed).permutation(len(first))
     count = min(args.calib_images, len(first) // 2 if first is last else len(first))
+    chosen = np.arange(count) * len(first) // max(count, 1)  # evenly through the folders: every class in its share
     if not count:
         raise UserError(f"{root}: {len(first)} images are too few to calibrate and to evaluate")
-    evaluation = last.select(np.sort(order[count:])) if first is last else last
+    evaluation = last.select(np.setdiff1d(np.arange(len(last)), chosen)) if first is last else last
     notes.append(f"{origin}, {root}: {count} images calibrate, {len(evaluation)} others evaluate")
     names = classes or (folders if labelled else [str(i) for i in range(model.config["num_classes"])])
-    return Sets(root, first.select(np.sort(order[:count])), evaluation, labelled, names, notes)
+    return Sets(root, first.select(chosen), evaluation, labelled, names, notes)
 
 
 def read_pixels(files, model, args):
@@ -932,12 +932,12 @@ class Report:
         if models[-1].precision == "int8" and models[-1].config["widths"] != models[0].config["widths"]:
             rows.append(self.extra.setdefault("unpruned_int8", {}))
             models.append(stand_in(models[0]))
-        for key, batch, rounds in (("latency_ms_bs1", 1, 5), ("images_per_second_bs32", 32, 3)):
+        for key, batch, rounds, repeats in (("latency_ms_bs1", 1, 6, 3), ("images_per_second_bs32", 32, 4, 1)):
             values = None
             if self.world.rank == 0:
                 inputs = [example(m, batch, m.preprocess["crop"]) for m in models]
-                times = [[measure(lambda: m(x), self.world.device, 3) for m, x in zip(models, inputs)]
-                         for _ in range(rounds)]
+                times = [[measure(lambda: m(x), self.world.device, repeats, 0) for m, x in zip(models, inputs)]
+                         for _ in range(rounds)][1:]  # the first round warms up
                 values = [statistics.median(column) for column in zip(*times)]
             for row, ms in zip(rows, self.world.gather(values)[0]):
                 row[key] = round(ms, 3) if batch == 1 else round(batch / ms * 1e3, 2)
@@ -1307,7 +1307,7 @@ def get_args_parser():
     g.add_argument("--freeze-bn-epochs", type=int, default=0, metavar="N",
                    help="batch statistics for so long, then the running ones")
     g.add_argument("--observer", choices=OBSERVERS, default="mse", help="what chooses the range of activations")
-    g.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=True,
+    g.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=False,
                    help="even out channels inside blocks first")
     g.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=True,
                    help="shift biases to the float network's channel means")

@@ -1233,10 +1233,10 @@ def count_macs(model, size=224):
     return macs
 
 
-def measure(fn, device, repeats=7):
-    """Median milliseconds of fn() after two warm-up calls."""
+def measure(fn, device, repeats=7, warmup=2):
+    """Median milliseconds of fn() after the warm-up calls."""
     times = []
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warmup):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -1244,7 +1244,7 @@ def measure(fn, device, repeats=7):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[2:])
+    return statistics.median(times[warmup:])
 
 
 def stage_of(name):
