@@ -416,7 +416,7 @@ class Teacher:
     def __init__(self, teacher, student, kind, temperature, alpha, beta, size):
         self.teacher, self.student = teacher.eval().requires_grad_(False), student
         self.kind, self.temperature, self.alpha, self.beta = kind, temperature, alpha, beta
-        self.pairs = []
+        self.pairs, self.hooks = [], []
         if beta:
             mine, theirs = taps(student, size), taps(teacher, size)
             common = [s for s in mine if s in theirs]
@@ -425,23 +425,25 @@ class Teacher:
             self.pairs = [(self.keep(student.get_submodule(mine[s])), self.keep(teacher.get_submodule(theirs[s])))
                           for s in common]
 
-    @staticmethod
-    def keep(module):
-        """-> a list whose only element is the module's last output in training (student) or at all (teacher)"""
+    def keep(self, module):
+        """-> a list whose only element is the module's last output"""
         box = [None]
 
         def hook(module, _, output):
             box[0] = output
-        module.register_forward_hook(hook)
+        self.hooks.append(module.register_forward_hook(hook))
         return box
+
+    def close(self):
+        for hook in self.hooks:
+            hook.remove()
 
     def __call__(self, loss_fn):
         def loss(logits, target, images):
-            kept = [box[0] for box, _ in self.pairs]  # before the teacher, which may share modules' hooks with nobody
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 other = self.teacher(self.renormalize(images)).float()
             soft = self.soft(logits, other, target)
-            features = sum((energy(a) - energy(b[0])).square().mean() for a, (_, b) in zip(kept, self.pairs))
+            features = sum((energy(a[0]) - energy(b[0])).square().mean() for a, b in self.pairs)
             return (1 - self.alpha) * loss_fn(logits, target) + self.alpha * soft + self.beta * features
         return loss
 
@@ -673,12 +675,13 @@ class BiasCorrection(Flat):
 
 
 @torch.no_grad()
-def post_training(model, batches, observer="mse", correct=True, **more):
+def post_training(model, batches, observer="mse", correct=True, found=None, **more):
     """Post-training quantization of a float ResNet50 on the CPU, from `batches` of uint8 pixels (N, 3, H, W) ->
-    Int8ResNet50: ranges by `observer`, then biases are corrected, for which all pixels run at once. `more` is
-    quantize()'s: float_layers, bits, per_tensor. Where channels differ much, model = equalise(model, batches)."""
+    Int8ResNet50: ranges by `observer`, then biases are corrected, for which all pixels run at once. `found` is
+    gather(model, batches), if it is known; `more` is quantize()'s: float_layers, bits, per_tensor. Where channels
+    differ much, model = equalise(model, batches)."""
     batches = list(batches)
-    found = gather(model, batches)
+    found = found or gather(model, batches)
     net = quantize(model, ranges=ranges_of(found, observer), **more)
     if correct:
         BiasCorrection(net, {name: s.mean for name, s in found.items()}).run(
@@ -711,9 +714,9 @@ def signal_to_noise(model, net, batches):
 
 # ------------------------------------------------------------------------------- quantization-aware training
 
-def round_through(x):
-    """round(x) whose gradient is 1 (the straight-through estimator, arXiv 1308.3432)"""
-    return x + (x.round() - x).detach()
+def straight(x, rounded):
+    """The value of `rounded` with the gradient of x (the straight-through estimator, arXiv 1308.3432)"""
+    return x + (rounded.to(x.dtype) - x).detach()
 
 
 class FakeQuantResNet50(Flat, ResNet50):
@@ -753,8 +756,9 @@ class FakeQuantResNet50(Flat, ResNet50):
             weight, bias = module.weight.detach().double() * scale, module.bias.detach().double()
             unit = linear_unit(weight, bias, **self.grid)[:, None]
             rounded = ((weight / unit).round().clamp(-127, 127) * unit / scale).to(x.dtype)
-            return F.linear(F.dropout(x, self.config["dropout"], self.training),
-                            module.weight + (rounded - module.weight).detach(), module.bias)
+            unit = unit[:, 0].double()
+            return F.linear(F.dropout(x, self.config["dropout"], self.training), straight(module.weight, rounded),
+                            straight(module.bias, (bias / unit).round() * unit))
         if step.kind == "maxpool":
             return self.note(step, module(x), scale, self.zero_of[step.x])
         if step.kind == "pool":
@@ -795,13 +799,18 @@ class FakeQuantResNet50(Flat, ResNet50):
         exact = [((w / std).detach().double(), self.scale_of[part.x]) for (w, _, _), (part, _) in zip(folded, parts)]
         grid = conv_grid(step.name, exact, shift.detach().double(), self.scale_of.get(step.residual), low, high,
                          **self.grid)
-        y, live = 0.0, self.live
+        y, offset, live = 0.0, 0.0, self.live
         for (weight, factor, bn), (part, z), (w, scale) in zip(folded, parts, exact):
-            rounded = (grid.weights(w, scale) * (grid.unit / scale).view(-1, 1, 1, 1)).to(z.dtype) * std
-            module = self.get_submodule(part.name)
-            z = module._conv_forward(z, weight + (rounded - weight).detach(), None)
+            ints = grid.weights(w, scale)
+            if step.x == "pixels":
+                centre = 255 * torch.tensor(self.preprocess["mean"], device=x.device, dtype=torch.float64)
+                offset = (ints * centre.view(1, -1, 1, 1)).flatten(1).sum(1)
+            rounded = (ints * (grid.unit / scale).view(-1, 1, 1, 1)).to(z.dtype) * std
+            z = self.get_submodule(part.name)._conv_forward(z, straight(weight, rounded), None)
             y = y + (bn(z / torch.where(factor.abs() < 1e-6, 1e-6, factor).view(1, -1, 1, 1)) if live else z)
-        y = y if live else y + shift.view(1, -1, 1, 1)
+        if not live:
+            bias = (grid.bias(shift.detach().double(), offset) + offset) * grid.unit - grid.zero * grid.scale
+            y = y + straight(shift, bias).view(1, -1, 1, 1)
         y = y if residual is None else y + residual
         return F.relu(y) if step.relu else y, grid.scale, float(grid.zero)
 
@@ -816,7 +825,8 @@ class FakeQuantResNet50(Flat, ResNet50):
 
 def fake_quantize(x, scale, zero):
     """Float -> the nearest of scale * (0 ... 255 - zero). Differentiable in x and scale."""
-    return (round_through((x / scale + zero).clamp(0, 255)) - zero) * scale
+    steps = (x / scale + zero).clamp(0, 255)
+    return (straight(steps, steps.round()) - zero) * scale
 
 
 # -------------------------------------------------------------------------------------------------------- data
@@ -889,8 +899,8 @@ def read_pixels(files, model, args):
 class Report:
     """Every stage's network on the same images; the first is the network as it came."""
 
-    def __init__(self, args, sets, world):
-        self.args, self.sets, self.world = args, sets, world
+    def __init__(self, args, sets, world, stop):
+        self.args, self.sets, self.world, self.stop = args, sets, world, stop
         self.rows, self.models, self.original, self.extra = [], [], None, {}
 
     def score(self, model):
@@ -898,7 +908,11 @@ class Report:
         predictions = []
         images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess))
         score = train.evaluate(model.to(self.world.device), images, self.args.eval_batch_size, self.world,
-                               workers=self.args.workers, on_corrupt=self.args.on_corrupt, predictions=predictions)
+                               workers=self.args.workers, on_corrupt=self.args.on_corrupt, predictions=predictions,
+                               poll=self.stop.poll)
+        if score is None:
+            raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
+                            f"{self.args.out}, and the same command with --resume goes on", code=75)
         self.original = predictions if self.original is None else self.original
         same, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), len(predictions))
         return dict(**{k: score[k] if self.sets.labelled else None for k in ("top1", "top5")},
@@ -991,16 +1005,13 @@ class Pipeline:
 
     def __init__(self, args, world, stop, model, checkpoint, sets, report, teacher=None):
         self.args, self.world, self.stop, self.checkpoint, self.sets = args, world, stop, checkpoint, sets
-        self.model, self.original, self.report, self.teacher = model, model, report, teacher
+        self.model, self.report, self.teacher = model, report, teacher
         self.masks, self.pixels, self.encode, self.at = {}, None, {}, 0
 
     def run(self, stages):
         """Each stage, its checkpoint and its row; with --resume a finished stage is read from its checkpoint."""
         for self.at, stage in enumerate(stages, 1):
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
-            if self.stop.poll():
-                raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
-                                f"{self.args.out}, and the same command with --resume goes on", code=75)
             if self.args.resume and os.path.exists(path):
                 self.model = build_model(load_checkpoint(path), path).to(self.world.device)
                 if self.args.sparsity is not None or self.args.sparsity_2_4:
@@ -1032,13 +1043,15 @@ class Pipeline:
         epoch's weights."""
         args, model, teacher = self.args, self.model, self.teacher
         run = training_args(args, self.checkpoint, self.sets.root, self.path(stage), epochs, lr_share)
-        teach = (lambda loss: loss) if teacher is None else Teacher(
-            teacher, model, args.kd_loss, args.kd_temperature, args.kd_alpha, args.kd_features, run.image_size)
+        teach = teacher and Teacher(teacher, model, args.kd_loss, args.kd_temperature, args.kd_alpha, args.kd_features,
+                                    run.image_size)
         for name, parameter in model.named_parameters():
             if name in self.masks:  # a weight that is zero and has no gradient stays zero under every optimizer here
                 parameter.register_hook(lambda gradient, mask=self.masks[name]: gradient * mask)
-        result = train.train(run, self.world, self.stop, model, (self.checkpoint["classes"], self.checkpoint["wnids"]),
-                             teach)
+        names = self.checkpoint["classes"], self.checkpoint["wnids"]
+        result = train.train(run, self.world, self.stop, model, names, teach or (lambda loss: loss))
+        if teach:
+            teach.close()
         self.world.barrier()
         load_weights(model, load_checkpoint(result["checkpoint"])["model"], result["checkpoint"])
         model.eval()
@@ -1085,14 +1098,14 @@ class Pipeline:
             keep = self.reach_target(importance, part)
         self.model = prune(model, keep)
         if args.sensitivity:
-            self.say_sensitivity(importance)
+            self.say_sensitivity(model, importance)
         if args.recalibrate:
             recalibrate(self.model, self.calibration()[0].split(32))
         say(widths_line(model, self.model))
 
-    def say_sensitivity(self, importance):
-        """The network as it came to this stage, each space pruned alone by half"""
-        table = sensitivity(self.original, importance, self.calibration()[0][:64], 0.5, self.args.round_to)
+    def say_sensitivity(self, model, importance):
+        """Of the network as it came to this stage, each space alone pruned by half"""
+        table = sensitivity(model, importance, self.calibration()[0][:64], 0.5, self.args.round_to)
         say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
         for name, (kl, same) in sorted(table.items(), key=lambda item: -item[1][0]):
             say(f"{name:24}{kl:>14.3e}{same:>10.1f}")
@@ -1102,11 +1115,14 @@ class Pipeline:
         """-> what prune keeps for --target-macs, --target-params or --target-latency"""
         args, model, size = self.args, self.model, self.model.preprocess["crop"]
         kind = next(k for k in TARGETS if getattr(args, "target_" + k) is not None)
-        target, ends, int8 = getattr(args, "target_" + kind), layers(model), args.int8 or args.qat
+        goal, ends, int8 = getattr(args, "target_" + kind), layers(model), args.int8 or args.qat
         cost = cost_of(kind, model, size, int8)
         total = sum(map(sum, cost.values()))
         now = milliseconds(model, size, int8) if kind == "latency" else total
-        target = now * min(1.0, target / now) ** part
+        if now <= goal:
+            say(f"--target-{kind} {goal:g}: the network is there already, at {now:.6g}")
+            return {name: torch.arange(len(score)) for name, score in importance.items()}
+        target = now * (goal / now) ** part
         budget = total * target / now
         for _ in range(4):  # what the table of latencies says is corrected by what the pruned network takes
             keep = greedy(model, importance, cost, ends, budget, args.round_to)
@@ -1124,8 +1140,9 @@ class Pipeline:
 
     def qat(self):
         args, (float_model, batches) = self.args, self.equalised()
-        steps = args.freeze_bn_epochs * (len(data.open_folder(self.sets.root, val_split=args.val_split)[0])
-                                         // (args.batch_size or 32))
+        run = training_args(args, self.checkpoint, self.sets.root, self.path("qat"), args.qat_epochs, 1.0)
+        images = len(data.open_folder(self.sets.root, val_split=args.val_split)[0])
+        steps = args.freeze_bn_epochs * (images // (run.batch_size * self.world.size))
         fake = self.model = FakeQuantResNet50(float_model, ranges_of(gather(float_model, batches), args.observer),
                                               args.qat_ranges == "learned", steps, **self.grid())
         self.fit("qat", args.qat_epochs, 0.1)
@@ -1152,10 +1169,11 @@ class Pipeline:
                     weight.copy_(decode_tensor(encode_tensor(weight, encoding)))
             return
         float_model, batches = self.equalised()
+        found = gather(float_model, batches)
 
         def to_int8(float_layers):
-            return post_training(float_model, batches, args.observer, args.bias_correction, float_layers=float_layers,
-                                 **self.grid())
+            return post_training(float_model, batches, args.observer, args.bias_correction, found,
+                                 float_layers=float_layers, **self.grid())
         self.model = to_int8(args.float_layers)
         table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.model, batches[:2])
         say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
@@ -1208,8 +1226,6 @@ def masks_global(model, share):
     """The weights of least magnitude, over all convolutions and the classifier but the first -> {name: mask}"""
     found = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("conv1")}
     every = torch.cat([p.detach().abs().flatten() for p in found.values()])
-    if not 0 < share < 1:
-        raise UserError(f"--sparsity {share}: must lie between 0 and 1", code=2)
     threshold = every.kthvalue(max(1, round(share * len(every)))).values
     return {name: p.detach().abs() > threshold for name, p in found.items()}
 
@@ -1327,7 +1343,7 @@ def stage_list(args):
     """-> the stages that the flags ask for, in order; gradual pruning repeats two of them"""
     pruned = args.prune is not None or args.sparsity is not None or args.sparsity_2_4 or any(
         getattr(args, f"target_{k}") is not None for k in TARGETS)
-    taught = args.distill is not None and args.student is None
+    taught = args.distill is not None and args.student is None and not args.qat  # which is training by itself
     wanted = dict(distill=args.student is not None, prune=pruned, finetune=args.epochs > 0 and (pruned or taught),
                   qat=args.qat, quantize=bool(args.int8 and not args.qat or args.int4_weights))
     stages = [stage for stage in args.stages or STAGES if wanted[stage]]
@@ -1373,8 +1389,23 @@ def check_args(args):
         refuse("--rounds goes with --prune or a --target-..., and --epochs")
     if args.int4_weights and (args.int8 or args.qat or goals[:1] == ["--sparsity"] or args.sparsity_2_4):
         refuse("--int4-weights excludes --int8, --qat and sparsity")
-    if (args.float_layers or args.max_drop is not None) and not (args.int8 or args.auto or args.cascade):
-        refuse("--float-layers and --max-drop go with --int8, --auto or --cascade")
+    if args.sparsity == 0:
+        refuse("--sparsity 0: nothing would be set to zero")
+    if args.float_layers and not (args.int8 or args.auto) or args.float_layers and args.qat:
+        refuse("--float-layers goes with --int8 or --auto, and not with --qat")
+    if args.max_drop is not None and (args.qat or not (args.int8 or args.auto or args.cascade)):
+        refuse("--max-drop goes with --int8, --auto or --cascade, and not with --qat")
+    if args.student is not None:
+        try:
+            narrower = 0 < float(args.student) <= 1
+        except ValueError:
+            narrower = None
+        if narrower is False:
+            refuse(f"--student {args.student}: a share of the channels lies in (0, 1]")
+        if narrower is None and (goals or args.int8 or args.qat or args.int4_weights):
+            refuse(f"--student {args.student}: only ResNet-50s are pruned and quantized")
+        if not args.epochs:
+            refuse("--student needs --epochs")
     alone = "--cascade" if args.cascade else "--auto" if args.auto else None
     if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights):
         refuse(f"{alone} decides by itself: no --prune, --int8, --qat, --student, --int4-weights with it")
@@ -1419,8 +1450,8 @@ def compress(args, world, stop):
     teacher = args.distill and load_teacher(args.distill, model, checkpoint["classes"], world.device)
     prepare_out(args, world)
     say("\n".join([f"{source}: {', '.join(stages)}"] + sets.notes))
-    report = Report(args, sets, world)
-    report.add("original", model, source if os.path.exists(source) else None)
+    report = Report(args, sets, world, stop)
+    report.add("original", copy.deepcopy(model), source if os.path.exists(source) else None)
     if args.auto:
         return auto(args, world, stop, model, checkpoint, sets, report, teacher)
     Pipeline(args, world, stop, model, checkpoint, sets, report, teacher).run(stages)
@@ -1451,10 +1482,12 @@ def auto(args, world, stop, model, checkpoint, sets, report, teacher):
     chosen = min(fit, key=lambda r: r["latency_ms_bs1"])
     path = os.path.join(args.out, "best.pt")
     if world.rank == 0:
-        with open(chosen["checkpoint"], "rb") as f:
-            write_atomic(path, f.read())
+        chosen_model = report.models[report.rows.index(chosen)]
+        save_checkpoint(path, chosen_model, classes=checkpoint["classes"], wnids=checkpoint["wnids"],
+                        args=checkpoint["args"])
         write_atomic(os.path.join(args.out, "pareto.svg"), pareto_svg(report.rows, chosen, report.accuracy).encode())
-    report.rows.append({**chosen, "checkpoint": path, "bytes": chosen["bytes"]})
+    world.barrier()
+    report.rows.append({**chosen, "checkpoint": path, "bytes": os.path.getsize(path)})
     return finish(report, timed=True, max_drop=allowed)
 
 
@@ -1489,7 +1522,7 @@ def pareto_svg(rows, chosen, accuracy):
     return "\n".join(svg + ["</svg>"])
 
 
-def cascade(args, world):
+def cascade(args, world, stop):
     """--cascade: SMALL answers what it is sure of, BIG the rest. The threshold on the largest probability is the least
     with which no more than --max-drop points (default 0.5) of BIG's top-1 on the calibration images, or without labels
     of the agreement with it, are lost."""
@@ -1502,6 +1535,7 @@ def cascade(args, world):
         raise UserError(f"--cascade: {args.cascade[0]} and {args.cascade[1]} have different classes")
     model = Cascade(small, big, 1.0).eval()
     sets = open_sets(args, checkpoint, big, world, trains=False)
+    prepare_out(args, world)
     say("\n".join(sets.notes))
     pixels, labels = read_pixels(sets.calibration, big, args)
     first, second = (logits_of(m, pixels.to(world.device)).cpu() for m in (small, big))
@@ -1514,11 +1548,12 @@ def cascade(args, world):
     count = int(allowed[-1]) + 1 if len(allowed) else 0
     model.threshold = sure[order[count - 1]].item() if count else 1.0
     say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")
-    prepare_out(args, world)
-    report, path = Report(args, sets, world), os.path.join(args.out, "best.pt")
+    report, path = Report(args, sets, world, stop), os.path.join(args.out, "best.pt")
     report.add("big", big, args.cascade[1])
     report.add("small", small, args.cascade[0])
-    save_checkpoint(path, model, classes=checkpoint["classes"], wnids=checkpoint["wnids"])
+    if world.rank == 0:
+        save_checkpoint(path, model, classes=checkpoint["classes"], wnids=checkpoint["wnids"])
+    world.barrier()
     report.add("cascade", model, path)
     return finish(report, threshold=model.threshold)
 
@@ -1543,7 +1578,7 @@ def main(args):
     world = train.World(args.device, args.dist_timeout)
     stop = train.Stop(world)
     try:
-        result = cascade(args, world) if args.cascade else compress(args, world, stop)
+        result = cascade(args, world, stop) if args.cascade else compress(args, world, stop)
         return result if world.rank == 0 else None
     finally:
         stop.close()

@@ -728,6 +728,10 @@ class Grid(NamedTuple):
         unit = self.unit.view(-1, *[1] * (weight.dim() - 1))
         return (weight * scale / unit).round().clamp(-self.limit, self.limit)
 
+    def bias(self, bias, offset):
+        """float64 (O), of both that the weights make of inputs which stand for zero -> whole numbers, as stored"""
+        return ((bias + self.zero * self.scale) / self.unit - offset).round()
+
 
 def conv_grid(name, weights, bias, residual, low, high, bits=8, per_tensor=False):
     """weights: [(float64 (O, C, kh, kw), scale of its input)], one or two that add up; bias float64 (O); residual: its
@@ -768,7 +772,7 @@ def fill_conv(module, name, weights, bias, residual, low, high, centre, **grid):
     ints = [grid.weights(w, s) for w, s in weights]
     offset = (ints[0] * centre.view(1, -1, 1, 1)).flatten(1).sum(1)  # of the weights as they are now
     values = dict(weight=ints[0], weight2=ints[1] if ints[1:] else None, mult=grid.mult,
-                  bias=((bias + grid.zero * grid.scale) / grid.unit - offset).round(),
+                  bias=grid.bias(bias, offset),
                   gain=(residual / grid.unit).round() if residual else None, scale=grid.scale, zero=grid.zero)
     for key, value in values.items():
         if value is not None:

@@ -3,7 +3,6 @@ against the int8 program, losses against formulas written anew, and the commands
 import copy
 import json
 import os
-import re
 
 import numpy as np
 import pytest
@@ -48,6 +47,10 @@ def test_pruned_network_computes_what_the_switched_off_one_does(model, kind):
     sizes = []
     for tenth in range(10 if min(map(len, importance.values())) > 4 else 9):
         keep = compress.uniform(model, importance, tenth / 10, 1)
+        for name, index in keep.items():
+            gone = sorted(set(range(len(importance[name]))) - set(index.tolist()))
+            assert len(gone) == len(importance[name]) - round(len(importance[name]) * (1 - tenth / 10))
+            assert not gone or importance[name][gone].max() <= importance[name][index].min()
         small = compress.prune(model, keep)
         with torch.no_grad():
             got, expected = small(x), switched_off(model, keep)(x)
@@ -200,29 +203,34 @@ def test_masks():
 
 # ------------------------------------------------------------------------------- quantization-aware training
 
-def test_fake_quantized_layers_are_the_int8_program_within_one_step(model):
-    """Layer by layer on the int8 program's own inputs; and the same arg-max through the whole network"""
-    pixels = photographs(6, 64, 64)
-    fake = compress.FakeQuantResNet50(model, resnet50.observe(model, [pixels])).eval()
-    net, made = resnet50.quantize(fake, ranges=fake.ranges()), {}
+@torch.no_grad()
+def check_within_one_step(fake, net, pixels):
+    """Layer by layer, on the int8 program's own inputs. -> logits of both through the whole network"""
+    made, logits = {}, resnet50.predict(fake, pixels)
     net.run(pixels, watch=lambda step, y: made.update({step.name: y}))
-    with torch.no_grad():
-        logits = resnet50.predict(fake, pixels)
 
     def real(name):
         if name == "pixels":
-            return resnet50.normalize(pixels, model.preprocess)
+            return resnet50.normalize(pixels, fake.preprocess)
         return ((made[name].double() - fake.zero_of[name]) * fake.scale_of[name]).float()
     for step in net.steps:
-        with torch.no_grad():
-            y = fake.call(step, **{k: real(n) for k, n in (("x", step.x), ("residual", step.residual), ("x2", step.x2))
-                                   if n})
+        y = fake.call(step, **{k: real(n) for k, n in (("x", step.x), ("residual", step.residual), ("x2", step.x2))
+                               if n})
         if step.kind == "linear":
             assert torch.allclose(y, made["fc"], atol=1e-4)
         else:
             steps = y.double() / fake.scale_of[step.name] + fake.zero_of[step.name] - made[step.name].double()
             assert steps.abs().max() < 1.01 and (steps.abs() > 0.5).double().mean() < 0.05, step.name
-    assert torch.equal(logits.argmax(1), made["fc"].argmax(1))
+    return logits, made["fc"]
+
+
+def test_fake_quantized_layers_are_the_int8_program_within_one_step(model):
+    pixels = photographs(6, 64, 64)
+    for grid in ({}, dict(bits=4, per_tensor=True)):
+        fake = compress.FakeQuantResNet50(model, resnet50.observe(model, [pixels]), **grid).eval()
+        net = resnet50.quantize(fake, ranges=fake.ranges(), **grid)
+        a, b = check_within_one_step(fake, net, pixels)
+    assert torch.equal(a.argmax(1), b.argmax(1))
 
 
 def test_fake_quantize_has_lsq_s_gradient():
@@ -364,16 +372,17 @@ def test_prune_and_int8(call, tmp_path, trained, tiny, run):
     scored = train.main(train.get_args_parser().parse_args(
         ["--eval-only", "--checkpoint", after["checkpoint"], "--data", tiny, "--device", "cpu"]))
     assert scored["top1"] == after["top1"]  # the report's figure is what another script measures
-    for row in result["stages"][1:]:  # a fresh process rebuilds the same bits from the file alone
-        pixels = photographs(2, 32, 32)
-        np.save(tmp_path / "pixels.npy", pixels.numpy())
-        fresh = run("--help", script="compress.py", before=(
-            "import numpy, torch, resnet50\n"
-            f"c = resnet50.load_checkpoint({row['checkpoint']!r}); m = resnet50.build_model(c, 'x')\n"
-            f"p = torch.from_numpy(numpy.load({str(tmp_path / 'pixels.npy')!r}))\n"
-            f"torch.set_num_threads(1); torch.save(resnet50.predict(m, p), {str(tmp_path / 'logits.pt')!r})"))
-        assert fresh.returncode == 0, fresh.stderr
-        assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(row["checkpoint"], pixels))
+    pixels, paths = photographs(2, 32, 32), [row["checkpoint"] for row in result["stages"][1:]]
+    np.save(tmp_path / "pixels.npy", pixels.numpy())  # a fresh process rebuilds the same bits from the files alone
+    fresh = run("--help", script="compress.py", before=(
+        "import numpy, torch, resnet50\n"
+        f"p = torch.from_numpy(numpy.load({str(tmp_path / 'pixels.npy')!r}))\n"
+        f"made = [resnet50.build_model(resnet50.load_checkpoint(f), f) for f in {paths!r}]\n"
+        "torch.set_num_threads(1)\n"
+        f"torch.save([resnet50.predict(m, p).detach() for m in made], {str(tmp_path / 'logits.pt')!r})"))
+    assert fresh.returncode == 0, fresh.stderr
+    for path, got in zip(paths, torch.load(tmp_path / "logits.pt"), strict=True):
+        assert torch.equal(got, logits(path, pixels))
     with pytest.raises(UserError, match="not empty"):
         call("--int8")
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.pt")}
@@ -385,7 +394,7 @@ def test_prune_and_int8(call, tmp_path, trained, tiny, run):
 @pytest.mark.parametrize("flags", [
     ("--target-macs", 5e5), ("--target-params", 4e4, "--importance", "taylor"),
     ("--prune", 0.4, "--ranking", "global", "--importance", "bn", "--sensitivity"),
-    ("--prune", 0.6, "--rounds", 2, "--importance", "activation")])
+    ("--prune", 0.6, "--rounds", 2, "--importance", "activation", "--sensitivity")])
 def test_pruning_flags(call, flags):
     epochs = 2 if "--rounds" in flags else 0
     result = call(*flags, "--epochs", epochs, "--calib-images", 20, "--round-to", 4)
@@ -395,6 +404,7 @@ def test_pruning_flags(call, flags):
         assert 0.8 * flags[1] < after[key] <= flags[1]
     if "--sensitivity" in flags:
         assert all(kl >= 0 and 0 <= same <= 100 for kl, same in result["sensitivity"].values())
+    if "global" in flags:
         channels = [sum(s.size for n, s in compress.spaces(resnet50.build_model(
             resnet50.load_checkpoint(r["checkpoint"]), "x")).items() if not compress.follows(n))
             for r in (before, after)]
@@ -402,6 +412,14 @@ def test_pruning_flags(call, flags):
     if epochs:
         assert [r["stage"] for r in result["stages"][1:]] == ["prune", "finetune"] * 2
         assert after["params"] < 0.4 * before["params"]
+
+
+def test_target_latency_at_both_ends(call):
+    """What is fast enough loses nothing; what no network reaches is said"""
+    result = call("--target-latency", 1e6, "--int8", "--epochs", 0, "--calib-images", 8)
+    assert result["stages"][1]["params"] == result["before"]["params"]
+    with pytest.raises(UserError, match="cannot be reached"):
+        call("--target-latency", 1e-6, "--int8", "--epochs", 0, "--overwrite")
 
 
 @pytest.mark.parametrize("flags", [("--sparsity", 0.9), ("--sparsity-2-4",), ("--int4-weights", 32)])
@@ -419,12 +437,18 @@ def test_smaller_files(call, flags):
     assert result["after"]["bytes"] < (0.9 if "--sparsity-2-4" in flags else 0.7) * small["after"]["bytes"]
 
 
-def test_qat(call, capfd):
+def test_qat(call, tmp_path):
+    """What was trained is what the int8 checkpoint holds"""
     result = call("--qat", "--qat-epochs", 1, "--freeze-bn-epochs", 1, "--calib-images", 20)
     assert [r["stage"] for r in result["stages"]] == ["original", "qat"]
-    assert resnet50.load_checkpoint(result["checkpoint"])["precision"] == "int8"
-    same = re.search(r"agree on ([0-9.]+) % of 20 images", capfd.readouterr().err)
-    assert float(same[1]) >= 90  # an untrained network's logits lie close together
+    net = resnet50.build_model(resnet50.load_checkpoint(result["checkpoint"]), "int8")
+    assert net.precision == "int8"
+    trained = resnet50.load_checkpoint(str(tmp_path / "out" / "1-qat" / "best.pt"))
+    fake = compress.FakeQuantResNet50(ResNet50(**trained["config"]), dict.fromkeys(
+        (s.name for s in net.steps), (0.0, 1.0)))
+    fake.load_state_dict(trained["model"])
+    fake.preprocess = trained["preprocess"]
+    check_within_one_step(fake.eval(), net, photographs(6, 32, 32))
 
 
 @pytest.mark.parametrize("student", ("mobilenet_v2", "0.125"))
@@ -436,20 +460,31 @@ def test_student(call, trained, student):
 
 
 def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call):
-    result = call("--int8", "--max-drop", -100, "--calib-images", 20)  # never reached: every layer goes back
-    assert result["agreement"] == 100.0
+    result = call("--int8", "--max-drop", -100, "--calib-images", 8, "--no-bias-correction")
+    assert result["agreement"] == 100.0  # never within -100 points, so every layer has gone back
     config = resnet50.load_checkpoint(result["checkpoint"])["config"]
     assert len(config["float_layers"]) == 50
     chosen = call("--int8", "--float-layers", "conv1", "fc", "--calib-images", 20, "--overwrite")
     assert resnet50.load_checkpoint(chosen["checkpoint"])["config"]["float_layers"] == ["conv1", "fc"]
 
 
-def test_cascade(call, tmp_path, trained):
+def test_cascade(call, tmp_path, trained, tiny):
     small = call("--prune", 0.5, "--epochs", 1, "--calib-images", 20, "--out", tmp_path / "small")["checkpoint"]
     result = call("--cascade", small, trained, "--max-drop", 5, "--calib-images", 30)
     assert [r["stage"] for r in result["stages"]] == ["big", "small", "cascade"]
     pixels = photographs(9, 32, 32)
     a, b, c = (logits(p, pixels) for p in (small, trained, result["checkpoint"]))
+    files = data.open_folder(tiny)[0].select(np.arange(30) * 50 // 30)
+    show = data.eval_transform(dict(resnet50.PREPROCESS, crop=32, resize=32))
+    images = torch.stack([show(data.decode(open(files.path(i), "rb").read())) for i in range(30)]).permute(0, 3, 1, 2)
+    first, second, truth = logits(small, images), logits(trained, images), torch.from_numpy(files.labels)
+    scores = {}  # by threshold, all that the calibration images distinguish
+    for threshold in first.softmax(1).amax(1).tolist():
+        answer = torch.where(first.softmax(1).amax(1) >= threshold, first.argmax(1), second.argmax(1))
+        scores[threshold] = 100 * (answer == truth).double().mean().item()
+    enough = 100 * (second.argmax(1) == truth).double().mean().item() - 5 - 1e-9
+    least = min((t for t, score in scores.items() if score >= enough), default=1.0)
+    assert abs(result["threshold"] - least) < 1e-5
     sure = a.softmax(1).amax(1) >= result["threshold"]
     assert torch.equal(c[sure], a[sure]) and torch.allclose(c[~sure], b[~sure], atol=1e-4)
 
@@ -486,6 +521,10 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--int8", "--float-layers", "conv9"), 2, "conv9"),
     (("--int8", "--stages", "prune"), 2, "the flags ask for quantize"),
     (("--max-drop", "1", "--prune", "0.5"), 2, "--max-drop"),
+    (("--max-drop", "1", "--int8", "--qat"), 2, "--max-drop"),
+    (("--student", "resnet18", "--int8"), 2, "only ResNet-50s"),
+    (("--student", "1.5"), 2, "lies in (0, 1]"),
+    (("--sparsity", "0"), 2, "nothing would be set to zero"),
     (("--cascade", "nowhere.pt", "TRAINED"), 3, "nowhere.pt: No such file")])
 def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags, code, text):
     (tmp_path / "EMPTY").mkdir()

@@ -392,7 +392,10 @@ def plant(folder):
 def test_faults_are_noticed(builds, networks, fault):
     *_, isas, group = FAULTS[fault]
     groups = [f"network={path}" for path in networks] if group == "network" else [group]
-    done = run_cases(builds["faulty"](), isas, *groups, EMULATED_FAULT=str(list(FAULTS).index(fault)))
+    try:
+        done = run_cases(builds["faulty"](), isas, *groups, timeout=60, EMULATED_FAULT=str(list(FAULTS).index(fault)))
+    except subprocess.TimeoutExpired:  # what a stray store has hit can make it loop for ever
+        return
     noticed = done.returncode < 0 or "differs" in done.stderr or "takes runs of taps apart needs" in done.stderr
     assert noticed, done.stdout + done.stderr
 

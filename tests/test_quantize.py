@@ -13,15 +13,7 @@ import data
 import resnet50
 from csrc.reference import check_values
 from resnet50 import UserError
-from tests.test_int8 import build, naive, photographs, same_state, scaled_as
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.test_int8 import build, naive, one_thread, photographs, same_state, scaled_as  # noqa: F401
 
 
 @pytest.fixture(scope="module", params=["v1", "se", "split"])  # se: odd widths
