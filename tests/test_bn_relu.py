@@ -253,7 +253,8 @@ def test_instruction_sets(isa):
     if "RESNET50_ISA" in os.environ or csrc.ISAS.index(csrc.isa()) <= csrc.ISAS.index(isa):
         pytest.skip(f"{isa} is what ran")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "not instruction_sets"],
-                          env={**os.environ, "RESNET50_ISA": isa}, capture_output=True, text=True, timeout=300)
+                          env={**os.environ, "RESNET50_ISA": isa, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stdout
 
 

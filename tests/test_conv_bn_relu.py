@@ -74,15 +74,16 @@ def formula(x, weight, scale, bias, residual, relu, stride, padding, groups, dty
 
 
 def compare(y, arguments):
-    """Every element's error is at most twice PyTorch's largest, plus half a step of the largest result."""
+    """The largest error is at most twice PyTorch's, plus half a step of the largest result and of the largest sum of
+    magnitudes: how far PyTorch's own sums are from one another depends on the width of its vectors, thus on the CPU."""
     dtype = arguments[0].dtype
     exact, plain = formula(*arguments, torch.float64), formula(*arguments, dtype)
     assert y.dtype == dtype and y.shape == exact.shape and y.is_contiguous(memory_format=NHWC) and y.isfinite().all()
     own, other = ((t.double() - exact).abs().max().item() for t in (y, plain))
-    floor = torch.finfo(dtype).eps / 2 * exact.abs().max().item()
+    terms = formula(*(t.abs() if isinstance(t, torch.Tensor) else t for t in arguments), torch.float64)
+    floor = torch.finfo(dtype).eps / 2 * exact.abs().max().item() + 2.0**-24 * terms.max().item()
     assert own <= 2 * other + floor, f"error {own:.3g}, PyTorch's {other:.3g}, floor {floor:.3g}"
     # one rounding: half a step of each result, and float32's error, which grows with the terms of its sum
-    terms = formula(*(t.abs() if isinstance(t, torch.Tensor) else t for t in arguments), torch.float64)
     allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-21 * terms
     assert ((y.double() - exact).abs() <= allowed).all(), "more than one rounding"
 
@@ -219,7 +220,8 @@ def test_instruction_sets(native, isa):
         pytest.skip(f"{isa} is what ran")
     chosen = "values and not emulated or bit or pixels"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen],
-                          env={**os.environ, "RESNET50_ISA": isa}, capture_output=True, text=True, timeout=300)
+                          env={**os.environ, "RESNET50_ISA": isa, "PYTEST_ADDOPTS": ""}, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stdout
 
 
@@ -303,7 +305,7 @@ def test_sanitizers(builds):
     preload = " ".join(subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True,
                                       check=True).stdout.strip() for name in ("libasan", "libubsan"))
     env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "RESNET50_EXT": "off",
-           LIBRARY: builds[1]()}
+           LIBRARY: builds[1](), "PYTEST_ADDOPTS": ""}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "emulated_values"], env=env,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
