@@ -54,6 +54,7 @@ from resnet50 import (
     fetch_weights,
     flatten,
     fold_downsample,
+    fold_norm,
     fuse,
     linear_unit,
     load_checkpoint,
@@ -63,6 +64,7 @@ from resnet50 import (
     normalize,
     predict,
     quantize,
+    quantize_classifier,
     run_script,
     save_checkpoint,
     torchvision_model,
@@ -646,45 +648,115 @@ def equalise(model, batches):
     return result
 
 
-class BiasCorrection(Flat):
-    """Bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2), empirical: run(pixels) shifts the bias of
-    each convolution, in order and in place, by how far the float network's mean of a channel's results lies above the
-    int8's, on inputs that are corrected already. `means` {step name: float64 (C)} are of the same pixels: of others
-    they would differ by more than rounding does.
+def nearest_plane(weight, hessian, limit):
+    """float64 (O, K), (K, K) -> whole numbers (O, K) within +-limit, near the weights in the sense of error @ hessian @
+    error: columns are rounded from the last to the first, each after what its successors' errors add to it
+    (Babai's nearest plane; GPTQ, arXiv 2210.17323, is the same: arXiv 2507.18553). The largest diagonal entries come
+    first, while most columns are left to make up for them."""
+    order = hessian.diagonal().argsort()
+    factor = torch.linalg.cholesky(hessian[order][:, order], upper=True)
+    factor = factor / factor.diagonal()[:, None]
+    weight, block = weight[:, order], 64
+    error = torch.zeros_like(weight)
+    for end in range(weight.shape[1], 0, -block):
+        begin = max(0, end - block)
+        wanted = weight[:, begin:end] + error[:, end:] @ factor[begin:end, end:].T
+        for i in reversed(range(begin, end)):
+            rounded = (wanted[:, i - begin] + error[:, i + 1:end] @ factor[i, i + 1:end]).round()
+            error[:, i] = weight[:, i] - rounded.clamp(-limit, limit)
+    return (weight - error).round()[:, order.argsort()]
+
+
+def covariance(inputs, groups, rows=4096, damp=0.1):
+    """inputs: [(uint8 (N, C, H, W), kernel, stride, padding, value of the padding)], of convolutions that add up ->
+    float64 (groups, K, K) of what they multiply their weights with, over a random choice of at least `rows` and 3 K
+    outputs, if there are so many; the diagonal is larger by `damp` times its mean: for images that were not seen"""
+    total, mean, count, generator = 0.0, 0.0, 0, torch.Generator().manual_seed(0)
+    images = len(inputs[0][0])
+    rows = max(rows, 3 * sum(x.shape[1] * math.prod(kernel) for x, kernel, *_ in inputs) // groups)
+    for part in torch.arange(images).split(16):
+        seen = torch.cat([F.unfold(F.pad(x[part].float(), [padding] * 4, value=value), kernel, stride=stride)
+                          for x, kernel, stride, padding, value in inputs], 1)
+        chosen = torch.randperm(seen.shape[2], generator=generator)[:-(-rows // images)]
+        seen = seen[:, :, chosen].unflatten(1, (groups, -1)).permute(1, 2, 0, 3).flatten(2)  # (groups, K, outputs)
+        total, mean, count = total + (seen @ seen.mT).double(), mean + seen.double().sum(2), count + seen.shape[2]
+    mean = mean / count
+    result = total / count - mean[:, :, None] * mean[:, None]
+    diagonal = result.diagonal(dim1=1, dim2=2)
+    diagonal += damp * diagonal.mean(1, keepdim=True) + 1e-9
+    return result
+
+
+class Correction(Flat):
+    """What post-training quantization mends with data: run(pixels) goes through the int8 network in order and, in
+    place, for each layer on inputs that are mended already,
+
+    rounds weights anew, each convolution's by nearest_plane and the covariance of its inputs, where `limit` is given,
+      the largest whole number that a weight may be
+    corrects biases (Nagel et al. 2019, arXiv 1906.04721, section 4.2): by how far the float network's mean of a
+      channel's results, `means` {step name: float64 (C)} of the same pixels, lies above the int8's
 
     A bias stays within HEADROOM, so what conv_grid proves of accumulators holds."""
 
-    def __init__(self, net, means):
-        self.net, self.steps, self.means = net, net.steps, means
-        net.packed = None  # it holds the biases of before
+    def __init__(self, net, model, means, limit=None):
+        self.net, self.steps, self.model, self.means, self.limit = net, net.steps, model, means, limit
+        self.scales = scales_of(net)
+        net.packed = None  # it holds the integers of before
 
     def call(self, step, x, **more):
-        y = self.net.call(step, x, **more)
         module = self.net.get_submodule(step.name)
         if not isinstance(module, (Int8Conv, Int8Linear)):
-            return y
+            return self.net.call(step, x, **more)
         if step.kind == "conv":
-            unit, mean = module.mult.double() * module.scale / 2 ** MULT_BITS, y.sum((0, 2, 3)).double()
-            mean = (mean / (y.numel() / y.shape[1]) - module.zero) * module.scale
+            unit = module.mult.double() * module.scale / 2 ** MULT_BITS
+            if self.limit:
+                self.round(step, module, unit, x, more.get("x2"))
+            y = self.net.call(step, x, **more)
+            mean = (y.sum((0, 2, 3)).double() / (y.numel() / y.shape[1]) - module.zero) * module.scale
         else:
-            unit, mean = module.scale.double(), y.double().mean(0)
+            unit, mean = module.scale.double(), self.net.call(step, x).double().mean(0)
         old = module.bias.double()
         new = old + ((self.means[step.name] - mean) / unit).round()
         module.bias.copy_(torch.minimum(torch.maximum(new, old.clamp(max=-HEADROOM)), old.clamp(min=HEADROOM)))
         return self.net.call(step, x, **more)
 
+    def round(self, step, module, unit, x, x2):
+        parts = [(step, x, module.weight, module.stride, module.padding)]
+        if step.folded:
+            parts.append((step.folded, x2, module.weight2, module.stride2, 0))
+        exact = torch.cat([fold_norm(self.model, part)[0].flatten(1) * (self.scales[part.x][0] / unit[:, None])
+                           for part, *_ in parts], 1)
+        pad = 0 if module.pad_value is None else module.pad_value.double().mean().item()
+        inputs = [(self.net.converted(part.x, z, False), weight.shape[2:], stride, padding, pad)
+                  for part, z, weight, stride, padding in parts]
+        ints = [nearest_plane(w, h, self.limit) for w, h in
+                zip(exact.chunk(module.groups), covariance(inputs, module.groups))]
+        for stored, new in zip((p[2] for p in parts), torch.cat(ints).split([p[2][0].numel() for p in parts], 1)):
+            stored.copy_(new.view(stored.shape))
+
+
+def scales_of(net):
+    """Int8ResNet50 -> {buffer: (scale, zero)}: a value stands for scale * (value - zero)"""
+    scales = {"pixels": (1.0, 0)}
+    for step in net.steps:
+        module = net.get_submodule(step.name)
+        scales[step.name] = ((1.0, 0) if step.kind == "linear" else scales[step.x] if step.kind in ("maxpool", "pool")
+                             else (module.scale.item(), int(getattr(module, "zero", 0))))
+    return scales
+
 
 @torch.no_grad()
-def post_training(model, batches, observer="mse", correct=True, found=None, **more):
+def post_training(model, batches, observer="mse", correction="weights", found=None, **more):
     """Post-training quantization of a float ResNet50 on the CPU, from `batches` of uint8 pixels (N, 3, H, W) ->
-    Int8ResNet50: ranges by `observer`, then biases are corrected, for which all pixels run at once. `found` is
-    gather(model, batches), if it is known; `more` is quantize()'s: float_layers, bits, per_tensor. Where channels
-    differ much, model = equalise(model, batches)."""
+    Int8ResNet50: ranges by `observer`, then Correction, for which all pixels run at once: of "weights" and biases, of
+    "biases" alone, or "none". `found` is gather(model, batches), if it is known; `more` is quantize()'s: float_layers,
+    bits, per_tensor. Where channels differ much, model = equalise(model, batches)."""
     batches = list(batches)
     found = found or gather(model, batches)
     net = quantize(model, ranges=ranges_of(found, observer), **more)
-    if correct:
-        BiasCorrection(net, {name: s.mean for name, s in found.items()}).run(
+    if correction != "none":
+        limit = 2 ** (more.get("bits", 8) - 1) - 1 if correction == "weights" else None
+        Correction(net, model, {name: s.mean for name, s in found.items()}, limit).run(
             torch.cat(batches).contiguous(memory_format=torch.channels_last))
     return net
 
@@ -693,11 +765,7 @@ def post_training(model, batches, observer="mse", correct=True, found=None, **mo
 def signal_to_noise(model, net, batches):
     """float ResNet50, its Int8ResNet50, iterable of uint8 pixels -> {step name: dB}: the power of a float result over
     that of what its int8 counterpart, scaled back, differs by. `model` is what quantize() was given."""
-    fused, power, noise, scales = fuse(model), {}, {}, {}
-    for step in net.steps:
-        module = net.get_submodule(step.name)
-        scales[step.name] = ((1.0, 0) if step.kind == "linear" else scales[step.x] if step.kind in ("maxpool", "pool")
-                             else (module.scale.item(), int(getattr(module, "zero", 0))))
+    fused, power, noise, scales = fuse(model), {}, {}, scales_of(net)
     for pixels in batches:
         ints = {}
         net.run(pixels.contiguous(memory_format=torch.channels_last), watch=lambda s, y: ints.update({s.name: y}))
@@ -1168,11 +1236,14 @@ class Pipeline:
                     weight = self.model.get_parameter(key)
                     weight.copy_(decode_tensor(encode_tensor(weight, encoding)))
             return
+        if args.dynamic:
+            self.model = quantize_classifier(self.model)
+            return
         float_model, batches = self.equalised()
         found = gather(float_model, batches)
 
         def to_int8(float_layers):
-            return post_training(float_model, batches, args.observer, args.bias_correction, found,
+            return post_training(float_model, batches, args.observer, args.correction, found,
                                  float_layers=float_layers, **self.grid())
         self.model = to_int8(args.float_layers)
         table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.model, batches[:2])
@@ -1317,6 +1388,8 @@ def get_args_parser():
     g.add_argument("--kd-features", type=float, default=0.0, metavar="BETA", help="weight of intermediate maps")
     g = p.add_argument_group("quantization")
     g.add_argument("--int8", action="store_true", help="post-training quantization")
+    g.add_argument("--dynamic", action="store_true",
+                   help="int8 for the classifier alone, its inputs rounded as they come: needs no calibration")
     g.add_argument("--qat", action="store_true", help="quantization-aware training, then int8")
     g.add_argument("--qat-epochs", type=train.positive, default=2, metavar="N")
     g.add_argument("--qat-ranges", choices=("learned", "observed"), default="learned")
@@ -1325,8 +1398,9 @@ def get_args_parser():
     g.add_argument("--observer", choices=OBSERVERS, default="mse", help="what chooses the range of activations")
     g.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=False,
                    help="even out channels inside blocks first")
-    g.add_argument("--bias-correction", action=argparse.BooleanOptionalAction, default=True,
-                   help="shift biases to the float network's channel means")
+    g.add_argument("--correction", choices=("weights", "biases", "none"), default="weights",
+                   help="weights: rounded so that their errors cancel on the calibration images, and biases shifted to "
+                        "the float network's channel means; biases: these alone")
     g.add_argument("--weight-bits", type=int, choices=range(2, 9), default=8, metavar="2..8",
                    help="use fewer of int8's values for weights")
     g.add_argument("--per-tensor", action="store_true", help="one scale for all of a layer's weights, not per channel")
@@ -1345,7 +1419,7 @@ def stage_list(args):
         getattr(args, f"target_{k}") is not None for k in TARGETS)
     taught = args.distill is not None and args.student is None and not args.qat  # which is training by itself
     wanted = dict(distill=args.student is not None, prune=pruned, finetune=args.epochs > 0 and (pruned or taught),
-                  qat=args.qat, quantize=bool(args.int8 and not args.qat or args.int4_weights))
+                  qat=args.qat, quantize=bool(args.int8 and not args.qat or args.int4_weights or args.dynamic))
     stages = [stage for stage in args.stages or STAGES if wanted[stage]]
     if args.rounds > 1:
         at = stages.index("prune")
@@ -1387,6 +1461,21 @@ def check_args(args):
         refuse("--epochs and --workers must not be negative")
     if args.rounds > 1 and (not goals or goals[0].startswith("--sparsity") or not args.epochs):
         refuse("--rounds goes with --prune or a --target-..., and --epochs")
+    defaults, channels = vars(get_args_parser().parse_args([])), [g for g in goals if "sparsity" not in g]
+    for given, partners, names in (
+            (args.distill, "--distill", ("kd_loss", "kd_temperature", "kd_alpha", "kd_features")),
+            (args.qat, "--qat", ("qat_epochs", "qat_ranges", "freeze_bn_epochs")),
+            (args.int8 or args.qat or args.auto, "--int8, --qat or --auto",
+             ("observer", "equalise", "weight_bits", "per_tensor")),
+            (args.int8 or args.auto, "--int8 or --auto", ("correction",)),
+            (channels or args.student or args.auto, "--prune, --target-..., --student or --auto", ("round_to",)),
+            (channels or args.auto, "--prune, --target-... or --auto",
+             ("importance", "ranking", "sensitivity", "recalibrate"))):
+        for name in names:
+            if vars(args)[name] != defaults[name] and not given:
+                refuse(f"--{name.replace('_', '-')} goes with {partners}")
+    if args.dynamic and (args.int8 or args.qat or args.int4_weights):
+        refuse("--dynamic excludes --int8, --qat and --int4-weights")
     if args.int4_weights and (args.int8 or args.qat or goals[:1] == ["--sparsity"] or args.sparsity_2_4):
         refuse("--int4-weights excludes --int8, --qat and sparsity")
     if args.sparsity == 0:
@@ -1402,19 +1491,19 @@ def check_args(args):
             narrower = None
         if narrower is False:
             refuse(f"--student {args.student}: a share of the channels lies in (0, 1]")
-        if narrower is None and (goals or args.int8 or args.qat or args.int4_weights):
+        if narrower is None and (goals or args.int8 or args.dynamic or args.qat or args.int4_weights):
             refuse(f"--student {args.student}: only ResNet-50s are pruned and quantized")
         if not args.epochs:
             refuse("--student needs --epochs")
     alone = "--cascade" if args.cascade else "--auto" if args.auto else None
-    if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights):
-        refuse(f"{alone} decides by itself: no --prune, --int8, --qat, --student, --int4-weights with it")
+    if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights or args.dynamic):
+        refuse(f"{alone} decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it")
     if args.stages and sorted(args.stages) != sorted(set(stage_list(argparse.Namespace(**{**vars(args), "stages": None,
                                                                                           "rounds": 1})))):
         refuse(f"--stages {' '.join(args.stages)}: the flags ask for "
                f"{' '.join(stage_list(argparse.Namespace(**{**vars(args), 'stages': None}))) or 'none'}")
     if not alone and not stage_list(args):
-        refuse("nothing to do: --prune, --int8, --qat, --distill, --sparsity ... say what (--help)")
+        refuse("nothing to do: --prune, --int8, --dynamic, --qat, --distill, --sparsity ... say what (--help)")
 
 
 def open_model(args):

@@ -158,6 +158,29 @@ class Bottleneck(nn.Module):
         return F.relu(drop_path(x, self.drop_rate, self.training) + identity, inplace=True)
 
 
+class DynamicLinear(nn.Module):
+    """float (N, C), none negative -> float32 logits (N, classes). Weights are int8, one scale per class; inputs are
+    rounded to uint8 as they come, by the largest of each row (dynamic quantization), so nothing is calibrated."""
+
+    def __init__(self, c, classes):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(classes, c, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(classes))
+        self.register_buffer("bias", torch.zeros(classes))
+
+    @torch.no_grad()
+    def fill(self, linear):
+        """The integers of an nn.Linear"""
+        self.scale.copy_(linear.weight.abs().amax(1).clamp(min=1e-30) / 127)
+        self.weight.copy_((linear.weight / self.scale[:, None]).round())
+        self.bias.copy_(linear.bias)
+
+    def forward(self, x):
+        step = x.float().amax(1, keepdim=True).clamp(min=1e-30) / 255
+        ints = (x / step).round().clamp(0, 255).to(torch.uint8)
+        return csrc.gemm_int8(ints, self.weight, scale=self.scale.float()) * step + self.bias
+
+
 class ResNet50(nn.Module):
     """float (N, 3, H, W), normalised -> float logits (N, num_classes).
     `config` holds the arguments: ResNet50(**m.config).
@@ -171,23 +194,26 @@ class ResNet50(nn.Module):
     dropout      rate before the classifier
     widths       {convolution name: output channels} where they differ from the full network, as pruning leaves them;
                  "layer1" ... "layer4" name the stream that all blocks of a stage add to
+    classifier   "float", or "int8" for a DynamicLinear, which cannot be trained
     """
     precision = "float"
 
     def __init__(self, num_classes=1000, stem=None, stride_on="3x3", attention="none", drop_path=0.0, dropout=0.0,
-                 widths=None):
+                 widths=None, classifier="float"):
         super().__init__()
         stem = stem or ("deep" if attention == "split" else "standard")
         for name, value, known in (("stem", stem, ("standard", "deep", "small")),
                                    ("stride_on", stride_on, ("3x3", "1x1")),
-                                   ("attention", attention, ("none", "se", "split"))):
+                                   ("attention", attention, ("none", "se", "split")),
+                                   ("classifier", classifier, ("float", "int8"))):
             if value not in known:
                 raise ValueError(f"ResNet50: {name}={value!r} is none of {', '.join(known)}")
         if attention == "split" and stride_on == "1x1":
             raise ValueError("ResNet50: split attention strides by a pool after the 3x3; "
                              "stride_on='1x1' has no meaning there")
         self.config = config = dict(num_classes=num_classes, stem=stem, stride_on=stride_on, attention=attention,
-                                    drop_path=drop_path, dropout=dropout, widths=dict(widths or {}))
+                                    drop_path=drop_path, dropout=dropout, widths=dict(widths or {}),
+                                    classifier=classifier)
         self.preprocess = dict(PREPROCESS)
         self.grad_checkpointing = False
         unused = dict(config["widths"])
@@ -218,7 +244,7 @@ class ResNet50(nn.Module):
             setattr(self, f"layer{i}", stage)
         if unused:
             raise ValueError(f"ResNet50: widths names no convolution of this network: {', '.join(sorted(unused))}")
-        self.fc = nn.Linear(c, num_classes)
+        self.fc = nn.Linear(c, num_classes) if classifier == "float" else DynamicLinear(c, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -779,6 +805,25 @@ def fill_conv(module, name, weights, bias, residual, low, high, centre, **grid):
             getattr(module, key).copy_(torch.as_tensor(value))
 
 
+def quantize_classifier(model):
+    """float ResNet50 -> the same with a DynamicLinear for its classifier"""
+    result = ResNet50(**{**model.config, "classifier": "int8"})
+    result.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}, strict=False)
+    result.fc.fill(model.fc.cpu())
+    result.preprocess = dict(model.preprocess)
+    return result.to(memory_format=torch.channels_last).eval()
+
+
+def fold_norm(model, step):
+    """-> float64 (O, C, kh, kw), (O): a convolution's weights and bias with its batch-norm folded in, the first one's
+    for pixels 0 to 255 less their mean"""
+    scale, shift = batch_norm_affine(model.get_submodule(step.bn))
+    weight = model.get_submodule(step.name).weight.double() * scale.view(-1, 1, 1, 1)
+    if step.x == "pixels":
+        weight = weight / (255 * torch.tensor(model.preprocess["std"], dtype=torch.float64).view(1, -1, 1, 1))
+    return weight, shift
+
+
 @torch.no_grad()
 def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
     """Post-training quantization of a float ResNet50 on the CPU -> Int8ResNet50. `ranges`, or what observe() says of
@@ -787,24 +832,18 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
     ranges = observe(model, batches) if ranges is None else ranges
     result = Int8ResNet50(float_layers, **model.config)
     result.preprocess = dict(model.preprocess)
-    mean, std = (torch.tensor(model.preprocess[key], dtype=torch.float64) * 255 for key in ("mean", "std"))
+    mean = torch.tensor(model.preprocess["mean"], dtype=torch.float64) * 255
     scales, zeros = {"pixels": 1.0}, {}
-
-    def folded(step):
-        scale, shift = batch_norm_affine(model.get_submodule(step.bn))
-        weight = model.get_submodule(step.name).weight.double() * scale.view(-1, 1, 1, 1)
-        return weight / std.view(1, -1, 1, 1) if step.x == "pixels" else weight, shift
-
     for step in result.steps:
         module, scale = result.get_submodule(step.name), scales[step.x]
         low, high = ranges[step.name]
         if step.kind == "conv":
-            weight, bias = folded(step)
+            weight, bias = fold_norm(model, step)
             weights, centre = [(weight, scale)], torch.zeros(weight.shape[1], dtype=torch.float64)
             if step.x == "pixels":
                 centre = mean
             if step.folded:
-                weight2, bias2 = folded(step.folded)
+                weight2, bias2 = fold_norm(model, step.folded)
                 weights.append((weight2, scales[step.x2]))
                 bias = bias + bias2
             low = 0.0 if step.relu else low
@@ -1175,9 +1214,9 @@ def load_model(args, defaults=(), trains=False, **config):
         checkpoint = load_checkpoint(path)
     else:
         return None, None, None
-    if trains and checkpoint["precision"] != "float":
-        raise UserError(f"{path}: is {checkpoint['precision']}, which cannot be trained; start from the float "
-                        "checkpoint it was made of")
+    kind = "int8" if checkpoint["config"].get("classifier") == "int8" else checkpoint["precision"]
+    if trains and kind != "float":
+        raise UserError(f"{path}: is {kind}, which cannot be trained; start from the float checkpoint it was made of")
     model = build_model(checkpoint, path, stride_on=args.stride_on, attention=args.attention, stem=args.stem,
                         num_classes=args.num_classes, **config)
     if args.classes:

@@ -437,6 +437,29 @@ def test_smaller_files(call, flags):
     assert result["after"]["bytes"] < (0.9 if "--sparsity-2-4" in flags else 0.7) * small["after"]["bytes"]
 
 
+def test_dynamic_quantization_of_the_classifier(call, run, tiny):
+    """Against float64, with the rounding of weights and inputs written anew; in a fresh process; not to be trained"""
+    path = call("--dynamic", "--prune", 0.5, "--epochs", 0)["checkpoint"]
+    model = resnet50.build_model(resnet50.load_checkpoint(path), path)
+    before = resnet50.build_model(resnet50.load_checkpoint(os.path.join(os.path.dirname(path), "1-prune.pt")), path)
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(3, before.fc.in_features, generator=g) * torch.tensor([[1.0], [50.0], [0.0]])
+    weight, scale = before.fc.weight.double(), before.fc.weight.double().abs().amax(1) / 127
+    step = (x.double().amax(1, keepdim=True) / 255).clamp(min=1e-30)
+    expected = ((x / step).round() * step) @ ((weight / scale[:, None]).round() * scale[:, None]).T + before.fc.bias
+    torch.testing.assert_close(model.fc(x).double(), expected, rtol=1e-4, atol=2e-3)
+    pixels = photographs(4, 32, 32)
+    a, b = (resnet50.predict(m, pixels) for m in (before, model))
+    assert 0 < (a - b).abs().max() < 0.05 * a.std()
+    assert torch.equal(resnet50.predict(model, pixels[2:]), b[2:])  # a row's scale is its own
+    assert torch.allclose(resnet50.predict(resnet50.fuse(model), pixels), b, atol=1e-4 * a.abs().max().item())
+    for script, flags, code in (("resnet50.py", ("--checkpoint", path), 0),
+                                ("train.py", ("--checkpoint", path, "--data", tiny), 3)):
+        done = run(*flags, "--device", "cpu", script=script)
+        assert done.returncode == code, done.stderr
+    assert done.stderr.count("\n") == 1 and "is int8, which cannot be trained" in done.stderr
+
+
 def test_qat(call, tmp_path):
     """What was trained is what the int8 checkpoint holds"""
     result = call("--qat", "--qat-epochs", 1, "--freeze-bn-epochs", 1, "--calib-images", 20)
@@ -524,6 +547,10 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--max-drop", "1", "--int8", "--qat"), 2, "--max-drop"),
     (("--student", "resnet18", "--int8"), 2, "only ResNet-50s"),
     (("--student", "1.5"), 2, "lies in (0, 1]"),
+    (("--int8", "--kd-alpha", "0.9"), 2, "--kd-alpha goes with --distill"),
+    (("--prune", "0.5", "--weight-bits", "4"), 2, "--weight-bits goes with --int8, --qat or --auto"),
+    (("--int8", "--importance", "l1"), 2, "--importance goes with --prune"),
+    (("--int8", "--dynamic"), 2, "--dynamic excludes --int8"),
     (("--sparsity", "0"), 2, "nothing would be set to zero"),
     (("--cascade", "nowhere.pt", "TRAINED"), 3, "nowhere.pt: No such file")])
 def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags, code, text):

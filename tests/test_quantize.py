@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import compress
 import csrc
@@ -160,7 +161,58 @@ def test_equalisation_helps_where_channels_differ():
     assert error[1] < 0.5 * error[0]
 
 
-# ----------------------------------------------------------------------------------- bias correction, fewer bits
+# ---------------------------------------------------------------------------------------- correction, fewer bits
+
+def gptq(weight, hessian, limit):
+    """Algorithm 1 of arXiv 2210.17323, in the order of falling diagonal entries, a column at a time"""
+    order = hessian.diagonal().argsort(descending=True)
+    inverse = torch.linalg.cholesky(hessian[order][:, order].inverse(), upper=True)
+    weight, result = weight[:, order].clone(), torch.zeros_like(weight)
+    for i in range(weight.shape[1]):
+        result[:, i] = weight[:, i].round().clamp(-limit, limit)
+        error = (weight[:, i] - result[:, i]) / inverse[i, i]
+        weight[:, i:] -= error[:, None] * inverse[i, i:]
+    return result[:, order.argsort()]
+
+
+@pytest.mark.parametrize("outputs, inputs, limit", [(1, 1, 127), (3, 2, 1), (5, 70, 127), (4, 150, 7)])
+def test_weights_are_rounded_as_gptq_does(outputs, inputs, limit):
+    g = torch.Generator().manual_seed(inputs)
+    x = torch.randn(3 * inputs + 2, inputs, generator=g, dtype=torch.float64).relu() @ torch.randn(
+        inputs, inputs, generator=g, dtype=torch.float64)
+    hessian = x.T @ x / len(x) + 0.01 * torch.eye(inputs, dtype=torch.float64)
+    weight = torch.randn(outputs, inputs, generator=g, dtype=torch.float64) * limit / 2
+    got = compress.nearest_plane(weight, hessian, limit)
+    assert torch.equal(got, gptq(weight, hessian, limit))
+    cost = lambda ints: ((weight - ints) @ hessian * (weight - ints)).sum()  # noqa: E731
+    plain = weight.round().clamp(-limit, limit)
+    assert got.abs().max() <= limit and cost(got) <= cost(plain) and (inputs < 70 or cost(got) < 0.8 * cost(plain))
+
+
+def test_covariance_is_of_what_convolutions_multiply():
+    """Two that add up, with strides, padding by a value and groups, against windows cut out one by one"""
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.randint(0, 256, size, generator=g, dtype=torch.uint8) for size in ((18, 4, 7, 6), (18, 3, 7, 6)))
+    inputs = [(a, (3, 2), 2, 1, 90.0), (b, (1, 1), 2, 0, 0.0)]
+    wide = np.pad(a.numpy().astype(float), ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=90)
+    windows = [[wide[:, :, i:i + 3, j:j + 2].reshape(18, -1) for j in range(0, 7, 2)] for i in range(0, 7, 2)]
+    with pytest.raises(RuntimeError):  # 4 x 4 outputs and 4 x 3
+        compress.covariance(inputs, 1)
+    inputs[1] = (F.pad(b, (0, 1)), (1, 1), 2, 0, 0.0)
+    both = [np.concatenate([windows[i][j], F.pad(b, (0, 1)).numpy()[:, :, 2 * i, 2 * j]], 1)
+            for i in range(4) for j in range(4)]
+    expected = np.cov(np.concatenate(both), rowvar=False, bias=True)
+    torch.testing.assert_close(compress.covariance(inputs, 1, damp=0)[0], torch.from_numpy(expected),
+                               rtol=1e-4, atol=0.01)
+    rows = np.concatenate([w for row in windows for w in row])
+    for k, part in enumerate(compress.covariance(inputs[:1], 2, damp=0.5)):
+        expected = np.cov(rows[:, 12 * k:12 * k + 12], rowvar=False, bias=True)
+        expected += 0.5 * np.diag(expected).mean() * np.eye(12)
+        torch.testing.assert_close(part, torch.from_numpy(expected), rtol=1e-4, atol=0.01)
+    some = compress.covariance(inputs[:1], 1, rows=1, damp=0)[0]  # 4 of each image's 16 outputs: 3 for each of 24
+    assert 0.7 < (some.diagonal().mean() / np.cov(rows, rowvar=False).diagonal().mean()).item() < 1.3
+
+
 
 def means_off(model, net, pixels):
     """{convolution or classifier: mean over its channels of how far an int8 channel's mean is from the float's, divided
@@ -185,9 +237,27 @@ def test_bias_correction_brings_the_means_of_channels_together(case):
     pixels = torch.cat(batches)
     for bits in (4, 8):
         plain = resnet50.quantize(model, ranges=compress.ranges_of(found, "mse"), bits=bits)
-        corrected = compress.post_training(model, batches, bits=bits)
+        corrected = compress.post_training(model, batches, correction="biases", bits=bits)
         before, after = (means_off(model, net, pixels) for net in (plain, corrected))
         assert sum(after.values()) < 0.6 * sum(before.values()) and after["fc"] < max(1e-4, 0.3 * before["fc"])
+
+
+def test_corrected_weights_bring_the_results_together(case):
+    """Of images that were not calibrated with, in fewer bits, where weights make most of the noise"""
+    model, batches, found = case
+    unseen, last = photographs(10, 75, 50)[6:], [s.name for s in resnet50.flatten(model) if s.kind == "conv"][-1]
+    noise = {}
+    for correction in ("biases", "weights"):
+        net = compress.post_training(model, batches, correction=correction, bits=4)
+        noise[correction] = compress.signal_to_noise(model, net, [unseen])[last]
+        for step in net.steps:
+            if step.kind == "conv":
+                m = net.get_submodule(step.name)
+                stored = [w for w in (m.weight, m.weight2) if w is not None]
+                check_values(step.name, stored, m.bias, m.mult, m.gain)
+                assert all(w.abs().max() <= 7 for w in stored)
+        assert torch.equal(net(unseen), naive(net, unseen))
+    assert noise["weights"] > noise["biases"] + 1, noise
 
 
 def test_corrected_biases_stay_in_their_bounds():
@@ -195,7 +265,8 @@ def test_corrected_biases_stay_in_their_bounds():
     model, pixels = build("plain"), photographs(2, 64, 64)
     net = resnet50.quantize(model, ranges=resnet50.observe(model, [pixels]))
     before = net(pixels)
-    compress.BiasCorrection(net, {step.name: torch.tensor(1e9, dtype=torch.float64) for step in net.steps}).run(pixels)
+    means = {step.name: torch.tensor(1e9, dtype=torch.float64) for step in net.steps}
+    compress.Correction(net, model, means).run(pixels)
     for step in net.steps[1:]:
         if step.kind == "conv":
             m = net.get_submodule(step.name)
@@ -282,7 +353,7 @@ def test_a_dead_network():
 
 
 def test_real_weights_agree_with_the_float_network(shared):
-    """2015's ImageNet weights, 32 photographs to calibrate and 100 others: at most three arg-maxima differ."""
+    """2015's ImageNet weights, 32 photographs to calibrate and 100 others: at most four arg-maxima differ."""
     if not csrc.available():
         pytest.skip("takes minutes without the native library")
     path = os.path.join(shared, "resnet50_v1_imagenet.pth")
@@ -293,7 +364,6 @@ def test_real_weights_agree_with_the_float_network(shared):
             with open(os.path.join(shared, row["path"]), "rb") as image:
                 pixels.append(transform(data.decode(image.read())))
     seen, unseen = torch.stack(pixels).permute(0, 3, 1, 2).split([32, 100])
-    equal = compress.equalise(model, seen.split(8))
-    net = compress.post_training(equal, seen.split(8))
+    net = compress.post_training(model, seen.split(8))
     a, b = (torch.cat([resnet50.predict(m, batch) for batch in unseen.split(10)]).detach() for m in (model, net))
-    assert (a.argmax(1) == b.argmax(1)).sum() >= 97 and (a - b).std() < 0.06 * a.std()
+    assert (a.argmax(1) == b.argmax(1)).sum() >= 96 and (a - b).std() < 0.04 * a.std()
