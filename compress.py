@@ -58,7 +58,7 @@ from resnet50 import (
     fuse,
     linear_unit,
     load_checkpoint,
-    load_model,
+    load_some_model,
     load_weights,
     measure,
     normalize,
@@ -1191,17 +1191,20 @@ class Pipeline:
             say(f"--target-{kind} {goal:g}: the network is there already, at {now:.6g}")
             return {name: torch.arange(len(score)) for name, score in importance.items()}
         target = now * (goal / now) ** part
-        budget = total * target / now
-        for _ in range(4):  # what the table of latencies says is corrected by what the pruned network takes
+        budget, tried = total * target / now, []
+        for _ in range(6):  # what the table of latencies says is corrected by what the pruned network takes
             keep = greedy(model, importance, cost, ends, budget, args.round_to)
             if kind != "latency":
-                break
+                return keep
             reached = milliseconds(prune(model, keep), size, int8)
             say(f"latency {now:.2f} -> {reached:.2f} ms, {target:.2f} wanted")
+            tried.append((abs(math.log(reached / target)), budget, reached, keep))
             if abs(reached / target - 1) < 0.03:
                 break
-            budget = min(total, budget * target / reached)
-        return keep
+            below = max((b for _, b, r, _ in tried if r <= target), default=None)
+            above = min((b for _, b, r, _ in tried if r > target), default=None)
+            budget = math.sqrt(below * above) if below and above else min(total, budget * target / reached)
+        return min(tried, key=lambda t: t[0])[-1]
 
     def finetune(self):
         self.fit("finetune", -(-self.args.epochs // self.args.rounds), 0.5)
@@ -1507,15 +1510,8 @@ def check_args(args):
 
 
 def open_model(args):
-    """-> what load_model returns, of a float ResNet50 whose weights are finite"""
-    model, checkpoint, source = load_model(args, defaults=DEFAULTS, trains=True)
-    if model is None:
-        try:
-            args.weights = "IMAGENET1K_V2"
-            model, checkpoint, source = load_model(args, trains=True)
-        except UserError as error:
-            raise UserError(f"no checkpoint: train one (python train.py writes {DEFAULTS[-1]}) or name one with "
-                            f"--checkpoint FILE; {error}") from error
+    """-> what load_some_model returns, of a float ResNet50 whose weights are finite"""
+    model, checkpoint, source = load_some_model(args, DEFAULTS, trains=True)
     if not isinstance(model, ResNet50):
         raise UserError(f"{source}: is no ResNet-50 of ours; such a network can teach (--distill) or be a --student")
     for name, value in model.state_dict().items():

@@ -1227,6 +1227,18 @@ def load_model(args, defaults=(), trains=False, **config):
     return model, checkpoint, path
 
 
+def load_some_model(args, defaults, trains=False):
+    """load_model, and where there is nothing torchvision's IMAGENET1K_V2; UserError where they cannot be had either"""
+    found = load_model(args, defaults, trains)
+    if found[0] is not None:
+        return found
+    try:
+        return load_model(argparse.Namespace(**{**vars(args), "weights": "IMAGENET1K_V2"}), trains=trains)
+    except UserError as error:
+        raise UserError(f"no checkpoint: train one (python train.py writes {defaults[-1]}) or name one with "
+                        f"--checkpoint FILE; {error}") from error
+
+
 # ---------------------------------------------------------------------------------------------------- summary
 
 def example(model, batch_size, size):

@@ -422,6 +422,19 @@ def test_target_latency_at_both_ends(call):
         call("--target-latency", 1e-6, "--int8", "--epochs", 0, "--overwrite")
 
 
+@pytest.mark.parametrize("power", [0.5, 1, 2])
+def test_target_latency_is_approached_whatever_the_table_says(call, trained, monkeypatch, power):
+    """On a machine whose time is not what the table of its layers adds up to"""
+    def clock(model, size, int8):
+        return sum(resnet50.count_macs(model, size).values()) ** power
+    monkeypatch.setattr(compress, "milliseconds", clock)
+    monkeypatch.setattr(compress, "latency_table", lambda model, size, int8: {
+        name: (0, macs, 0, 0) for name, macs in resnet50.count_macs(model, size).items()})
+    goal = clock(resnet50.build_model(resnet50.load_checkpoint(trained), trained), 32, True) * 0.4
+    result = call("--target-latency", goal, "--int8", "--epochs", 0, "--calib-images", 8, "--round-to", 1)
+    assert abs(result["stages"][1]["macs"] ** power / goal - 1) < 0.05
+
+
 @pytest.mark.parametrize("flags", [("--sparsity", 0.9), ("--sparsity-2-4",), ("--int4-weights", 32)])
 def test_smaller_files(call, flags):
     result = call(*flags, "--epochs", 1, "--calib-images", 20)

@@ -1,0 +1,1362 @@
+"""Answer over HTTP with the networks of checkpoints, on the standard library's http.server.
+
+  python serve.py --port 8000                       # runs/{compress,finetune,train}/best.pt
+  python serve.py --model small=a.pt --model big=b.pt
+  curl -F image=@cat.jpg localhost:8000/predict     # also: curl -T cat.jpg localhost:8000/predictions/resnet50
+
+Interfaces: /predict, the Open Inference Protocol v2 with Triton's extensions (/v2), /metrics (Prometheus), /healthz,
+/openapi.json, and a page at /. One thread reads, checks and decodes each connection's request; one thread per network
+runs batches of what has been decoded meanwhile. SIGTERM finishes what has begun, SIGHUP reads changed checkpoints.
+
+It speaks HTTP/1.1 strictly and bounds what a client can cost, but it is no firewall: put a proxy in front of it where
+strangers reach it (README.md says what for).
+"""
+import argparse
+import contextlib
+import hmac
+import http.server
+import io
+import json
+import math
+import os
+import queue
+import re
+import select
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+import traceback
+import urllib.parse
+import zlib
+from collections import Counter, deque
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from resnet50 import UserError, add_model_args, load_some_model, predict, run_script
+
+DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
+HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
+TYPES = {"UINT8": np.uint8, "FP32": np.float32}  # of pixels
+EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository",
+              "parameters"]
+VERSION = "1"
+
+
+class Refusal(Exception):
+    """An answer that is no success: HTTP status, text for the client, more headers; close: the rest of what the client
+    sends cannot be told apart any more."""
+
+    def __init__(self, status, text, close=False, **headers):
+        super().__init__(text)
+        self.status, self.text, self.close = status, text, close
+        self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
+
+
+# ------------------------------------------------------------------------------------------------------ numbers
+
+class Histogram:
+    """Counts of values up to each bound, as Prometheus keeps them."""
+
+    def __init__(self, bounds):
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value):
+        self.counts[next((i for i, b in enumerate(self.bounds) if value <= b), len(self.bounds))] += 1
+        self.sum += value
+
+    def lines(self, name, labels=""):
+        total = 0
+        for bound, count in zip([*self.bounds, "+Inf"], self.counts):
+            total += count
+            yield f'{name}_bucket{{{labels}{"," if labels else ""}le="{bound}"}} {total}'
+        yield f"{name}_sum{{{labels}}} {self.sum:.9g}"
+        yield f"{name}_count{{{labels}}} {total}"
+
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Statistics:
+    """What happened to one network's requests, for Triton's statistics and for Prometheus"""
+
+    PARTS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output")
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.count, self.ns, self.images, self.last = Counter(), Counter(), 0, 0
+        self.batches = {}  # size -> [count, ns]
+        self.latency, self.waited, self.sizes = Histogram(SECONDS), Histogram(SECONDS), Histogram(SIZES)
+
+    def batch(self, size, seconds, waits):
+        with self.lock:
+            entry = self.batches.setdefault(size, [0, 0])
+            entry[0] += 1
+            entry[1] += int(seconds * 1e9)
+            self.sizes.add(size)
+            for wait in waits:
+                self.waited.add(wait)
+
+    def request(self, images, **seconds):
+        """seconds: of PARTS that the request went through, success or fail among them"""
+        with self.lock:
+            for part, value in seconds.items():
+                self.count[part] += 1
+                self.ns[part] += int(value * 1e9)
+            if "success" in seconds:
+                self.images += images
+                self.latency.add(seconds["success"])
+            self.last = int(time.time() * 1000)
+
+    def triton(self, name):
+        with self.lock:
+            def duration(ns):
+                return {"count": ns[0], "ns": ns[1]}
+            return dict(
+                name=name, version=VERSION, last_inference=self.last, inference_count=self.images,
+                execution_count=sum(n for n, _ in self.batches.values()),
+                inference_stats={p: duration((self.count[p], self.ns[p])) for p in self.PARTS},
+                batch_stats=[dict(batch_size=size, compute_input=duration((n, 0)), compute_infer=duration((n, ns)),
+                                  compute_output=duration((n, 0))) for size, (n, ns) in sorted(self.batches.items())])
+
+
+# ------------------------------------------------------------------------------------------------------- engine
+
+class Ticket:
+    """One request's images on their way through the batcher"""
+
+    def __init__(self, pixels, deadline, alive):
+        self.pixels, self.deadline, self.alive = pixels, deadline, alive
+        self.done, self.logits, self.error = threading.Event(), None, None
+        self.since, self.waited, self.computed, self.batch = time.monotonic(), 0.0, 0.0, 0
+
+    def fail(self, error):
+        self.error = error
+        self.done.set()
+
+
+class Model:
+    """A name, the network that answers to it, and the thread that runs it, a batch at a time. Requests that wait while
+    a batch runs make the next one; a batch that is not full waits for requests that are being decoded at the moment,
+    no longer than max_delay, and for nothing else."""
+
+    def __init__(self, name, args, path):
+        self.name, self.args, self.statistics = name, args, Statistics()
+        self.load(path)
+        self.waiting, self.images, self.coming, self.closed = deque(), 0, 0, False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self.work, name=f"batches of {name}", daemon=True)
+        self.thread.start()
+
+    def load(self, path):
+        """Reads and warms up; what was there before serves until this has gone well, and on if it does not."""
+        stamp = stamp_of(path)
+        where = argparse.Namespace(**{**vars(self.args), "checkpoint": path})
+        net, checkpoint, source = load_some_model(where, DEFAULTS)
+        net = net.to(self.args.device)
+        classes, size = checkpoint["classes"], net.preprocess["crop"]
+        with torch.inference_mode():
+            for batch in sorted({1, self.args.max_batch}):
+                blank = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=self.args.device)
+                predict(net, blank.contiguous(memory_format=torch.channels_last))
+        self.path, self.net, self.size, self.stamp = source, net, size, stamp or stamp_of(source)
+        print(f"{self.name}: {self.path}, {net.precision}, {size} pixels", file=sys.stderr, flush=True)
+        self.transform = data.eval_transform(net.preprocess)
+        self.classes = list(classes or map(str, range(net.config["num_classes"])))
+
+    def reload(self):
+        """Whether the file had changed"""
+        if stamp_of(self.path) == self.stamp:
+            return False
+        self.load(self.path)
+        return True
+
+    def submit(self, pixels, deadline, alive):
+        """uint8 (n, 3, H, W) -> Ticket. Refuses what finds the queue full."""
+        ticket = Ticket(pixels, deadline, alive)
+        with self.changed:
+            if self.closed:
+                raise Refusal(503, "the server is stopping", Retry_After="1")
+            if self.images + len(pixels) > self.args.max_queue:
+                raise Refusal(503, f"the queue is full: {self.images} images wait", Retry_After="1")
+            self.waiting.append(ticket)
+            self.images += len(pixels)
+            self.changed.notify()
+        return ticket
+
+    @contextlib.contextmanager
+    def expecting(self):
+        """Around the decoding of a request: the batcher knows that it comes."""
+        with self.changed:
+            self.coming += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.coming -= 1
+                self.changed.notify()
+
+    def close(self):
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+    def take(self):
+        """-> the next batch's tickets; None when the model is closed and nothing waits any more"""
+        with self.changed:
+            while not self.waiting and not self.closed:
+                self.changed.wait()
+            until = time.monotonic() + self.args.max_delay_ms / 1e3
+            while self.coming and self.images < self.args.max_batch and (left := until - time.monotonic()) > 0:
+                self.changed.wait(left)
+            tickets, count = [], 0
+            while self.waiting and (not tickets or count + len(self.waiting[0].pixels) <= self.args.max_batch):
+                tickets.append(self.waiting.popleft())
+                count += len(tickets[-1].pixels)
+            self.images -= count
+            return tickets or None
+
+    def work(self):
+        while (tickets := self.take()) is not None:
+            started = time.monotonic()
+            for ticket in tickets:
+                ticket.waited = started - ticket.since
+                if started > ticket.deadline:
+                    ticket.fail(Refusal(504, f"waited {ticket.waited * 1e3:.0f} ms, longer than the request allows"))
+                elif not ticket.alive():
+                    ticket.fail(Refusal(499, "the client is gone"))
+            tickets = [ticket for ticket in tickets if not ticket.done.is_set()]
+            if not tickets:
+                continue
+            try:
+                pixels = torch.cat([ticket.pixels for ticket in tickets]).to(self.args.device)
+                pixels = pixels.contiguous(memory_format=torch.channels_last)
+                with torch.inference_mode():
+                    logits = torch.cat([predict(self.net, part) for part in pixels.split(self.args.max_batch)]).cpu()
+            except Exception:  # whatever it is, the next batch shall have its chance
+                traceback.print_exc()
+                for ticket in tickets:
+                    ticket.fail(Refusal(500, "the network failed; the server's log says how"))
+                continue
+            seconds = time.monotonic() - started
+            self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
+            for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
+                ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
+                ticket.done.set()
+
+
+def stamp_of(path):
+    """What tells a changed file from the one that was read"""
+    with contextlib.suppress(OSError, TypeError):
+        status = os.stat(path)
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def decode(model, encoded, args, gate):
+    """Encoded bytes -> uint8 (3, crop, crop). The size is looked at before any pixel is decoded."""
+    if not encoded:
+        raise Refusal(400, "the image is empty")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            width, height = image.size
+    except Image.UnidentifiedImageError:
+        raise Refusal(400, f"not an image in any of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise nearly everything on damaged headers
+        raise Refusal(413 if isinstance(error, Image.DecompressionBombError) else 400,
+                      f"damaged image: {type(error).__name__}") from None
+    if width * height > args.max_pixels:
+        raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
+    with gate:
+        try:
+            return model.transform(data.decode(encoded, FORMATS, exif=args.exif)).permute(2, 0, 1)
+        except ValueError as error:
+            raise Refusal(400, str(error)[:200]) from None
+        except Exception as error:
+            raise Refusal(400, f"the image cannot be decoded: {type(error).__name__}") from None
+
+
+# --------------------------------------------------------------------------------------------- the wire, strictly
+
+class Stream:
+    """Reads a socket. Every call ends by `deadline` (monotonic seconds), with TimeoutError."""
+
+    def __init__(self, connection):
+        self.connection, self.buffer, self.deadline = connection, bytearray(), 0.0
+
+    def fill(self):
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        received = self.connection.recv(262144)
+        if not received:
+            raise EOFError
+        self.buffer += received
+
+    def line(self, limit):
+        """-> the bytes before the next CR LF; ValueError beyond `limit`, or where a line ends in LF alone"""
+        at = 0
+        while (end := self.buffer.find(b"\n", at)) < 0:
+            at = len(self.buffer)
+            if at > limit:
+                raise ValueError("a line is too long")
+            self.fill()
+        if end > limit:
+            raise ValueError("a line is too long")
+        if self.buffer[end - 1:end] != b"\r":
+            raise ValueError("a line ends without carriage return")
+        line = bytes(self.buffer[:end - 1])
+        del self.buffer[:end + 1]
+        return line
+
+    def read(self, size):
+        while len(self.buffer) < size:
+            self.fill()
+        taken = bytes(memoryview(self.buffer)[:size])
+        del self.buffer[:size]
+        return taken
+
+    def chunked(self, limit):
+        """The body of a Transfer-Encoding: chunked; Refusal 413 beyond `limit` bytes or 65,536 chunks"""
+        body = bytearray()
+        for _ in range(65536):
+            size = self.line(1024).split(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+                raise ValueError("a chunk's size is no hexadecimal number")
+            size = int(size, 16)
+            if len(body) + size > limit:
+                raise Refusal(413, f"the body is larger than {limit} bytes", close=True)
+            if size == 0:
+                for _ in range(HEADERS):  # trailers, which nobody here asks for
+                    if not self.line(LINE_BYTES):
+                        return bytes(body)
+                raise ValueError("too many trailers")
+            body += self.read(size)
+            if self.read(2) != b"\r\n":
+                raise ValueError("a chunk does not end where it says")
+        raise Refusal(413, "the body has too many chunks", close=True)
+
+
+def read_head(stream):
+    """-> (method, target, minor version, {lower-case name: value}). Anything that two parsers might read differently is
+    refused, and the connection closed."""
+    def bad(text, status=400):
+        return Refusal(status, text, close=True)
+    try:
+        first = stream.line(LINE_BYTES)
+    except ValueError as error:
+        raise bad(f"request line: {error}", 414 if "long" in str(error) else 400) from None
+    match = re.fullmatch(rb"([A-Z]{1,20}) ([\x21-\x7e]{1,8000}) HTTP/1\.([01])", first)
+    if not match:
+        raise bad("the request line is not HTTP/1.1")
+    headers, left = {}, HEAD_BYTES
+    while True:
+        try:
+            line = stream.line(left)
+        except ValueError as error:
+            raise bad(f"headers: {error}", 431 if "long" in str(error) else 400) from None
+        left -= len(line) + 2
+        if not line:
+            break
+        if len(headers) >= HEADERS or left < 0:
+            raise bad("too many headers", 431)
+        field = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f])*?)[ \t]*", line)
+        if not field:
+            raise bad("a header is malformed")
+        name, value = field[1].decode().lower(), field[2].decode("latin-1")
+        if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type",
+                                        "content-encoding", "inference-header-content-length"):
+            raise bad(f"several {name} headers")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if match[3] == b"1" and "host" not in headers:
+        raise bad("no Host header")
+    if "content-length" in headers:
+        if "transfer-encoding" in headers:
+            raise bad("Content-Length and Transfer-Encoding exclude each other")
+        if not re.fullmatch("[0-9]{1,15}", headers["content-length"]):
+            raise bad("Content-Length is no number")
+    if headers.get("transfer-encoding", "chunked").lower() != "chunked":
+        raise bad("no Transfer-Encoding but chunked is known", 501)
+    return match[1].decode(), match[2].decode(), int(match[3]), headers
+
+
+def inflate(body, encoding, limit):
+    """Decompresses gzip or deflate (zlib) up to `limit` bytes."""
+    if encoding in ("", "identity"):
+        return body
+    if encoding not in ("gzip", "deflate"):
+        raise Refusal(415, "no Content-Encoding but gzip and deflate is known")
+    stream = zlib.decompressobj(31 if encoding == "gzip" else 15)
+    try:
+        result = stream.decompress(body, limit + 1)
+    except zlib.error:
+        raise Refusal(400, f"the body is not {encoding}") from None
+    if len(result) > limit:
+        raise Refusal(413, f"the body is larger than {limit} bytes when decompressed")
+    if not stream.eof or stream.unused_data:
+        raise Refusal(400, f"the {encoding} body is cut short or goes on behind its end")
+    return result
+
+
+def read_json(text):
+    """bytes -> what they say in JSON, an object. No NaN, no depth beyond DEPTH."""
+    def refuse(constant):
+        raise ValueError(f"{constant} is no JSON")
+    try:
+        depth = deepest = 0
+        for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text)):
+            depth += 1 if bracket in b"[{" else -1
+            deepest = max(deepest, depth)
+        if deepest > DEPTH:
+            raise ValueError(f"nested deeper than {DEPTH}")
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the JSON cannot be read: {str(error)[:100]}") from None
+    if not isinstance(value, dict):
+        raise Refusal(400, "the JSON is no object")
+    return value
+
+
+def read_form(body, content_type):
+    """multipart/form-data -> contents of the parts named image, or of all that are files"""
+    match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type)
+    if not match:
+        raise Refusal(400, "multipart without a boundary")
+    edge = b"--" + (match[1] or match[2]).encode("latin-1")
+    pieces = (b"\r\n" + body).split(b"\r\n" + edge)
+    if len(pieces) < 3 or pieces[0] or not pieces[-1].startswith(b"--"):
+        raise Refusal(400, "the multipart body does not begin and end with its boundary")
+    if len(pieces) > PARTS + 2:
+        raise Refusal(413, f"more than {PARTS} parts")
+    found = []
+    for piece in pieces[1:-1]:
+        head, separator, content = piece.partition(b"\r\n\r\n")
+        disposition = re.search(rb"(?im)^content-disposition:\s*form-data;(.*)$", head)
+        if not separator or not disposition:
+            raise Refusal(400, "a part of the form has no Content-Disposition")
+        if re.search(rb'\bname="?image(\[\])?"?(\s*;|\s*$)', disposition[1]) or b"filename" in disposition[1]:
+            found.append(content)
+    if not found:
+        raise Refusal(400, "the form has no field named image")
+    return found
+
+
+# ------------------------------------------------------------------------------- Open Inference Protocol, version 2
+
+def metadata(model):
+    return dict(name=model.name, versions=[VERSION], platform="pytorch_resnet50",
+                inputs=[dict(name="pixels", datatype="UINT8", shape=[-1, 3, model.size, model.size])],
+                outputs=[dict(name="probabilities", datatype="FP32", shape=[-1, len(model.classes)])])
+
+
+def configuration(model):
+    return dict(name=model.name, platform="pytorch_resnet50", backend="resnet50", version_policy={"latest": {}},
+                max_batch_size=model.args.max_batch,
+                input=[dict(name="pixels", data_type="TYPE_UINT8", format="FORMAT_NCHW",
+                            dims=[3, model.size, model.size])],
+                output=[dict(name="probabilities", data_type="TYPE_FP32", dims=[len(model.classes)],
+                             label_filename="")],
+                dynamic_batching=dict(max_queue_delay_microseconds=int(model.args.max_delay_ms * 1000)))
+
+
+def split_binary(body, headers):
+    """-> (the request's JSON as an object, the bytes of tensors behind it)"""
+    length = headers.get("inference-header-content-length")
+    if length is None:
+        return read_json(body), b""
+    if not re.fullmatch("[0-9]{1,12}", length) or int(length) > len(body):
+        raise Refusal(400, "Inference-Header-Content-Length lies outside the body")
+    if int(length) == 0:  # the body is the only input, a batch of one, and so shall the answer be
+        return None, body
+    return read_json(body[:int(length)]), body[int(length):]
+
+
+def flag(parameters, name, default):
+    value = parameters.get(name, default)
+    if not isinstance(value, bool):
+        raise Refusal(400, f"parameter {name} is no boolean")
+    return value
+
+
+def parameters_of(item):
+    parameters = item.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise Refusal(400, "parameters is no object")
+    return parameters
+
+
+def read_input(model, request, tail, limit):
+    """The request's only input -> (uint8 (n, 3, crop, crop), None) or (None, list of encoded images). `limit`: images
+    that one request may hold.
+
+    pixels  UINT8 (n, 3, H, W); or FP32, normalised by the network's mean and deviation, taken to the nearest pixel
+    image   BYTES (n) or (n, 1): encoded images"""
+    inputs = request.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise Refusal(400, "inputs must be a list of one tensor")
+    tensor, parameters = inputs[0], parameters_of(inputs[0])
+    name, kind, shape = (tensor.get(key) for key in ("name", "datatype", "shape"))
+    if name not in ("pixels", "image"):
+        raise Refusal(400, "unexpected inference input; expected pixels or image")
+    if kind not in (*TYPES, "BYTES"):
+        raise Refusal(400, f"datatype of {name} must be {', '.join(TYPES)} or BYTES")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2 ** 31 for n in shape):
+        raise Refusal(400, f"shape of {name} must be a list of whole numbers")
+    wanted = (3, model.size, model.size)
+    if kind == "BYTES":
+        if len(shape) != 1 and shape[1:] != [1]:
+            raise Refusal(400, f"shape of {name} must be [n] or [n, 1] for BYTES")
+    elif len(shape) != 4 or tuple(shape[1:]) != wanted:
+        raise Refusal(400, f"shape of {name} must be [n, {', '.join(map(str, wanted))}]")
+    if not 1 <= shape[0] <= limit:
+        raise Refusal(400, f"{name}: a request holds 1 to {limit} images")
+    size = parameters.get("binary_data_size")
+    if size is not None:
+        if type(size) is not int or size != len(tail) or "data" in tensor:
+            raise Refusal(400, f"binary_data_size of {name} is not what follows the JSON")
+    elif tail:
+        raise Refusal(400, "bytes follow the JSON that no input claims")
+    if kind == "BYTES":
+        return None, binary_strings(tail, shape[0]) if size is not None else json_strings(tensor.get("data"), shape[0])
+    count = math.prod(shape)
+    if size is not None:
+        if size != count * np.dtype(TYPES[kind]).itemsize:
+            raise Refusal(400, f"binary_data_size of {name} does not fit its shape")
+        values = np.frombuffer(tail, np.dtype(TYPES[kind]).newbyteorder("<"))
+    else:
+        values = json_numbers(tensor.get("data"), count, kind)
+    values = torch.from_numpy(values.reshape(shape).copy())
+    if kind == "FP32":
+        if not values.isfinite().all():
+            raise Refusal(400, f"{name} holds values that are not finite")
+        mean, std = (torch.tensor(model.net.preprocess[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
+        values = (values * std + mean).round().clamp(0, 255).to(torch.uint8)
+    return values, None
+
+
+def json_numbers(values, count, kind):
+    try:
+        array = np.array(values)
+    except (ValueError, OverflowError):
+        raise Refusal(400, "data is ragged") from None
+    whole = array.dtype.kind in "iu" and (array.size == 0 or 0 <= array.min() <= array.max() <= 255)
+    if array.size != count or not (whole or kind == "FP32" and array.dtype.kind in "iuf"):
+        raise Refusal(400, f"data must be {count} numbers" + " from 0 to 255" * (kind == "UINT8"))
+    return array.astype(TYPES[kind])
+
+
+def json_strings(values, count):
+    """BYTES in JSON: text cannot hold an image, so it must be in base64"""
+    import base64
+    flat = [v for item in values for v in (item if isinstance(item, list) else [item])] \
+        if isinstance(values, list) else []
+    if len(flat) != count or not all(isinstance(v, str) for v in flat):
+        raise Refusal(400, f"data must be {count} strings")
+    try:
+        return [base64.b64decode(v, validate=True) for v in flat]
+    except ValueError:
+        raise Refusal(400, "BYTES in JSON must be base64") from None
+
+
+def binary_strings(tail, count):
+    """BYTES behind the JSON: each with its length before it, uint32 little-endian"""
+    found, at = [], 0
+    while at < len(tail) and len(found) < count:
+        size = int.from_bytes(tail[at:at + 4], "little")
+        found.append(tail[at + 4:at + 4 + size])
+        at += 4 + size
+    if at != len(tail) or len(found) != count:
+        raise Refusal(400, f"the lengths of {count} BYTES do not fill the binary data")
+    return found
+
+
+def wanted_outputs(request, classes):
+    """-> [(name, whether binary, classes to name or 0)]"""
+    if request is None:
+        return [("probabilities", True, 0)]
+    binary = flag(parameters_of(request), "binary_data_output", False)
+    outputs = request.get("outputs", [{"name": "probabilities"}])
+    if not isinstance(outputs, list) or not 1 <= len(outputs) <= 2 or not all(isinstance(o, dict) for o in outputs):
+        raise Refusal(400, "outputs must be a list of probabilities, logits or both")
+    found = []
+    for output in outputs:
+        parameters, name = parameters_of(output), output.get("name")
+        top = parameters.get("classification", 0)
+        if name not in ("probabilities", "logits") or name in (n for n, _, _ in found):
+            raise Refusal(400, "unexpected inference output; expected probabilities or logits, each once")
+        if type(top) is not int or top < 0:
+            raise Refusal(400, "parameter classification is no whole number")
+        found.append((name, flag(parameters, "binary_data", binary), min(top, classes)))
+    return found
+
+
+def infer_response(model, request, outputs, logits):
+    """-> (headers, body)"""
+    entries, tails = [], []
+    for name, binary, top in outputs:
+        values = logits if name == "logits" else logits.softmax(1)
+        if top:
+            best = values.topk(top, 1)
+            strings = [f"{v:f}:{i}:{model.classes[i]}" for row in zip(best.values.tolist(), best.indices.tolist())
+                       for v, i in zip(*row)]
+            entry = dict(name=name, datatype="BYTES", shape=[len(values), top])
+            raw = b"".join(len(s).to_bytes(4, "little") + s for s in map(str.encode, strings)) if binary else None
+        else:
+            entry = dict(name=name, datatype="FP32", shape=list(values.shape))
+            strings, raw = None, values.numpy().astype("<f4").tobytes() if binary else None
+        if binary:
+            entry["parameters"] = {"binary_data_size": len(raw)}
+            tails.append(raw)
+        else:
+            entry["data"] = strings if strings is not None else values.flatten().tolist()
+        entries.append(entry)
+    answer = dict(model_name=model.name, model_version=VERSION, outputs=entries)
+    if request and isinstance(request.get("id"), str):
+        answer["id"] = request["id"][:1024]
+    body = json.dumps(answer).encode()
+    if not tails:
+        return {"Content-Type": "application/json"}, body
+    return {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": str(len(body))}, \
+        b"".join([body, *tails])
+
+
+# ------------------------------------------------------------------------------------------- what describes itself
+
+def openapi():
+    """-> the OpenAPI 3.1 document"""
+    text = {"schema": {"type": "string"}}
+    anything = {"schema": {"type": "object"}}
+    error = {"description": "A reason", "content": {"application/json": {"schema": {
+        "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}}}
+    name = {"name": "name", "in": "path", "required": True, 
+            "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"}}
+    topk = {"name": "topk", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 999999}}
+    encoded = {"schema": {"type": "string", "format": "binary"}}
+    images = {"required": True, "content": {
+        "multipart/form-data": {"schema": {"type": "object", "required": ["image"],
+                                           "properties": {"image": encoded["schema"]}}},
+        **{f"image/{kind}": encoded for kind in ("jpeg", "png", "webp", "bmp", "gif")}}}
+    tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": {
+        "name": {"enum": ["pixels", "image"]}, "datatype": {"enum": [*TYPES, "BYTES"]}, "data": {"type": "array"},
+        "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "parameters": {"type": "object"}}}
+    inference = {"required": True, "content": {"application/json": {"schema": {
+        "type": "object", "required": ["inputs"], "properties": {
+            "id": {"type": "string"}, "parameters": {"type": "object"},
+            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
+            "outputs": {"type": "array", "items": {"type": "object", "required": ["name"], "properties": {
+                "name": {"enum": ["probabilities", "logits"]}, "parameters": {"type": "object"}}}}}}}}}
+
+    def operation(summary, *parameters, body=None, content=None, errors=()):
+        answers = {"200": {"description": "Success", "content": content or {"application/json": anything}},
+                   **{str(status): error for status in (400, 401, *errors)}}
+        return {"summary": summary, "parameters": list(parameters), "responses": answers,
+                **({"requestBody": body} if body else {})}
+    busy = (404, 408, 413, 415, 417, 503, 504)
+    classify = operation("Classes of an encoded image, or of a form's", topk, body=images, errors=busy)
+    by_name = {**classify, "parameters": [name, topk]}
+    paths = {
+        "/": {"get": operation("A page to try it", content={"text/html": text})},
+        "/predict": {"post": classify},
+        "/predictions/{name}": {"post": by_name, "put": by_name},
+        "/healthz": {"get": operation("Whether requests are welcome", errors=(503,))},
+        "/metrics": {"get": operation("Prometheus", content={"text/plain": text})},
+        "/openapi.json": {"get": operation("This")},
+        "/v2": {"get": operation("The server")},
+        "/v2/health/live": {"get": operation("Alive")},
+        "/v2/health/ready": {"get": operation("Ready", errors=(503,))},
+        "/v2/models/stats": {"get": operation("Statistics of all models")},
+        "/v2/models/{name}": {"get": operation("Inputs and outputs", name, errors=(404,))},
+        "/v2/models/{name}/ready": {"get": operation("Ready", name, errors=(404, 503))},
+        "/v2/models/{name}/config": {"get": operation("Triton's configuration", name, errors=(404,))},
+        "/v2/models/{name}/stats": {"get": operation("Statistics", name, errors=(404,))},
+        "/v2/models/{name}/infer": {"post": operation("Inference", name, body=inference, errors=busy)},
+        "/v2/repository/index": {"post": operation("The models", errors=(413,))}}
+    return {"openapi": "3.1.0", "info": {"title": "ResNet-50", "version": VERSION}, "paths": paths}
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>ResNet-50</title><link rel="icon" href="data:,">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #222;
+  background: #fff }
+#drop { border: 2px dashed #888; border-radius: .5rem; padding: 1.5rem; text-align: center; cursor: pointer }
+#drop:focus-visible, #drop.over { border-color: #06c; outline: 3px solid #9cf }
+#result { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
+#picture { max-width: min(100%, 20rem); max-height: 20rem; object-fit: contain }
+#bars { flex: 1 1 16rem; list-style: none; margin: 0; padding: 0 }
+#bars li { position: relative; margin: .25rem 0; padding: .15rem .5rem; z-index: 0; overflow-wrap: anywhere }
+#bars li span { position: absolute; inset: 0; right: auto; background: #bcdcff; z-index: -1; border-radius: .2rem }
+#charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem }
+figure { margin: 0 }
+svg { width: 100%; height: 4rem; background: #f4f4f4 } figcaption { font-size: .85rem; color: #555 }
+#error { color: #a00 } input { position: absolute; opacity: 0; width: 1px; height: 1px }
+@media (prefers-color-scheme: dark) { body { background: #181818; color: #eee } #bars li span { background: #14508c }
+svg { background: #262626 } figcaption { color: #aaa } #error { color: #f88 } }
+</style></head><body>
+<h1>ResNet-50</h1>
+<div id="drop" role="button" tabindex="0" aria-label="Choose an image">
+Drop or paste an image, or press Enter to choose one</div>
+<input id="file" type="file" accept="image/jpeg,image/png,image/webp,image/bmp,image/gif" tabindex="-1"
+  aria-hidden="true">
+<p id="error" role="alert"></p>
+<div id="result" aria-live="polite"><img id="picture" alt="" hidden><ol id="bars"></ol></div>
+<p id="timings"></p>
+<div id="charts"></div>
+<script>
+const $ = id => document.getElementById(id);
+async function classify(file) {
+  $("error").textContent = "";
+  $("picture").src = URL.createObjectURL(file); $("picture").alt = file.name || "pasted image";
+  $("picture").hidden = false;
+  const form = new FormData(); form.append("image", file);
+  const began = performance.now();
+  try {
+    const answer = await fetch("predict?topk=5", {method: "POST", body: form}), found = await answer.json();
+    if (!answer.ok) throw new Error(found.error);
+    $("bars").replaceChildren(...found.top.map(({class: name, probability}) => {
+      const item = document.createElement("li"), bar = document.createElement("span");
+      bar.style.width = 100 * probability + "%";
+      item.append(bar, `${name} ${(100 * probability).toFixed(1)} %`);
+      return item;
+    }));
+    const t = found.timings;
+    $("timings").textContent = `${found.model}: decoded in ${t.decode_ms} ms, waited ${t.queue_ms} ms, computed in ` +
+      `${t.compute_ms} ms in a batch of ${t.batch}; ${(performance.now() - began).toFixed(0)} ms in all`;
+  } catch (error) {
+    $("bars").replaceChildren(); $("timings").textContent = ""; $("error").textContent = error.message;
+  }
+}
+const take = list => { const file = [...list].find(f => f.type.startsWith("image/")); if (file) classify(file); };
+$("drop").onclick = () => $("file").click();
+$("drop").onkeydown = e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); $("file").click(); } };
+$("file").onchange = () => { take($("file").files); $("file").value = ""; };
+document.ondragover = e => { e.preventDefault(); $("drop").classList.add("over"); };
+document.ondragleave = () => $("drop").classList.remove("over");
+document.ondrop = e => { e.preventDefault(); $("drop").classList.remove("over"); take(e.dataTransfer.files); };
+document.onpaste = e => take(e.clipboardData.files);
+const charts = ["images per second", "images per batch", "milliseconds per request"].map(title => {
+  const figure = document.createElement("figure");
+  figure.innerHTML = `<svg viewBox="0 0 60 10" preserveAspectRatio="none" role="img"><polyline fill="none" stroke="#06c"
+    stroke-width=".3"/></svg><figcaption></figcaption>`;
+  $("charts").append(figure);
+  return {title, values: [], line: figure.querySelector("polyline"), caption: figure.querySelector("figcaption")};
+});
+let last;
+async function poll() {
+  try {
+    const text = await (await fetch("metrics")).text(), now = {time: performance.now()};
+    const sum = name => [...text.matchAll(new RegExp(`^resnet50_${name}{.*} (.*)$`, "gm"))]
+      .reduce((s, m) => s + +m[1], 0);
+    for (const name of ["images_total", "batch_size_sum", "batch_size_count", "request_seconds_sum",
+      "request_seconds_count"]) now[name] = sum(name);
+    if (last) {
+      const d = name => now[name] - last[name], ratio = (a, b) => b ? a / b : 0;
+      [1000 * d("images_total") / d("time"), ratio(d("batch_size_sum"), d("batch_size_count")),
+        1000 * ratio(d("request_seconds_sum"), d("request_seconds_count"))].forEach((value, i) => {
+        const chart = charts[i], top = Math.max(1e-9, ...chart.values, value);
+        chart.values = [...chart.values, value].slice(-60);
+        chart.line.setAttribute("points", chart.values.map((v, x) => `${x},${9.8 - 9.6 * v / top}`).join(" "));
+        chart.caption.textContent = `${chart.title}: ${value.toFixed(1)} (a minute's most: ${top.toFixed(1)})`;
+      });
+    }
+    last = now;
+  } catch (error) { last = undefined; }
+  setTimeout(poll, 1000);
+}
+poll();
+</script></body></html>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------- server
+
+def as_json(value, status=200):
+    return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection. A route is a method that takes the match of its pattern and returns (status, headers, body)."""
+
+    def setup(self):
+        self.connection, self.idle = self.request, True
+        with self.server.lock:
+            self.server.handlers[self.request] = self
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.args = self.server.args
+        if self.server.tls:
+            self.connection.settimeout(self.args.head_timeout)
+            self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
+        self.stream = Stream(self.connection)
+
+    def handle(self):
+        with contextlib.suppress(OSError, EOFError):  # the client went away, or was idle for too long
+            while self.one():
+                pass
+
+    def finish(self):
+        if self.server.tls:  # which has taken the socket that shutdown_request would close
+            self.connection.close()
+
+    def one(self):
+        """One request and its answer. -> whether the connection goes on"""
+        self.idle = True
+        if self.server.draining:
+            return False
+        self.stream.deadline = time.monotonic() + self.args.idle_timeout
+        if not self.stream.buffer:
+            self.stream.fill()
+        self.idle, self.started = False, time.monotonic()
+        self.stream.deadline = self.started + self.args.head_timeout
+        self.method, self.path, self.headers, self.images, self.model, minor = "-", "-", {}, 0, None, 1
+        with self.server.busy():
+            try:
+                self.method, self.path, minor, self.headers = read_head(self.stream)
+                route, match = self.route()
+                self.read_body()
+                status, headers, body = route(self, match)
+                close = False
+            except Refusal as refusal:
+                status, headers, body = as_json({"error": refusal.text}, refusal.status)
+                headers.update(refusal.headers)
+                close = refusal.close
+            except TimeoutError:
+                (status, headers, body), close = as_json({"error": "the request came too slowly"}, 408), True
+            except ValueError as error:
+                (status, headers, body), close = as_json({"error": f"the body is malformed: {error}"}, 400), True
+            except (OSError, EOFError):
+                raise
+            except Exception:
+                traceback.print_exc()
+                (status, headers, body), close = as_json({"error": "an error inside the server"}, 500), True
+            if self.model and status >= 400:
+                self.model.statistics.request(0, fail=time.monotonic() - self.started)
+            connection = self.headers.get("connection", "").lower()
+            keep = not close and not self.server.draining and "close" not in connection and (
+                minor == 1 or "keep-alive" in connection)
+            self.answer(status, headers, body, keep)
+        return keep
+
+    def route(self):
+        """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
+        what is left of a body unread closes the connection."""
+        path, _, query = self.path.partition("?")
+        self.query = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
+        asked = "GET" if self.method == "HEAD" else self.method
+        found = [(method, function, match) for method, pattern, function in ROUTES
+                 if (match := re.fullmatch(pattern, path))]
+        body = "transfer-encoding" in self.headers or int(self.headers.get("content-length", 0)) > 0
+        if not found:
+            raise Refusal(404, "nothing is here; /openapi.json lists what is", close=body)
+        if asked not in (method for method, _, _ in found):
+            raise Refusal(405, f"{self.method[:20]} is not for this path", close=body,
+                          Allow=", ".join(sorted({method for method, _, _ in found})))
+        if self.server.keys and path not in OPEN_PATHS and not self.authorised():
+            raise Refusal(401, "this needs an API key: Authorization: Bearer KEY", close=body,
+                          WWW_Authenticate="Bearer")
+        if int(self.headers.get("content-length", 0)) > self.args.max_body:
+            raise Refusal(413, f"the body is larger than {self.args.max_body} bytes", close=True)
+        expected = self.headers.get("expect")
+        if expected and expected.lower() != "100-continue":
+            raise Refusal(417, "nothing but 100-continue can be expected", close=True)
+        if expected and body and not self.stream.buffer:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return next((function, match) for method, function, match in found if method == asked)
+
+    def authorised(self):
+        given = self.headers.get("x-api-key") or self.headers.get("authorization", "").removeprefix("Bearer ")
+        return any([hmac.compare_digest(given.encode("latin-1"), key) for key in self.server.keys])
+
+    def read_body(self):
+        """Into self.body, decompressed. It may take head_timeout, and a second for every 64 KiB."""
+        limit = self.args.max_body
+        size = int(self.headers.get("content-length", 0))
+        self.stream.deadline = time.monotonic() + self.args.head_timeout + size / 65536
+        body = self.stream.chunked(limit) if "transfer-encoding" in self.headers else self.stream.read(size)
+        self.body = inflate(body, self.headers.get("content-encoding", "").lower().strip(), limit)
+
+    def answer(self, status, headers, body, keep):
+        accepted = self.headers.get("accept-encoding", "") if len(body) > 1024 else ""
+        for encoding in ("gzip", "deflate"):
+            if re.search(rf"\b{encoding}\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted):
+                stream = zlib.compressobj(1, zlib.DEFLATED, 31 if encoding == "gzip" else 15)
+                body = stream.compress(body) + stream.flush()
+                headers = {**headers, "Content-Encoding": encoding, "Vary": "Accept-Encoding"}
+                break
+        head = [f"HTTP/1.1 {status} {self.responses.get(status, ('Unknown',))[0]}", f"Date: {self.date_time_string()}",
+                *(f"{k}: {v}" for k, v in headers.items()), f"Content-Length: {len(body)}",
+                "X-Content-Type-Options: nosniff", f"Connection: {'keep-alive' if keep else 'close'}", "", ""]
+        self.server.count(status)
+        if status != 499:
+            self.connection.settimeout(self.args.head_timeout + len(body) / 65536)
+            with contextlib.suppress(OSError):
+                self.connection.sendall("\r\n".join(head).encode("latin-1") + (b"" if self.method == "HEAD" else body))
+                if not keep:  # a reset would throw away what the client has not read yet
+                    self.connection.shutdown(socket.SHUT_WR)
+                    self.drain_input()
+        if self.args.access_log:
+            self.server.log(dict(time=round(time.time(), 3), client=self.client_address[0], method=self.method,
+                                 path=self.path[:200], status=status, bytes=len(body), images=self.images,
+                                 ms=round((time.monotonic() - self.started) * 1e3, 2)))
+
+    def drain_input(self):
+        """Reads on for a moment what a refused client is still sending, up to a megabyte."""
+        if self.server.tls:
+            return
+        until, left = time.monotonic() + 1, 1 << 20
+        while left > 0 and (wait := until - time.monotonic()) > 0:
+            self.connection.settimeout(wait)
+            received = self.connection.recv(65536)
+            if not received:
+                return
+            left -= len(received)
+
+    def alive(self):
+        """False when the client has closed its end."""
+        with contextlib.suppress(OSError, ValueError):
+            if not self.server.tls and select.select([self.connection], [], [], 0)[0]:
+                return bool(self.stream.buffer) or bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+            return True
+        return False
+
+    # ------------------------------------------------------------------------------------------------- routes
+
+    def named(self, match):
+        name, version = match["name"], match.groupdict().get("version")
+        model = self.server.models.get(name)
+        if model is None:
+            raise Refusal(404, f"Request for unknown model: '{name}' is not found")
+        if version not in (None, VERSION):
+            raise Refusal(404, f"Request for unknown model: '{name}' version {version} is not found")
+        return model
+
+    def infer(self, model, pixels=None, encoded=None):
+        """Pixels uint8 (n, 3, H, W) or encoded images -> logits (n, classes); self.ticket and self.decoded say what it
+        took."""
+        self.model = model
+        timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
+        if not re.fullmatch("[0-9]{1,9}", timeout) or int(timeout) < 1:
+            raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
+        deadline = self.started + min(int(timeout), self.args.timeout_ms) / 1e3
+        begin = time.monotonic()
+        if pixels is None:
+            with model.expecting():
+                pixels = torch.stack([decode(model, e, self.args, self.server.gate) for e in encoded])
+        self.decoded, self.images = time.monotonic() - begin, len(pixels)
+        self.ticket = ticket = model.submit(pixels, deadline, self.alive)
+        if not ticket.done.wait(max(deadline - time.monotonic(), 0)):
+            raise Refusal(504, "no answer within the request's time")
+        if ticket.error:
+            raise ticket.error
+        return ticket.logits
+
+    def succeed(self, since):
+        """Books the request; since: when its answer began to be written"""
+        now = time.monotonic()
+        self.model.statistics.request(
+            self.images, success=now - self.started, queue=self.ticket.waited, compute_input=self.decoded,
+            compute_infer=self.ticket.computed, compute_output=now - since)
+
+    def predict(self, match):
+        model = self.named(match) if match.groupdict().get("name") else next(iter(self.server.models.values()))
+        if not re.fullmatch("[1-9][0-9]{0,5}", self.query.get("topk", "5")):
+            raise Refusal(400, "topk is no positive number")
+        top = min(int(self.query.get("topk", 5)), len(model.classes))
+        kind = self.headers.get("content-type", "")
+        encoded = read_form(self.body, kind) if kind.lower().startswith("multipart/form-data") else [self.body]
+        if len(encoded) > self.args.max_images:
+            raise Refusal(413, f"more than {self.args.max_images} images")
+        logits = self.infer(model, encoded=encoded)
+        since, found = time.monotonic(), []
+        best = logits.softmax(1).topk(top, 1)
+        for values, indices in zip(best.values.tolist(), best.indices.tolist()):
+            listed = [{"class_id": i, "class": model.classes[i], "probability": round(p, 6)}
+                      for p, i in zip(values, indices)]
+            found.append({**listed[0], "top": listed})
+        times = dict(decode_ms=self.decoded, queue_ms=self.ticket.waited, compute_ms=self.ticket.computed,
+                     total_ms=since - self.started)
+        more = dict(model=model.name, timings={**{k: round(v * 1e3, 3) for k, v in times.items()},
+                                               "batch": self.ticket.batch})
+        self.succeed(since)
+        return as_json({**found[0], **more} if len(found) == 1 else {"predictions": found, **more})
+
+    def v2_infer(self, match):
+        model = self.named(match)
+        request, tail = split_binary(self.body, self.headers)
+        outputs = wanted_outputs(request, len(model.classes))
+        if request is not None:
+            pixels, encoded = read_input(model, request, tail, self.args.max_images)
+        elif len(tail) == 3 * model.size ** 2:
+            pixels, encoded = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, model.size, -1), None
+        else:
+            pixels, encoded = None, [tail]
+        logits = self.infer(model, pixels, encoded)
+        since = time.monotonic()
+        headers, body = infer_response(model, request, outputs, logits)
+        self.succeed(since)
+        return 200, headers, body
+
+    def live(self, match):
+        return as_json({"live": True})
+
+    def ready(self, match):
+        ready = self.server.ready and not self.server.draining
+        return as_json({"live": True, "ready": ready}, 200 if ready else 503)
+
+    def model_ready(self, match):
+        model = self.named(match)
+        return as_json({"name": model.name, "ready": not model.closed}, 503 if model.closed else 200)
+
+    def server_metadata(self, match):
+        return as_json(dict(name="resnet50", version=VERSION, extensions=EXTENSIONS))
+
+    def model_metadata(self, match):
+        return as_json(metadata(self.named(match)))
+
+    def model_configuration(self, match):
+        return as_json(configuration(self.named(match)))
+
+    def model_statistics(self, match):
+        chosen = [self.named(match)] if match.groupdict().get("name") else self.server.models.values()
+        return as_json(dict(model_stats=[m.statistics.triton(m.name) for m in chosen]))
+
+    def repository_index(self, match):
+        return as_json([dict(name=name, version=VERSION, state="READY", reason="") for name in self.server.models])
+
+    def metrics(self, match):
+        return 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self.server.metrics().encode()
+
+    def description(self, match):
+        return as_json(openapi())
+
+    def page(self, match):
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " \
+            "img-src 'self' blob: data:"
+        return 200, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}, PAGE.encode()
+
+
+NAME = r"(?P<name>[A-Za-z0-9._-]{1,64})"
+MODEL = rf"/v2/models/{NAME}(?:/versions/(?P<version>[0-9]{{1,9}}))?"
+ROUTES = [(method, pattern, function) for method, pattern, function in (
+    ("GET", r"/", Handler.page),
+    ("POST", r"/predict", Handler.predict),
+    ("POST", rf"/predictions/{NAME}", Handler.predict),
+    ("PUT", rf"/predictions/{NAME}", Handler.predict),  # what curl -T sends
+    ("GET", r"/healthz", Handler.ready),
+    ("GET", r"/metrics", Handler.metrics),
+    ("GET", r"/openapi\.json", Handler.description),
+    ("GET", r"/v2/?", Handler.server_metadata),
+    ("GET", r"/v2/health/live", Handler.live),
+    ("GET", r"/v2/health/ready", Handler.ready),
+    ("GET", r"/v2/models/stats", Handler.model_statistics),
+    ("GET", MODEL, Handler.model_metadata),
+    ("GET", MODEL + "/ready", Handler.model_ready),
+    ("GET", MODEL + "/config", Handler.model_configuration),
+    ("GET", MODEL + "/stats", Handler.model_statistics),
+    ("POST", MODEL + "/infer", Handler.v2_infer),
+    ("POST", r"/v2/repository/index", Handler.repository_index))]
+OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size, daemon_threads, block_on_close = 1024, True, False
+
+    def __init__(self, args, models):
+        self.args, self.models, self.ready, self.draining = args, models, False, False
+        self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
+        self.lock, self.handlers, self.begun = threading.Condition(), {}, 0
+        self.answers, self.refused, self.since = Counter(), 0, time.time()
+        self.keys = read_keys(args.api_key_file)
+        self.tls = read_tls(args)
+        self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        self.allow_reuse_port = args.processes > 1
+        try:
+            super().__init__((args.host, args.port), Handler)
+        except OSError as error:
+            raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}", 2) from error
+
+    def server_bind(self):  # without the look-up of a name that HTTPServer makes
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if self.allow_reuse_port:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request, client_address):
+        with self.lock:
+            full = len(self.handlers) >= self.args.max_connections
+            if full:
+                self.refused += 1
+            else:
+                self.handlers[request] = None
+        if full:
+            body = b'{"error": "too many connections"}'
+            with contextlib.suppress(OSError):
+                request.setblocking(False)
+                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+                             b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no more threads
+            self.forget(request)
+
+    def shutdown_request(self, request):
+        with self.lock:
+            self.handlers.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], (OSError, EOFError)):
+            traceback.print_exc()
+
+    @contextlib.contextmanager
+    def busy(self):
+        """Around a request, for drain() to wait for"""
+        with self.lock:
+            self.begun += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.begun -= 1
+                self.lock.notify_all()
+
+    def drain(self):
+        """Not ready from now on; what is asked within --drain-delay is answered still, then what has begun is."""
+        self.draining = True
+        with self.lock:
+            self.lock.wait_for(lambda: False, self.args.drain_delay)
+        self.shutdown()
+        with self.lock:
+            for request, handler in self.handlers.items():
+                if handler is None or handler.idle:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RD)
+            self.lock.wait_for(lambda: self.begun == 0, self.args.drain_timeout)
+        for model in self.models.values():
+            model.close()
+        self.server_close()
+
+    def count(self, status):
+        with self.lock:
+            self.answers[status] += 1
+
+    def log(self, entry):
+        sys.stderr.write(json.dumps(entry) + "\n")  # in one piece, whatever other threads print
+
+    def metrics(self):
+        """Prometheus' text format, 0.0.4"""
+        with self.lock:
+            answers, connections, refused = dict(self.answers), len(self.handlers), self.refused
+        lines = []
+
+        def family(name, kind, text, *samples):
+            lines.extend([f"# HELP resnet50_{name} {text}", f"# TYPE resnet50_{name} {kind}", *samples])
+        family("requests_total", "counter", "Answers by HTTP status.",
+               *(f'resnet50_requests_total{{code="{code}"}} {n}' for code, n in sorted(answers.items())))
+        family("connections", "gauge", "Open connections.", f"resnet50_connections {connections}")
+        family("connections_refused_total", "counter", "Connections beyond --max-connections.",
+               f"resnet50_connections_refused_total {refused}")
+        family("uptime_seconds", "gauge", "Since the start.", f"resnet50_uptime_seconds {time.time() - self.since:.3f}")
+        models = [(f'model="{name}"', model) for name, model in self.models.items()]
+        family("images_total", "counter", "Images answered.",
+               *(f"resnet50_images_total{{{label}}} {m.statistics.images}" for label, m in models))
+        family("queue_images", "gauge", "Images that wait.",
+               *(f"resnet50_queue_images{{{label}}} {m.images}" for label, m in models))
+        for name, text, attribute in (("request_seconds", "Requests answered with success.", "latency"),
+                                      ("queue_seconds", "Waiting for a batch.", "waited"),
+                                      ("batch_size", "Images per batch.", "sizes")):
+            samples = []
+            for label, m in models:
+                with m.statistics.lock:
+                    samples += getattr(m.statistics, attribute).lines(f"resnet50_{name}", label)
+            family(name, "histogram", text, *samples)
+        return "\n".join(lines) + "\n"
+
+
+def read_keys(path):
+    """--api-key-file: a key per line -> list of bytes"""
+    if path is None:
+        return []
+    try:
+        with open(path, "rb") as f:
+            keys = [line.strip() for line in f if line.strip()]
+    except OSError as error:
+        raise UserError(f"--api-key-file {path}: {error.strerror}") from error
+    if not keys:
+        raise UserError(f"--api-key-file {path}: holds no key")
+    return keys
+
+
+def read_tls(args):
+    if args.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(args.tls_cert, args.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise UserError(f"--tls-cert {args.tls_cert}, --tls-key {args.tls_key}: "
+                        f"{getattr(error, 'strerror', None) or error}") from error
+    return context
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+def between(low, high, kind=int):
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must lie in [{low}, {high}]")
+        return value
+    return read
+
+
+def get_args_parser():
+    p = argparse.ArgumentParser(prog="serve.py", description="Answer over HTTP with the networks of checkpoints.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("network")
+    add_model_args(p)
+    g.add_argument("--model", action="append", default=[], metavar="NAME=FILE",
+                   help="serve FILE under this name; may be given several times (default: resnet50 alone)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--threads", type=between(1, 1024), help="of the CPU for a batch; default: one per core")
+    g = p.add_argument_group("address")
+    g.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
+    g.add_argument("--port", type=between(0, 65535), default=8000, help="0: any that is free")
+    g.add_argument("--processes", type=between(1, 256), default=1, metavar="N", help="share the port between so many")
+    g.add_argument("--api-key-file", metavar="FILE", help="a key per line; requests must carry one")
+    g.add_argument("--tls-cert", metavar="FILE")
+    g.add_argument("--tls-key", metavar="FILE")
+    g = p.add_argument_group("batches")
+    g.add_argument("--max-batch", type=between(1, 1024), default=32, metavar="N")
+    g.add_argument("--max-delay-ms", type=between(0.0, 1e4, float), default=2.0, metavar="MS",
+                   help="how long a batch waits for requests that are being decoded")
+    g.add_argument("--max-queue", type=between(1, 10 ** 6), default=256, metavar="N", help="images; 503 beyond")
+    g.add_argument("--timeout-ms", type=between(1, 10 ** 7), default=10000, metavar="MS", help="of a request, at most")
+    g = p.add_argument_group("limits")
+    g.add_argument("--max-body", type=between(1024, 2 ** 40), default=64 << 20, metavar="BYTES",
+                   help="of a request, decompressed too")
+    g.add_argument("--max-pixels", type=between(1, 10 ** 9), default=50_000_000, metavar="N", help="of an image")
+    g.add_argument("--max-images", type=between(1, 10 ** 4), default=64, metavar="N", help="in a request")
+    g.add_argument("--max-connections", type=between(1, 10 ** 5), default=1024, metavar="N")
+    g.add_argument("--head-timeout", type=between(0.1, 3600.0, float), default=10.0, metavar="S",
+                   help="for a request's headers; the body may take a second more for every 64 KiB")
+    g.add_argument("--idle-timeout", type=between(0.1, 3600.0, float), default=75.0, metavar="S",
+                   help="between a connection's requests")
+    g = p.add_argument_group("life")
+    g.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
+    g.add_argument("--drain-delay", type=between(0.0, 600.0, float), default=0.0, metavar="S",
+                   help="go on answering after SIGTERM, not ready, until proxies have noticed")
+    g.add_argument("--drain-timeout", type=between(0.0, 3600.0, float), default=30.0, metavar="S")
+    g.add_argument("--access-log", action=argparse.BooleanOptionalAction, default=True, help="a JSON line per answer")
+    return p
+
+
+def open_models(args):
+    """-> {name: Model}"""
+    named = {}
+    for item in args.model:
+        name, _, path = item.partition("=")
+        if not re.fullmatch(NAME, name) or not path or name in named or name == "stats":
+            raise UserError(f"--model {item}: expected NAME=FILE, each name once, of letters, digits, . _ and -", 2)
+        named[name] = path
+    if named and (args.checkpoint or args.weights):
+        raise UserError("--model excludes --checkpoint and --weights", 2)
+    return {name: Model(name, args, path) for name, path in (named or {"resnet50": args.checkpoint}).items()}
+
+
+def check_args(args):
+    if bool(args.tls_cert) != bool(args.tls_key):
+        raise UserError("--tls-cert and --tls-key go together", 2)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: PyTorch sees no CUDA device here", 2)
+    if args.processes > 1 and args.port == 0:
+        raise UserError("--processes needs a --port", 2)
+
+
+def reload(models):
+    """Changed checkpoints; a bad one is told, and the network that serves goes on."""
+    for name, model in models.items():
+        try:
+            told = "reloaded" if model.reload() else "unchanged"
+        except Exception as error:  # whatever is wrong with the file, the server stays up
+            told = f"NOT reloaded: {error}"
+        print(f"{name}: {told}", file=sys.stderr, flush=True)
+
+
+def serve(args):
+    """One process, until SIGTERM or SIGINT"""
+    signals = queue.SimpleQueue()
+    if args.threads or args.processes > 1:
+        torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
+    models = open_models(args)
+    server = Server(args, models)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: signals.put(number))
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
+    server.ready = True
+    host, port = server.server_address[:2]
+    print(json.dumps(dict(host=host, port=port, pid=os.getpid(), models={n: m.path for n, m in models.items()})),
+          flush=True)
+    while signals.get() == signal.SIGHUP:
+        reload(models)
+    server.drain()
+
+
+def supervise(args):
+    """--processes: each child listens on the port itself; one that dies is replaced. Signals go on to all."""
+    children, stopping = set(), []
+
+    def forward(number, frame):
+        if number != signal.SIGHUP:
+            stopping.append(number)
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def spawn():
+        pid = os.fork()
+        if pid == 0:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            code = 1
+            try:
+                run_script(serve, args, "serve.py")
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            finally:
+                os._exit(code)
+        children.add(pid)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, forward)
+    for _ in range(args.processes):
+        spawn()
+    while children:
+        pid, status = os.wait()
+        children.discard(pid)
+        if not stopping:
+            if os.WIFEXITED(status):  # it could not start, and another could not either
+                forward(signal.SIGTERM, None)
+                code = os.WEXITSTATUS(status)
+                raise UserError(f"a process ended by itself with status {code}", code or 1)
+            print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
+            spawn()
+
+
+def main(args):
+    check_args(args)
+    (supervise if args.processes > 1 else serve)(args)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args(), "serve.py")

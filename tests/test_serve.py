@@ -1,0 +1,745 @@
+"""serve.py: real clients where they are installed, the wire's odd corners by hand, answers against predict()."""
+import contextlib
+import gzip
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import compress
+import data
+import resnet50
+import serve
+from tests.conftest import ROOT
+from tests.test_int8 import build, photographs
+
+CLASSES = ["ant", "bee, wasp", "cat", "dög", "eel", "fox: red", "gnu"]
+LIMITS = ("--max-body", 300_000, "--max-pixels", 250_000, "--head-timeout", 1, "--idle-timeout", 5, "--max-images", 8)
+
+
+def start(*args, wait=True):
+    """-> (process, port) of a server that is ready"""
+    command = [sys.executable, "serve.py", "--port", "0", "--device", "cpu", *map(str, args)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if not wait:
+        return process
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    log = []  # read all along, or a full pipe would stop the server
+    reader = threading.Thread(target=lambda: log.extend(process.stderr), daemon=True)
+    reader.start()
+    process.log, process.reader = log, reader
+    return process, json.loads(line)["port"]
+
+
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0, process.log
+    process.reader.join(5)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """{name: path} of a float and an int8 network for 32 pixels"""
+    folder, model = tmp_path_factory.mktemp("networks"), build("plain")
+    model.preprocess.update(resize=40, crop=32)
+    net = compress.post_training(model, [photographs(4, 32, 32)])
+    paths = {name: str(folder / f"{name}.pt") for name in ("float", "int8")}
+    for path, m in zip(paths.values(), (model, net)):
+        resnet50.save_checkpoint(path, m, classes=CLASSES)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def server(networks):
+    process, port = start(*(f"--model={name}={path}" for name, path in networks.items()), *LIMITS)
+    yield port
+    stop(process)
+    entries = [json.loads(line) for line in process.log if line.startswith("{")]
+    assert entries and not [line for line in process.log if "Traceback" in line], process.log
+    assert not [e for e in entries if e["status"] == 500]
+
+
+@pytest.fixture(scope="module")
+def net(networks):
+    return resnet50.build_model(resnet50.load_checkpoint(networks["float"]), "float")
+
+
+def picture(kind="PNG", size=(60, 45), seed=0, **options):
+    values = np.random.default_rng(seed).integers(0, 256, (size[1] // 5, size[0] // 5, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).resize(size).save(file, kind, **options)
+    return file.getvalue()
+
+
+def expected(net, *encoded):
+    transform = data.eval_transform(net.preprocess)
+    pixels = torch.stack([transform(data.decode(e)).permute(2, 0, 1) for e in encoded])
+    with torch.no_grad():
+        return resnet50.predict(net, pixels.contiguous(memory_format=torch.channels_last))
+
+
+def ask(port, method, path, body=None, **headers):
+    """-> (status, headers, body) over a connection of its own"""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+    answer = connection.getresponse()
+    result = answer.status, answer.headers, answer.read()
+    connection.close()
+    return result
+
+
+def raw(port, text, wait=10, more=()):
+    """Bytes on the wire -> all that comes back until the server closes, or for a whole answer"""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait) as s:
+        s.sendall(text)
+        for part in more:
+            s.sendall(part)
+        received = b""
+        while part := s.recv(65536):
+            received += part
+        return received
+
+
+def status_of(answer):
+    """The only answer's status; its body must be JSON with an error if it is none of success"""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    assert status < 400 or json.loads(body)["error"], answer
+    return status
+
+
+def form(*files, name="image"):
+    head = f'--x\r\nContent-Disposition: form-data; name="{name}"; filename="a.png"\r\n\r\n'.encode()
+    headers = {"Content_Type": "multipart/form-data; boundary=x"}
+    return b"".join(head + f + b"\r\n" for f in files) + b"--x--\r\n", headers
+
+
+# --------------------------------------------------------------------------------------------------- answers
+
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("JPEG", dict(quality=90)), ("WEBP", dict(lossless=True)),
+                                           ("BMP", {}), ("GIF", {})])
+def test_predict_says_what_the_network_says(server, net, kind, options):
+    encoded = picture(kind, **options)
+    wanted = expected(net, encoded).softmax(1)[0]
+    body, headers = form(encoded)
+    for method, path, sent, more in (("POST", "/predict?topk=3", body, headers),
+                                     ("POST", "/predict?topk=3", encoded, {}),
+                                     ("PUT", "/predictions/float?topk=3", encoded, {})):
+        status, _, answer = ask(server, method, path, sent, **more)
+        found = json.loads(answer)
+        assert status == 200 and found["model"] == "float" and len(found["top"]) == 3
+        assert [t["class_id"] for t in found["top"]] == wanted.topk(3).indices.tolist()
+        assert all(abs(t["probability"] - wanted[t["class_id"]]) < 2e-5 for t in found["top"])
+        assert found["class"] == CLASSES[found["class_id"]] and found["timings"]["batch"] >= 1
+
+
+def test_several_images_in_one_form(server, net):
+    images = [picture(seed=s) for s in range(3)]
+    body, headers = form(*images)
+    found = json.loads(ask(server, "POST", "/predict", body, **headers)[2])["predictions"]
+    assert [f["class_id"] for f in found] == expected(net, *images).argmax(1).tolist()
+
+
+def test_many_at_once_get_their_own_answers(server, net):
+    images = [picture(seed=s, size=(50, 50)) for s in range(24)]
+    wanted, found = expected(net, *images), [None] * 24
+
+    def one(i):
+        found[i] = json.loads(ask(server, "POST", "/predict?topk=7", images[i])[2])
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(24)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for logits, answer in zip(wanted.softmax(1), found):
+        assert all(abs(t["probability"] - logits[t["class_id"]]) < 2e-5 for t in answer["top"])
+    assert max(answer["timings"]["batch"] for answer in found) > 1
+    stats = json.loads(ask(server, "GET", "/v2/models/float/stats")[2])["model_stats"][0]
+    assert stats["inference_count"] >= 24 and stats["execution_count"] < stats["inference_count"]
+    assert sum(b["batch_size"] * b["compute_infer"]["count"] for b in stats["batch_stats"]) == stats["inference_count"]
+
+
+def test_pages_and_descriptions(server):
+    for path, kind in (("/", "text/html"), ("/healthz", "application/json"), ("/openapi.json", "application/json"),
+                       ("/metrics", "text/plain"), ("/v2", "application/json"), ("/v2/", "application/json"),
+                       ("/v2/models/stats", "application/json"), ("/v2/models/int8/versions/1", "application/json")):
+        status, headers, body = ask(server, "GET", path)
+        assert status == 200 and headers["Content-Type"].startswith(kind) and body, path
+        status, headers, nothing = ask(server, "HEAD", path)
+        assert status == 200 and nothing == b"" and int(headers["Content-Length"]) > 0
+    described = json.loads(ask(server, "GET", "/openapi.json")[2])["paths"]
+    assert len(described) == 16 and "/v2/models/{name}/infer" in described
+    assert ask(server, "GET", "/")[2].count(b"http://") == 0  # no outside resource
+
+
+def test_metrics_are_prometheus(server):
+    ask(server, "POST", "/predict", picture())
+    text = ask(server, "GET", "/metrics")[2].decode()
+    for line in text.splitlines():
+        assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{(\w+="[^"]*",?)+\})? [0-9.e+-]+', line), line
+    buckets = [int(n) for n in re.findall(r'request_seconds_bucket\{model="float",le="[^"]+"\} (\d+)', text)]
+    count = int(re.search(r'request_seconds_count\{model="float"\} (\d+)', text)[1])
+    assert buckets == sorted(buckets) and buckets[-1] == count > 0
+
+
+# ------------------------------------------------------------------------------------- Open Inference Protocol
+
+def v2(shape, kind="UINT8", name="pixels", values=None, **more):
+    return json.dumps({"inputs": [dict(name=name, shape=shape, datatype=kind, data=values)], **more}).encode()
+
+
+def infer(port, body, model="float", **headers):
+    status, headers, body = ask(port, "POST", f"/v2/models/{model}/infer", body, **headers)
+    length = int(headers.get("Inference-Header-Content-Length", len(body)))
+    return status, json.loads(body[:length]), body[length:]
+
+
+def test_json_tensors(server, net):
+    pixels = photographs(2, 32, 32)
+    with torch.no_grad():
+        logits = resnet50.predict(net, pixels)
+    for values in (pixels.tolist(), pixels.flatten().tolist()):
+        outputs = [{"name": "logits"}, {"name": "probabilities", "parameters": {"classification": 2}}]
+        status, answer, _ = infer(server, v2([2, 3, 32, 32], values=values, id="a\r\nb", outputs=outputs))
+        assert status == 200 and answer["id"] == "a\r\nb" and answer["model_name"] == "float"
+        first, second = answer["outputs"]
+        assert first["shape"] == [2, 7] and second["datatype"] == "BYTES" and second["shape"] == [2, 2]
+        np.testing.assert_allclose(np.reshape(first["data"], (2, 7)), logits.numpy(), rtol=1e-4, atol=1e-4)
+        best = logits.softmax(1).topk(2, 1)
+        assert second["data"] == [f"{v:f}:{i}:{CLASSES[i]}" for v, i in
+                                  zip(best.values.flatten().tolist(), best.indices.flatten().tolist())]
+    floats = resnet50.normalize(pixels, net.preprocess)
+    status, answer, _ = infer(server, v2([2, 3, 32, 32], "FP32", values=floats.flatten().tolist()))
+    np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (2, 7)), logits.softmax(1), atol=1e-5)
+
+
+def test_binary_tensors_and_images(server, net):
+    images = [picture(seed=4), picture("JPEG", seed=5)]
+    tail = b"".join(len(i).to_bytes(4, "little") + i for i in images)
+    text = json.dumps({"inputs": [dict(name="image", shape=[2, 1], datatype="BYTES",
+                                       parameters={"binary_data_size": len(tail)})],
+                       "parameters": {"binary_data_output": True}}).encode()
+    status, answer, binary = infer(server, text + tail, Inference_Header_Content_Length=str(len(text)))
+    assert status == 200, answer
+    found = np.frombuffer(binary, "<f4").reshape(answer["outputs"][0]["shape"])
+    np.testing.assert_allclose(found, expected(net, *images).softmax(1), atol=1e-5)
+    for body in (images[0], None):  # one encoded image, or one tensor, and nothing else
+        pixels = photographs(1, 32, 32)
+        wanted = expected(net, images[0]) if body else resnet50.predict(net, pixels).detach()
+        status, answer, binary = infer(server, body or pixels.numpy().tobytes(), Inference_Header_Content_Length="0")
+        assert status == 200
+        np.testing.assert_allclose(np.frombuffer(binary, "<f4"), wanted.softmax(1)[0], atol=1e-5)
+
+
+def test_compressed_both_ways(server, net):
+    body = v2([1, 3, 32, 32], values=photographs(1, 32, 32).flatten().tolist(), outputs=[{"name": "logits"}])
+    plain = infer(server, body)[1]
+    for name, pack in (("gzip", gzip.compress), ("deflate", zlib.compress)):
+        assert infer(server, pack(body), Content_Encoding=name)[1] == plain
+        status, headers, answer = ask(server, "GET", "/metrics", Accept_Encoding=name)
+        assert headers["Content-Encoding"] == name
+        assert b"resnet50_connections" in zlib.decompress(answer, 47)
+    assert "Content-Encoding" not in ask(server, "GET", "/metrics", Accept_Encoding="gzip;q=0")[1]
+    assert infer(server, b"no gzip", Content_Encoding="gzip")[0] == 400
+    assert infer(server, gzip.compress(body)[:-9], Content_Encoding="gzip")[0] == 400
+    assert infer(server, gzip.compress(bytes(10 ** 7)), Content_Encoding="gzip")[0] == 413
+    assert infer(server, body, Content_Encoding="br")[0] == 415
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+@pytest.mark.parametrize("packing", [None, "gzip", "deflate"])
+def test_tritonclient(server, networks, binary_in, binary_out, packing):
+    client_of = pytest.importorskip("tritonclient.http")
+    client = client_of.InferenceServerClient(f"127.0.0.1:{server}", concurrency=4)
+    assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("int8")
+    assert [m["name"] for m in client.get_model_repository_index()] == ["float", "int8"]
+    described, configured = client.get_model_metadata("int8"), client.get_model_config("int8", "1")
+    assert described["inputs"][0]["shape"] == [-1, *configured["input"][0]["dims"]] == [-1, 3, 32, 32]
+    pixels = photographs(3, 32, 32)
+    net = resnet50.build_model(resnet50.load_checkpoint(networks["int8"]), "int8")
+    wanted = resnet50.predict(net, pixels)
+    tensor = client_of.InferInput("pixels", [3, 3, 32, 32], "UINT8")
+    tensor.set_data_from_numpy(pixels.contiguous().numpy(), binary_data=binary_in)
+    outputs = [client_of.InferRequestedOutput("logits", binary_data=binary_out),
+               client_of.InferRequestedOutput("probabilities", binary_data=binary_out, class_count=1)]
+    arguments = dict(outputs=outputs, request_id="7", request_compression_algorithm=packing,
+                     response_compression_algorithm=packing)
+    for result in (client.infer("int8", [tensor], **arguments),
+                   client.async_infer("int8", [tensor], **arguments).get_result()):
+        np.testing.assert_allclose(result.as_numpy("logits"), wanted.numpy(), rtol=1e-6)
+        best = [(s if isinstance(s, str) else s.decode()).split(":")[1] for s in result.as_numpy("probabilities")[:, 0]]
+        assert best == [str(i) for i in wanted.argmax(1).tolist()] and result.get_response()["id"] == "7"
+    assert client.infer("int8", [tensor]).as_numpy("probabilities").shape == (3, 7)  # what it asks for by itself
+    stats = client.get_inference_statistics("int8")["model_stats"][0]["inference_stats"]
+    assert stats["success"]["count"] >= 3 and stats["compute_infer"]["ns"] > 0
+    with pytest.raises(Exception, match="Request for unknown model: 'x' is not found"):
+        client.infer("x", [tensor])
+    client.close()
+
+
+@pytest.mark.parametrize("body, text", [
+    (b"", "JSON"), (b"[]", "no object"), (b"{", "JSON"), (b'{"inputs": []}', "one tensor"),
+    (b'{"inputs": [1]}', "one tensor"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"),
+    (b"[" * 100_000, "deeper than 100"), (b'{"a":' * 50_000, "deeper"), (b'{"a": ' + b"9" * 5000 + b"}", "JSON"),
+    (v2([1, 3, 32, 32], name="x", values=[]), "unexpected inference input"),
+    (v2([1, 3, 32, 32], "FP16", values=[]), "datatype"),
+    (v2([-1, 3, 32, 32], values=[0] * 3072), "whole numbers"), (v2([True, 3, 32, 32], values=[0] * 3072), "whole"),
+    (v2([1, 32, 32, 3], values=[0] * 3072), r"\[n, 3, 32, 32\]"), (v2([16, 2 ** 60], values=[]), "shape"),
+    (v2([0, 3, 32, 32], values=[]), "1 to 8 images"), (v2([9, 3, 32, 32], values=[0]), "1 to 8 images"),
+    (v2([1, 3, 32, 32], values=[0] * 3071), "3072 numbers"), (v2([1, 3, 32, 32], values=[256] * 3072), "0 to 255"),
+    (v2([1, 3, 32, 32], values=[0.5] * 3072), "numbers"), (v2([1, 3, 32, 32], values=[[1], [2, 3]]), "ragged"),
+    (v2([1, 3, 32, 32], values=["1"] * 3072), "numbers"), (v2([1, 3, 32, 32], values="x"), "numbers"),
+    (v2([1, 3, 32, 32], "FP32", values=[1e39] * 3072), "not finite"),
+    (v2([1], "BYTES", "image", values=["%"]), "base64"), (v2([2], "BYTES", "image", values=["eA=="]), "2 strings"),
+    (v2([1], "BYTES", "image", values=["eA=="]), "not an image"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "x"}]), "unexpected inference output"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits"}] * 2), "each once"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits"}] * 5000), "outputs"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits", "parameters": {"classification": -1}}]), "numb"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, parameters=[]), "no object"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"binary_data_output": 1}), "boolean")],
+    ids=lambda v: repr(v[:40]) if isinstance(v, bytes) else "")
+def test_wrong_tensors_are_a_400_with_a_reason(server, body, text):
+    status, answer, _ = infer(server, body)
+    assert status == 400 and re.search(text, answer["error"]), answer
+
+
+@pytest.mark.parametrize("length", ["-5", "99999999999", "+1", "1_0", "x", ""])
+def test_wrong_lengths_of_the_json_part(server, length):
+    status, answer, _ = infer(server, v2([1], values=[]), Inference_Header_Content_Length=length)
+    assert status == 400 and "Inference-Header-Content-Length" in answer["error"]
+
+
+@pytest.mark.parametrize("size, tail", [(5, b"1234"), (3072, bytes(3071)), (-1, b"1"), (True, b"1"), (12, bytes(12))])
+def test_wrong_binary_sizes(server, size, tail):
+    text = json.dumps({"inputs": [dict(name="pixels", shape=[1, 3, 32, 32], datatype="UINT8",
+                                       parameters={"binary_data_size": size})]}).encode()
+    assert infer(server, text + tail, Inference_Header_Content_Length=str(len(text)))[0] == 400
+    text = json.dumps({"inputs": [dict(name="image", shape=[1], datatype="BYTES",
+                                       parameters={"binary_data_size": 8})]}).encode()
+    tail = (2 ** 32 - 1).to_bytes(4, "little") + b"abcd"
+    assert infer(server, text + tail, Inference_Header_Content_Length=str(len(text)))[0] == 400
+
+
+# ------------------------------------------------------------------------------------------------- the wire
+
+HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize("text, status", [
+    (b"GET / HTTP/1.1\nHost: x\n\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/1.32\r\nHost: x\r\n\r\n", 400),
+    (b"GET /\r\n", 400), (b"\x00\x01\x02\r\n", 400), (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: x\r\nA : b\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rc\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400), (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n", 414),
+    (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 1 + b"".join(b"A%d: b\r\n" % i for i in range(200)), 431),
+    (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 70_000, 431),
+    (HEAD + b"Content-Length: -1\r\n\r\n", 400), (HEAD + b"Content-Length: +12\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 1_2\r\n\r\n", 400), (HEAD + "Content-Length: ١\r\n\r\n".encode(), 400),
+    (HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    (HEAD + b"Content-Length: 999999999999\r\n\r\n", 413), (HEAD + b"Content-Length: 300001\r\n\r\n", 413),
+    (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 501), (HEAD + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabXY", 400),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
+    (HEAD + b"Content-Length: 10\r\n\r\nabc", 408),
+    (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
+    (b"PUT /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
+    (b"TRACE / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405), (b"GET / HTTP/1.1\r\nHost: x\r\nA: b", 408),
+    (HEAD + b"Expect: 200-ok\r\nContent-Length: 3\r\n\r\n", 417),
+    (HEAD + b"Expect: 100-continue\r\nContent-Length: 300001\r\n\r\n", 413),
+    (b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n", 404)], ids=lambda v: repr(v)[:60])
+def test_odd_requests_get_one_answer_and_a_close(server, text, status):
+    answer = raw(server, text)
+    assert answer.count(b"HTTP/1.1 ") == 1 and status_of(answer) == status and b"Connection: close" in answer, answer
+    assert status != 405 or b"Allow: " in answer
+
+
+def test_chunked_and_continue(server, net):
+    encoded = picture()
+    chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(c), c) for c in (encoded[:7], encoded[7:]))
+    chunks += b"0\r\nTrailer: x\r\n\r\n"
+    wanted = int(expected(net, encoded).argmax())
+    answer = raw(server, HEAD + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["class_id"] == wanted
+    with socket.create_connection(("127.0.0.1", server), timeout=10) as s:
+        s.sendall(HEAD + b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(encoded))
+        assert s.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        s.sendall(encoded)
+        assert s.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_connection_is_kept_and_nothing_runs_into_the_next_request(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server, timeout=10)
+    for _ in range(3):
+        for method, path, body, status in (("GET", "/healthz", None, 200), ("POST", "/predict", b"no image", 400),
+                                           ("GET", "/v2/models/float", b"a body", 200), ("GET", "/healthz", None, 200)):
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            assert answer.status == status and answer.read()
+            local = connection.sock.getsockname()
+    assert connection.sock.getsockname() == local
+    both = raw(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 3 + b"GET /x HTTP/1.1\r\nHost: x\r\n"
+               b"Connection: close\r\n\r\n")  # pipelined
+    assert re.findall(rb"HTTP/1.1 (\d+)", both) == [b"200", b"200", b"200", b"404"]
+    assert raw(server, b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("body, status, text", [
+    (b"", 400, "empty"), (b"GIF89a", 400, "image"), (b"\x89PNG\r\n\x1a\n" + bytes(50), 400, "image"),
+    (picture("JPEG")[:-100], 400, "cut short"), (picture("PNG")[:-80], 400, "damaged"),
+    (picture("TIFF"), 400, "not an image in any of"), (picture("PPM"), 400, "not an image"),
+    (picture("JPEG", (600, 500)), 413, "600 x 500 pixels"),
+    (b"%PDF-1.4", 400, "not an image")], ids=lambda v: repr(v)[:30])
+def test_wrong_images(server, body, status, text):
+    found, _, answer = ask(server, "POST", "/predict", body)
+    assert found == status and text in json.loads(answer)["error"], answer
+
+
+def test_wrong_forms_and_queries(server):
+    image = picture()
+    whole, headers = form(image)
+    for body, more, status in ((whole[:-6], headers, 400), (whole, {"Content_Type": "multipart/form-data"}, 400),
+                               (b"--x--\r\n", headers, 400), (form(*[image] * 9)[0], headers, 413),
+                               (b"--x\r\n\r\nabc\r\n--x--\r\n", headers, 400), (b"--x\r\n" * 1000, headers, 400)):
+        assert ask(server, "POST", "/predict", body, **more)[0] == status
+    for query in ("0", "-1", "x", "1" * 30):
+        assert ask(server, "POST", f"/predict?topk={query}", image)[0] == 400
+    assert json.loads(ask(server, "POST", "/predict?topk=999", image)[2])["top"][6]["probability"] > 0
+    for path in ("/predictions/none", "/v2/models/none/infer", "/v2/models/..%2f..%2fetc/infer"):
+        assert ask(server, "POST", path, image)[0] == 404
+    assert ask(server, "GET", "/v2/models/float/versions/2")[0] == 404
+    assert ask(server, "POST", "/predict", image, X_Request_Timeout_Ms="0")[0] == 400
+
+
+# --------------------------------------------------------------------------------------------- load and life
+
+class Slow:
+    """A network that a test lets go on, a batch at a time"""
+    precision = "int8"
+
+    def __init__(self):
+        self.preprocess, self.config = dict(resnet50.PREPROCESS, crop=8, resize=8), dict(num_classes=3)
+        self.go, self.batches = threading.Semaphore(2), []  # two to warm up
+
+    def to(self, device):
+        return self
+
+    def __call__(self, pixels):
+        assert self.go.acquire(timeout=20)
+        self.batches.append(len(pixels))
+        return pixels.float().mean((2, 3))
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """-> (Model of a Slow network, its network)"""
+    net = Slow()
+    monkeypatch.setattr(serve, "load_some_model", lambda *a, **k: (net, dict(classes=None), "slow"))
+    args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "4", "--max-queue", "6"])
+    model = serve.Model("slow", args, None)
+    net.batches.clear()
+    yield model, net
+    model.close()
+    for _ in range(9):
+        net.go.release()
+    model.thread.join(5)
+    assert not model.thread.is_alive()
+
+
+def images(n, value):
+    return torch.full((n, 3, 8, 8), value, dtype=torch.uint8)
+
+
+def wait_until(condition):
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def test_what_waits_while_a_batch_runs_makes_the_next(slow):
+    model, net = slow
+    later = time.monotonic() + 60
+    tickets = [model.submit(images(1, 0), later, lambda: True)]
+    wait_until(lambda: model.images == 0)
+    tickets += [model.submit(images(n, n), later, lambda: True) for n in (2, 1, 1, 2)]
+    with pytest.raises(serve.Refusal, match="full") as caught:
+        model.submit(images(1, 0), later, lambda: True)
+    assert caught.value.status == 503 and caught.value.headers["Retry-After"]
+    for _ in range(3):
+        net.go.release()
+    for ticket, value in zip(tickets, (0, 2, 1, 1, 2)):
+        assert ticket.done.wait(10) and (ticket.logits == value).all() and len(ticket.logits) == len(ticket.pixels)
+    assert net.batches == [1, 4, 2]
+
+
+def test_expired_and_gone_requests_cost_nothing(slow):
+    model, net = slow
+    later = time.monotonic() + 60
+    first = model.submit(images(1, 0), later, lambda: True)
+    wait_until(lambda: model.images == 0)
+    old, gone, good = (model.submit(images(1, 1), deadline, lambda alive=alive: alive) for deadline, alive in
+                       ((time.monotonic() - 1, True), (later, False), (later, True)))
+    net.go.release()
+    net.go.release()
+    assert all(t.done.wait(10) for t in (first, old, gone, good))
+    assert (old.error.status, gone.error.status, good.error) == (504, 499, None) and net.batches == [1, 1]
+
+
+def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):
+    model, net = slow
+    bad = model.submit(images(1, 0)[:, :2], time.monotonic() + 60, lambda: True)
+    works, model.net = model.net, None
+    net.go.release()
+    assert bad.done.wait(10) and bad.error.status == 500
+    model.net = works
+    good = model.submit(images(1, 5), time.monotonic() + 60, lambda: True)
+    assert good.done.wait(10) and (good.logits == 5).all() and "Traceback" in capsys.readouterr().err
+
+
+def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
+    model, net = slow
+    model.args.max_delay_ms = 5000
+    later, began = time.monotonic() + 60, time.monotonic()
+    net.go.release()
+    assert model.submit(images(1, 1), later, lambda: True).done.wait(10) and time.monotonic() - began < 2
+    with model.expecting():
+        first = model.submit(images(1, 1), later, lambda: True)
+        second = model.submit(images(3, 2), later, lambda: True)  # full: the third is not waited for
+        net.go.release()
+        assert first.done.wait(2) and second.done.wait(2)
+    assert net.batches == [1, 4]
+
+
+def test_slow_clients_are_cut_and_hinder_nobody(server):
+    crowd = []
+    for i in range(100):
+        s = socket.create_connection(("127.0.0.1", server), timeout=10)
+        s.sendall(b"GET /healthz HTTP/1.1\r\nHo" if i % 2 else HEAD + b"Content-Length: 1000\r\n\r\nabc")
+        crowd.append(s)
+    assert ask(server, "POST", "/predict", picture())[0] == 200
+    for s in crowd:
+        assert s.recv(1000).startswith(b"HTTP/1.1 408 ")
+        s.close()
+
+
+def test_a_crowd_of_connections_is_refused(networks):
+    process, port = start("--checkpoint", networks["float"], "--max-connections", 3, "--no-access-log")
+    crowd = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3)]
+    answer = raw(port, b"")
+    assert status_of(answer) == 503 and b"Retry-After" in answer
+    for s in crowd:
+        s.close()
+    wait_until(lambda: raw(port, b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200"))
+    stop(process)
+
+
+def test_sighup_reads_a_changed_file_and_keeps_the_old_network_if_it_is_bad(networks, tmp_path):
+    path = tmp_path / "net.pt"
+    good = open(networks["float"], "rb").read()
+    path.write_bytes(good)
+    process, port = start("--checkpoint", path, "--no-access-log")
+    image, other = picture(), build("plain", seed=9)
+    other.preprocess.update(resize=40, crop=32)
+    before = json.loads(ask(port, "POST", "/predict", image)[2])["top"]
+
+    def hang_up(text):
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any(text in line for line in process.log))
+        process.log.clear()
+        return json.loads(ask(port, "POST", "/predict", image)[2])["top"]
+    assert hang_up("unchanged") == before
+    path.write_bytes(good[:5000])
+    assert hang_up("NOT reloaded") == before
+    resnet50.save_checkpoint(str(path), other, classes=CLASSES)
+    wanted = expected(other.eval(), image).softmax(1)[0]
+    after = hang_up(": reloaded")
+    assert after != before and all(abs(t["probability"] - wanted[t["class_id"]]) < 2e-5 for t in after)
+    stop(process)
+
+
+def test_sigterm_ends_idle_connections_and_finishes_the_rest(networks):
+    process, port = start("--checkpoint", networks["float"], "--no-access-log")
+    idle = socket.create_connection(("127.0.0.1", port), timeout=10)
+    body = picture()
+    busy = socket.create_connection(("127.0.0.1", port), timeout=10)
+    busy.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body[:-1]))
+    wait_until(lambda: b"resnet50_connections 3" in ask(port, "GET", "/metrics")[2])
+    process.send_signal(signal.SIGTERM)
+    assert idle.recv(10) == b""
+    busy.sendall(body[-1:])
+    answer = busy.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"Connection: close" in answer
+    assert process.wait(20) == 0
+
+
+def test_keys_and_tls(networks, tmp_path):
+    (tmp_path / "keys").write_text("first\nsecond\n")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+                    "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"], check=True, capture_output=True)
+    process, port = start("--checkpoint", networks["float"], "--api-key-file", tmp_path / "keys", "--tls-cert",
+                          tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem", "--head-timeout", 1)
+    import ssl
+    context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+
+    def secure(path, **headers):
+        connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=10)
+        connection.request("GET", path, headers={k.replace("_", "-"): v for k, v in headers.items()})
+        return connection.getresponse().status
+    assert secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
+    assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", X_API_Key="first") == secure("/healthz")
+    with contextlib.suppress(ConnectionResetError):
+        assert not raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1")
+    assert secure("/healthz") == 200
+    stop(process)
+
+
+def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = start("--checkpoint", networks["float"], "--processes", 2, "--port", port, "--no-access-log", wait=False)
+    children = [json.loads(process.stdout.readline())["pid"] for _ in range(2)]
+    assert {json.loads(ask(port, "POST", "/predict", picture())[2])["model"] for _ in range(4)} == {"resnet50"}
+    os.kill(children[0], signal.SIGKILL)
+    assert json.loads(process.stdout.readline())["pid"] not in children
+    assert ask(port, "GET", "/healthz")[0] == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0 and "another takes its place" in process.stderr.read()
+
+
+@pytest.mark.parametrize("flags, code, text", [
+    (("--checkpoint", "nowhere.pt"), 3, "nowhere.pt: No such file"),
+    (("--model", "a"), 2, "--model a: expected NAME=FILE"),
+    (("--model", "a=x", "--model", "a=y"), 2, "each name once"), (("--model", "../a=x"), 2, "expected NAME=FILE"),
+    (("--tls-cert", "x"), 2, "go together"),
+    (("--api-key-file", "nowhere", "--checkpoint", "FLOAT"), 3, "nowhere: No such"),
+    (("--processes", "2", "--port", "0"), 2, "needs a --port"), (("--port", "70000"), 2, "must lie in"),
+    (("--processes", "2", "--checkpoint", "nowhere.pt"), 3, "a process ended by itself with status 3"),
+    (("--host", "256.1.1.1", "--checkpoint", "FLOAT"), 2, "--host 256.1.1.1")])
+def test_bad_flags_are_one_line(networks, capsys, flags, code, text):
+    flags = [networks["float"] if f == "FLOAT" else f for f in flags]
+    with pytest.raises((resnet50.UserError, SystemExit)) as caught:
+        serve.main(serve.get_args_parser().parse_args(["--device", "cpu", *flags]))
+    assert caught.value.code == code and text in (str(caught.value) + capsys.readouterr().err)
+
+
+# --------------------------------------------------------------------------------------------------- the page
+
+class Browser:
+    """A headless Chromium, by the DevTools protocol over a pair of pipes: NUL-terminated JSON."""
+
+    def __init__(self, path, profile):
+        there, self.write = os.pipe()
+        self.read, back = os.pipe()
+        command = f"exec {path} --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run " \
+            f"--user-data-dir={profile} --remote-debugging-pipe about:blank 3<&{there} 4>&{back}"
+        self.process = subprocess.Popen(["bash", "-c", command], pass_fds=(there, back), stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        os.close(there)
+        os.close(back)
+        self.buffer, self.count, self.events, self.session = b"", 0, [], None
+        page = next(t for t in self("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        self.session = self("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+
+    def message(self):
+        while b"\0" not in self.buffer:
+            part = os.read(self.read, 1 << 20)
+            assert part, "the browser went away"
+            self.buffer += part
+        text, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(text)
+
+    def __call__(self, method, **params):
+        self.count += 1
+        call = dict(id=self.count, method=method, params=params)
+        if self.session:
+            call["sessionId"] = self.session
+        os.write(self.write, json.dumps(call).encode() + b"\0")
+        while (answer := self.message()).get("id") != self.count:
+            self.events.append(answer)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def value(self, expression):
+        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def close(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write)
+        os.close(self.read)
+
+
+def test_the_page_in_a_browser(server, net, tmp_path):
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if not path:
+        pytest.skip("needs Chromium")
+    image, wrong = tmp_path / "picture.png", tmp_path / "wrong.png"
+    image.write_bytes(picture())
+    wrong.write_bytes(b"no picture")
+    best = int(expected(net, picture()).argmax())
+    browser = Browser(path, tmp_path / "profile")
+    try:
+        for domain in ("Page", "Runtime", "Log", "DOM"):
+            browser(domain + ".enable")
+        browser("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
+        browser("Page.navigate", url=f"http://127.0.0.1:{server}/")
+        wait_until(lambda: browser.value("document.readyState") == "complete" and browser.value("charts.length") == 3)
+
+        def choose(file):
+            node = browser("DOM.querySelector", nodeId=browser("DOM.getDocument")["root"]["nodeId"], selector="#file")
+            browser("DOM.setFileInputFiles", files=[str(file)], nodeId=node["nodeId"])
+        choose(image)
+        wait_until(lambda: browser.value("$('bars').children.length") == 5)
+        assert browser.value("$('bars').children[0].textContent").startswith(CLASSES[best] + " ")
+        assert browser.value("$('picture').naturalWidth") == 60 and "float: decoded in" in browser.value(
+            "$('timings').textContent")
+        assert browser.value("document.documentElement.scrollWidth") <= 360
+        wait_until(lambda: browser.value("charts[0].values.length") >= 2)
+        assert "images per second" in browser.value("charts[0].caption.textContent")
+        choose(wrong)
+        wait_until(lambda: browser.value("$('error').textContent"))
+        assert "not an image" in browser.value("$('error').textContent") and browser.value(
+            "$('bars').children.length") == 0
+        browser("Page.setInterceptFileChooserDialog", enabled=True)  # the keyboard alone opens the dialogue
+        for _ in range(2):
+            for kind in ("rawKeyDown", "keyUp"):
+                browser("Input.dispatchKeyEvent", type=kind, key="Tab", code="Tab", windowsVirtualKeyCode=9)
+            if browser.value("document.activeElement.id") == "drop":
+                break
+        assert browser.value("document.activeElement.id") == "drop"
+        for kind in ("rawKeyDown", "keyUp"):
+            browser("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        wait_until(lambda: browser.value("1") and any(e.get("method") == "Page.fileChooserOpened"
+                                                      for e in browser.events))
+        if "SCREENSHOT" in os.environ:
+            choose(image)
+            wait_until(lambda: browser.value("$('bars').children.length") == 5)
+            import base64
+            with open(os.environ["SCREENSHOT"], "wb") as f:
+                f.write(base64.b64decode(browser("Page.captureScreenshot")["data"]))
+        wrongs = [e for e in browser.events if e.get("method") == "Runtime.exceptionThrown" or
+                  e.get("method") == "Log.entryAdded" and "400" not in e["params"]["entry"]["text"]]
+        assert not wrongs, wrongs
+    finally:
+        browser.close()
