@@ -1,0 +1,297 @@
+"""Requests per second and latency of serve.py with JPEG uploads, against what decoding and predicting reach alone and
+against the usual FastAPI + uvicorn server of the same int8 network.
+
+  python -m tests.bench.serve                                    # two minutes
+  python -m tests.bench.serve --rounds 9 --connections 64
+
+The contenders alternate, round by round, on the same images and threads, each alone while it is measured:
+  offline   decoder threads and batches of 32 in one process, no HTTP: the ceiling
+  ours      serve.py, closed loop: so many connections, each sends the next image when it has its answer
+  fastapi   one uvicorn process, decode and predict in the handler, as tutorials have it
+Then, at half of ours' rate, an open loop: requests leave at random times (Poisson) whatever the server does, and a
+latency counts from when its request should have left. batch 1: decode and predict of one image, alone.
+ratio.p99_to_latency is the open loop's 99th percentile over that.
+"""
+import argparse
+import json
+import os
+import queue
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+import torch
+
+import data
+import resnet50
+from tests.bench.infer import SHARED
+
+FASTAPI = """
+import io, os
+import torch, uvicorn
+from fastapi import FastAPI, File, UploadFile
+from PIL import Image
+import data
+from resnet50 import build_model, load_checkpoint, predict
+app, path = FastAPI(), os.environ["CHECKPOINT"]
+checkpoint = load_checkpoint(path)
+model, classes = build_model(checkpoint, path), checkpoint["classes"]
+transform = data.eval_transform(model.preprocess)
+
+@app.post("/predict")
+async def classify(image: UploadFile = File(...)):
+    picture = Image.open(io.BytesIO(await image.read())).convert("RGB")
+    pixels = transform(picture).permute(2, 0, 1).unsqueeze(0)
+    with torch.inference_mode():
+        probabilities = predict(model, pixels.contiguous(memory_format=torch.channels_last)).softmax(1)[0]
+    p, i = probabilities.max(0)
+    return {"class_id": int(i), "class": classes[i], "probability": float(p)}
+
+uvicorn.run(app, port=int(os.environ["PORT"]), log_level="error")
+"""
+
+
+def say(text=""):
+    print(text, file=sys.stderr, flush=True)
+
+
+def network(folder):
+    """-> path of an int8 checkpoint: of the real weights where they are, else of random ones"""
+    path, real = os.path.join(folder, "serve-int8.pt"), os.path.join(SHARED, "resnet50_v1_imagenet.pth")
+    if not os.path.exists(path):
+        if os.path.exists(real):
+            model = resnet50.build_model(resnet50.load_checkpoint(real), real, stride_on="1x1")
+        else:
+            torch.manual_seed(0)
+            model = resnet50.ResNet50().eval()
+        pixels = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
+        os.makedirs(folder, exist_ok=True)
+        resnet50.save_checkpoint(path, resnet50.quantize(model, [pixels]), classes=list(map(str, range(1000))))
+    return path
+
+
+def pictures(folder, count=64):
+    """-> encoded JPEGs: photographs where they are, else the demo set's"""
+    root = os.path.join(SHARED, "imagenet-cc")
+    if not os.path.isdir(root):
+        root = data.make_demo(os.path.join(folder, "demo"), train=10, val=1)
+    files = data.scan_unlabelled(root)
+    return [open(files.path(i * len(files) // count), "rb").read() for i in range(count)]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Client:
+    """Multipart uploads of the pictures to a port; every answer must be a 200."""
+
+    def __init__(self, port, images):
+        self.port, self.requests = port, []
+        for image in images:
+            body = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n' \
+                b"Content-Type: image/jpeg\r\n\r\n" + image + b"\r\n--x--\r\n"
+            self.requests.append(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(body)
+                                 + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n" + body)
+
+    def connect(self):
+        s = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        return s
+
+    def ask(self, s, i):
+        s.sendall(self.requests[i % len(self.requests)])
+        received = s.recv(65536)
+        while b"\r\n\r\n" not in received:
+            received += s.recv(65536)
+        head, _, body = received.partition(b"\r\n\r\n")
+        size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+        while len(body) < size:
+            body += s.recv(65536)
+        assert head.split(b" ", 2)[1] == b"200", received
+
+    def closed(self, seconds, connections):
+        """-> requests per second"""
+        counts, until, start = [0] * connections, time.monotonic() + seconds, threading.Barrier(connections)
+
+        def loop(k):
+            with self.connect() as s:
+                start.wait()
+                while time.monotonic() < until:
+                    self.ask(s, k + counts[k] * connections)
+                    counts[k] += 1
+        began = time.monotonic()
+        run_threads(loop, connections)
+        return sum(counts) / (time.monotonic() - began)
+
+    def open(self, seconds, rate, connections=128):
+        """-> latencies in seconds, from when each request was due"""
+        due, latencies, generator, at = queue.SimpleQueue(), [], random.Random(0), 0.0
+        began = time.monotonic() + 0.5
+        while (at := at + generator.expovariate(rate)) < seconds:
+            due.put(at)
+
+        def loop(k):
+            with self.connect() as s:
+                while True:
+                    try:
+                        at = due.get_nowait()
+                    except queue.Empty:
+                        return
+                    time.sleep(max(0.0, began + at - time.monotonic()))
+                    self.ask(s, int(at * 1e3))
+                    latencies.append(time.monotonic() - began - at)
+        run_threads(loop, connections)
+        return latencies
+
+
+def run_threads(function, count):
+    failed = []
+
+    def guarded(k):
+        try:
+            function(k)
+        except Exception as error:
+            failed.append(error)
+    threads = [threading.Thread(target=guarded, args=(k,)) for k in range(count)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    if failed:
+        raise failed[0]
+
+
+class Offline:
+    """Decoder threads and batches, as many of each as the server has"""
+
+    def __init__(self, path, images):
+        self.model = resnet50.build_model(resnet50.load_checkpoint(path), path)
+        self.transform, self.images = data.eval_transform(self.model.preprocess), images
+
+    def decode(self, i):
+        return self.transform(data.decode(self.images[i % len(self.images)])).permute(2, 0, 1)
+
+    def predict(self, pixels):
+        with torch.inference_mode():
+            return resnet50.predict(self.model, torch.stack(pixels).contiguous(memory_format=torch.channels_last))
+
+    def rate(self, seconds, batch=32):
+        decoded, until, done = queue.Queue(2 * batch), time.monotonic() + seconds, 0
+
+        def feed(k):
+            i = k
+            while time.monotonic() < until:
+                decoded.put(self.decode(i))
+                i += threads
+        threads = os.cpu_count() or 1
+        workers = [threading.Thread(target=feed, args=(k,), daemon=True) for k in range(threads)]
+        began = time.monotonic()
+        for w in workers:
+            w.start()
+        while time.monotonic() < until:
+            self.predict([decoded.get() for _ in range(batch)])
+            done += batch
+        rate = done / (time.monotonic() - began)
+        while any(w.is_alive() for w in workers):  # they may wait for room
+            while not decoded.empty():
+                decoded.get()
+            workers[0].join(0.01)
+        return rate
+
+    def latency(self, count=30):
+        """Median seconds of one image; of decoding alone; of predicting alone"""
+        parts = []
+        for i in range(count):
+            begin = time.monotonic()
+            pixels = self.decode(i)
+            middle = time.monotonic()
+            self.predict([pixels])
+            parts.append((time.monotonic() - begin, middle - begin, time.monotonic() - middle))
+        return [statistics.median(column) for column in zip(*parts)]
+
+
+def start(command, port, **env):
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **env})
+    for _ in range(600):
+        if process.poll() is not None:
+            raise RuntimeError(process.stderr.read().decode()[-500:])
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    return process
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--seconds", type=float, default=5.0, help="of each contender in a round")
+    p.add_argument("--connections", type=int, default=48)
+    args = p.parse_args()
+    folder = os.path.join("runs", "bench")
+    path, images = network(folder), pictures(folder)
+    processes, clients = {}, {}
+    try:
+        port = free_port()
+        processes["ours"] = start([sys.executable, "serve.py", "--port", str(port), "--checkpoint", path,
+                                   "--no-access-log"], port)
+        clients["ours"] = Client(port, images)
+        try:
+            import fastapi  # noqa: F401
+            import uvicorn  # noqa: F401
+        except ImportError:
+            say("no fastapi and uvicorn: pip install -r tests/requirements.txt")
+        else:
+            port = free_port()
+            processes["fastapi"] = start([sys.executable, "-c", FASTAPI], port, CHECKPOINT=path, PORT=str(port))
+            clients["fastapi"] = Client(port, images)
+        offline, rates, latencies, slow = Offline(path, images), {}, [], []
+        offline.predict([offline.decode(0)] * 32)
+        for client in clients.values():
+            client.closed(1, 4)
+        for _ in range(args.rounds):
+            rates.setdefault("offline", []).append(offline.rate(args.seconds))
+            for name, client in clients.items():
+                rates.setdefault(name, []).append(client.closed(args.seconds, args.connections))
+        half = statistics.median(rates["ours"]) / 2
+        for _ in range(args.rounds):  # the machine's speed drifts: each open loop has its own batch 1 beside it
+            latency = offline.latency()
+            measured = sorted(clients["ours"].open(args.seconds, half))
+            latencies.append(latency)
+            slow.append([measured[int(len(measured) * q)] for q in (0.5, 0.99)])
+        equal = {}
+        if "fastapi" in clients:  # its rate where its p99 is no worse than ours at half load
+            equal["fastapi p99 at half of its rate"] = sorted(clients["fastapi"].open(
+                2 * args.seconds, statistics.median(rates["fastapi"]) / 2))
+    finally:
+        for process in processes.values():
+            process.terminate()
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    result = {"requests_per_second": {name: round(rate, 2) for name, rate in median.items()},
+              "latency_ms": dict(zip(("batch_1", "decode", "predict"),
+                                     (round(1e3 * statistics.median(c), 2) for c in zip(*latencies)))),
+              "open_loop_ms": dict(zip(("p50", "p99"), (round(1e3 * statistics.median(c), 2) for c in zip(*slow)))),
+              "ratio.offline": round(statistics.median(a / b for a, b in zip(rates["ours"], rates["offline"])), 3),
+              "ratio.p99_to_latency": round(statistics.median(s[1] / one[0] for s, one in zip(slow, latencies)), 3)}
+    if "fastapi" in rates:
+        result["ratio.fastapi"] = round(statistics.median(a / b for a, b in zip(rates["ours"], rates["fastapi"])), 3)
+        for name, values in equal.items():
+            result["open_loop_ms"][name] = round(1e3 * values[int(len(values) * 0.99)], 2)
+    say(f"{len(images)} JPEGs, {args.connections} connections, {args.rounds} rounds, "
+        f"{resnet50.environment()}")
+    for name, values in rates.items():
+        say(f"{name:10}{median[name]:10.1f} requests/s  [{min(values):.1f}, {max(values):.1f}]")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
