@@ -32,13 +32,15 @@ import traceback
 import urllib.parse
 import zlib
 from collections import Counter, deque
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 import data
-from resnet50 import UserError, add_model_args, load_some_model, predict, run_script
+from resnet50 import Flat, ResNet50, UserError, add_model_args, fuse, load_some_model, predict, run_script
 
 DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
@@ -129,11 +131,21 @@ class Statistics:
 
 # ------------------------------------------------------------------------------------------------------- engine
 
+class Network(NamedTuple):
+    """A checkpoint, read. A request keeps the one that it began with."""
+    path: str
+    net: torch.nn.Module
+    size: int  # of its square images
+    transform: Callable  # PIL image -> uint8 (size, size, 3)
+    classes: list
+    stamp: tuple
+
+
 class Ticket:
     """One request's images on their way through the batcher"""
 
-    def __init__(self, pixels, deadline, alive):
-        self.pixels, self.deadline, self.alive = pixels, deadline, alive
+    def __init__(self, network, pixels, deadline, alive):
+        self.network, self.pixels, self.deadline, self.alive = network, pixels, deadline, alive
         self.done, self.logits, self.error = threading.Event(), None, None
         self.since, self.waited, self.computed, self.batch = time.monotonic(), 0.0, 0.0, 0
 
@@ -149,59 +161,59 @@ class Model:
 
     def __init__(self, name, args, path):
         self.name, self.args, self.statistics = name, args, Statistics()
-        self.load(path)
+        self.network = self.load(path)
         self.waiting, self.images, self.coming, self.closed = deque(), 0, 0, False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.work, name=f"batches of {name}", daemon=True)
         self.thread.start()
 
     def load(self, path):
-        """Reads and warms up; what was there before serves until this has gone well, and on if it does not."""
+        """-> Network, warm"""
         stamp = stamp_of(path)
         where = argparse.Namespace(**{**vars(self.args), "checkpoint": path})
         net, checkpoint, source = load_some_model(where, DEFAULTS)
-        net = net.to(self.args.device)
-        classes, size = checkpoint["classes"], net.preprocess["crop"]
+        net = fuse(net) if isinstance(net, ResNet50) else net
+        net, size = spread(net, self.args.devices), net.preprocess["crop"]
         with torch.inference_mode():
             for batch in sorted({1, self.args.max_batch}):
-                blank = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=self.args.device)
+                blank = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=self.args.devices[0])
                 predict(net, blank.contiguous(memory_format=torch.channels_last))
-        self.path, self.net, self.size, self.stamp = source, net, size, stamp or stamp_of(source)
-        print(f"{self.name}: {self.path}, {net.precision}, {size} pixels", file=sys.stderr, flush=True)
-        self.transform = data.eval_transform(net.preprocess)
-        self.classes = list(classes or map(str, range(net.config["num_classes"])))
+        print(f"{self.name}: {source}, {net.precision}, {size} pixels", file=sys.stderr, flush=True)
+        classes = list(checkpoint["classes"] or map(str, range(net.config["num_classes"])))
+        return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source))
 
     def reload(self):
-        """Whether the file had changed"""
-        if stamp_of(self.path) == self.stamp:
+        """Whether the file had changed. What was there serves until the new network is warm, and on if it is bad."""
+        if stamp_of(self.network.path) == self.network.stamp:
             return False
-        self.load(self.path)
+        self.network = self.load(self.network.path)
         return True
 
-    def submit(self, pixels, deadline, alive):
-        """uint8 (n, 3, H, W) -> Ticket. Refuses what finds the queue full."""
-        ticket = Ticket(pixels, deadline, alive)
+    @contextlib.contextmanager
+    def expecting(self, images):
+        """Around the reading of a request's images, to submit() within: the batcher knows that they come. Refuses what
+        the queue has no room for, before it costs anything."""
         with self.changed:
             if self.closed:
                 raise Refusal(503, "the server is stopping", Retry_After="1")
-            if self.images + len(pixels) > self.args.max_queue:
-                raise Refusal(503, f"the queue is full: {self.images} images wait", Retry_After="1")
-            self.waiting.append(ticket)
-            self.images += len(pixels)
-            self.changed.notify()
-        return ticket
-
-    @contextlib.contextmanager
-    def expecting(self):
-        """Around the decoding of a request: the batcher knows that it comes."""
-        with self.changed:
-            self.coming += 1
+            if self.images + self.coming + images > self.args.max_queue:
+                raise Refusal(503, f"the queue is full: {self.images + self.coming} images wait", Retry_After="1")
+            self.coming += images
         try:
             yield
         finally:
             with self.changed:
-                self.coming -= 1
+                self.coming -= images
                 self.changed.notify()
+
+    def submit(self, network, pixels, deadline, alive):
+        """uint8 (n, 3, H, W) -> Ticket"""
+        ticket = Ticket(network, pixels, deadline, alive)
+        with self.changed:
+            self.waiting.append(ticket)
+            self.images += len(pixels)
+            self.changed.notify()
+        return ticket
 
     def close(self):
         with self.changed:
@@ -217,7 +229,8 @@ class Model:
             while self.coming and self.images < self.args.max_batch and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
             tickets, count = [], 0
-            while self.waiting and (not tickets or count + len(self.waiting[0].pixels) <= self.args.max_batch):
+            while self.waiting and (not tickets or count + len(self.waiting[0].pixels) <= self.args.max_batch
+                                    and self.waiting[0].network is tickets[0].network):
                 tickets.append(self.waiting.popleft())
                 count += len(tickets[-1].pixels)
             self.images -= count
@@ -236,10 +249,11 @@ class Model:
             if not tickets:
                 continue
             try:
-                pixels = torch.cat([ticket.pixels for ticket in tickets]).to(self.args.device)
+                pixels = torch.cat([ticket.pixels for ticket in tickets]).to(self.args.devices[0])
                 pixels = pixels.contiguous(memory_format=torch.channels_last)
                 with torch.inference_mode():
-                    logits = torch.cat([predict(self.net, part) for part in pixels.split(self.args.max_batch)]).cpu()
+                    net = tickets[0].network.net
+                    logits = torch.cat([predict(net, part) for part in pixels.split(self.args.max_batch)]).cpu()
             except Exception:  # whatever it is, the next batch shall have its chance
                 traceback.print_exc()
                 for ticket in tickets:
@@ -252,6 +266,31 @@ class Model:
                 ticket.done.set()
 
 
+def spread(net, devices):
+    """Puts a network on a device; on several each takes the next steps until it has its share of the weights' bytes,
+    and what flows between them is copied."""
+    if len(devices) == 1:
+        return net.to(devices[0])
+    if not isinstance(net, Flat):
+        raise UserError(f"--devices {','.join(devices)}: only ResNet-50s of ours are split, not a "
+                        f"{net.config.get('arch', net.precision)}", 2)
+    named, call, where = dict(net.named_modules()), net.call, {}
+    sizes = {step.name: sum(t.nbytes for t in (*named[step.name].parameters(), *named[step.name].buffers()))
+             if step.name in named else 0 for step in net.steps}
+    total, so_far = sum(sizes.values()), 0
+    for step in net.steps:
+        where[step.name] = devices[min(so_far * len(devices) // total, len(devices) - 1)]
+        so_far += sizes[step.name]
+        if step.name in named:
+            named[step.name].to(where[step.name])
+
+    def moved(step, x, **more):
+        to = where[step.name]
+        return call(step, x.to(to), **{k: v.to(to) for k, v in more.items()})
+    net.call, net.replay, net.one_call = moved, net.run, False
+    return net
+
+
 def stamp_of(path):
     """What tells a changed file from the one that was read"""
     with contextlib.suppress(OSError, TypeError):
@@ -259,7 +298,7 @@ def stamp_of(path):
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def decode(model, encoded, args, gate):
+def decode(network, encoded, args, gate):
     """Encoded bytes -> uint8 (3, crop, crop). The size is looked at before any pixel is decoded."""
     if not encoded:
         raise Refusal(400, "the image is empty")
@@ -275,7 +314,8 @@ def decode(model, encoded, args, gate):
         raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
     with gate:
         try:
-            return model.transform(data.decode(encoded, FORMATS, exif=args.exif)).permute(2, 0, 1)
+            enough = 0 if args.full_decode else 2 * network.net.preprocess["resize"]
+            return network.transform(data.decode(encoded, FORMATS, args.exif, enough)).permute(2, 0, 1)
         except ValueError as error:
             raise Refusal(400, str(error)[:200]) from None
         except Exception as error:
@@ -452,16 +492,16 @@ def read_form(body, content_type):
 
 def metadata(model):
     return dict(name=model.name, versions=[VERSION], platform="pytorch_resnet50",
-                inputs=[dict(name="pixels", datatype="UINT8", shape=[-1, 3, model.size, model.size])],
-                outputs=[dict(name="probabilities", datatype="FP32", shape=[-1, len(model.classes)])])
+                inputs=[dict(name="pixels", datatype="UINT8", shape=[-1, 3, model.network.size, model.network.size])],
+                outputs=[dict(name="probabilities", datatype="FP32", shape=[-1, len(model.network.classes)])])
 
 
 def configuration(model):
     return dict(name=model.name, platform="pytorch_resnet50", backend="resnet50", version_policy={"latest": {}},
                 max_batch_size=model.args.max_batch,
                 input=[dict(name="pixels", data_type="TYPE_UINT8", format="FORMAT_NCHW",
-                            dims=[3, model.size, model.size])],
-                output=[dict(name="probabilities", data_type="TYPE_FP32", dims=[len(model.classes)],
+                            dims=[3, model.network.size, model.network.size])],
+                output=[dict(name="probabilities", data_type="TYPE_FP32", dims=[len(model.network.classes)],
                              label_filename="")],
                 dynamic_batching=dict(max_queue_delay_microseconds=int(model.args.max_delay_ms * 1000)))
 
@@ -492,7 +532,7 @@ def parameters_of(item):
     return parameters
 
 
-def read_input(model, request, tail, limit):
+def read_input(network, request, tail, limit):
     """The request's only input -> (uint8 (n, 3, crop, crop), None) or (None, list of encoded images). `limit`: images
     that one request may hold.
 
@@ -509,7 +549,7 @@ def read_input(model, request, tail, limit):
         raise Refusal(400, f"datatype of {name} must be {', '.join(TYPES)} or BYTES")
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2 ** 31 for n in shape):
         raise Refusal(400, f"shape of {name} must be a list of whole numbers")
-    wanted = (3, model.size, model.size)
+    wanted = (3, network.size, network.size)
     if kind == "BYTES":
         if len(shape) != 1 and shape[1:] != [1]:
             raise Refusal(400, f"shape of {name} must be [n] or [n, 1] for BYTES")
@@ -536,7 +576,7 @@ def read_input(model, request, tail, limit):
     if kind == "FP32":
         if not values.isfinite().all():
             raise Refusal(400, f"{name} holds values that are not finite")
-        mean, std = (torch.tensor(model.net.preprocess[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
+        mean, std = (torch.tensor(network.net.preprocess[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
         values = (values * std + mean).round().clamp(0, 255).to(torch.uint8)
     return values, None
 
@@ -597,19 +637,19 @@ def wanted_outputs(request, classes):
     return found
 
 
-def infer_response(model, request, outputs, logits):
+def infer_response(name, classes, request, outputs, logits):
     """-> (headers, body)"""
     entries, tails = [], []
-    for name, binary, top in outputs:
-        values = logits if name == "logits" else logits.softmax(1)
+    for output, binary, top in outputs:
+        values = logits if output == "logits" else logits.softmax(1)
         if top:
             best = values.topk(top, 1)
-            strings = [f"{v:f}:{i}:{model.classes[i]}" for row in zip(best.values.tolist(), best.indices.tolist())
+            strings = [f"{v:f}:{i}:{classes[i]}" for row in zip(best.values.tolist(), best.indices.tolist())
                        for v, i in zip(*row)]
-            entry = dict(name=name, datatype="BYTES", shape=[len(values), top])
+            entry = dict(name=output, datatype="BYTES", shape=[len(values), top])
             raw = b"".join(len(s).to_bytes(4, "little") + s for s in map(str.encode, strings)) if binary else None
         else:
-            entry = dict(name=name, datatype="FP32", shape=list(values.shape))
+            entry = dict(name=output, datatype="FP32", shape=list(values.shape))
             strings, raw = None, values.numpy().astype("<f4").tobytes() if binary else None
         if binary:
             entry["parameters"] = {"binary_data_size": len(raw)}
@@ -617,7 +657,7 @@ def infer_response(model, request, outputs, logits):
         else:
             entry["data"] = strings if strings is not None else values.flatten().tolist()
         entries.append(entry)
-    answer = dict(model_name=model.name, model_version=VERSION, outputs=entries)
+    answer = dict(model_name=name, model_version=VERSION, outputs=entries)
     if request and isinstance(request.get("id"), str):
         answer["id"] = request["id"][:1024]
     body = json.dumps(answer).encode()
@@ -937,7 +977,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, f"Request for unknown model: '{name}' version {version} is not found")
         return model
 
-    def infer(self, model, pixels=None, encoded=None):
+    def infer(self, model, network, pixels=None, encoded=None):
         """Pixels uint8 (n, 3, H, W) or encoded images -> logits (n, classes); self.ticket and self.decoded say what it
         took."""
         self.model = model
@@ -946,11 +986,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
         deadline = self.started + min(int(timeout), self.args.timeout_ms) / 1e3
         begin = time.monotonic()
-        if pixels is None:
-            with model.expecting():
-                pixels = torch.stack([decode(model, e, self.args, self.server.gate) for e in encoded])
-        self.decoded, self.images = time.monotonic() - begin, len(pixels)
-        self.ticket = ticket = model.submit(pixels, deadline, self.alive)
+        with model.expecting(len(encoded) if pixels is None else len(pixels)):
+            if pixels is None:
+                pixels = torch.stack([decode(network, e, self.args, self.server.gate) for e in encoded])
+            self.decoded, self.images = time.monotonic() - begin, len(pixels)
+            self.ticket = ticket = model.submit(network, pixels, deadline, self.alive)
         if not ticket.done.wait(max(deadline - time.monotonic(), 0)):
             raise Refusal(504, "no answer within the request's time")
         if ticket.error:
@@ -966,18 +1006,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def predict(self, match):
         model = self.named(match) if match.groupdict().get("name") else next(iter(self.server.models.values()))
+        network = model.network
         if not re.fullmatch("[1-9][0-9]{0,5}", self.query.get("topk", "5")):
             raise Refusal(400, "topk is no positive number")
-        top = min(int(self.query.get("topk", 5)), len(model.classes))
+        top = min(int(self.query.get("topk", 5)), len(network.classes))
         kind = self.headers.get("content-type", "")
         encoded = read_form(self.body, kind) if kind.lower().startswith("multipart/form-data") else [self.body]
         if len(encoded) > self.args.max_images:
             raise Refusal(413, f"more than {self.args.max_images} images")
-        logits = self.infer(model, encoded=encoded)
+        logits = self.infer(model, network, encoded=encoded)
         since, found = time.monotonic(), []
         best = logits.softmax(1).topk(top, 1)
         for values, indices in zip(best.values.tolist(), best.indices.tolist()):
-            listed = [{"class_id": i, "class": model.classes[i], "probability": round(p, 6)}
+            listed = [{"class_id": i, "class": network.classes[i], "probability": round(p, 6)}
                       for p, i in zip(values, indices)]
             found.append({**listed[0], "top": listed})
         times = dict(decode_ms=self.decoded, queue_ms=self.ticket.waited, compute_ms=self.ticket.computed,
@@ -989,17 +1030,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def v2_infer(self, match):
         model = self.named(match)
+        network = model.network
         request, tail = split_binary(self.body, self.headers)
-        outputs = wanted_outputs(request, len(model.classes))
+        outputs = wanted_outputs(request, len(network.classes))
         if request is not None:
-            pixels, encoded = read_input(model, request, tail, self.args.max_images)
-        elif len(tail) == 3 * model.size ** 2:
-            pixels, encoded = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, model.size, -1), None
+            pixels, encoded = read_input(network, request, tail, self.args.max_images)
+        elif len(tail) == 3 * network.size ** 2:
+            pixels, encoded = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, network.size, -1), None
         else:
             pixels, encoded = None, [tail]
-        logits = self.infer(model, pixels, encoded)
+        logits = self.infer(model, network, pixels, encoded)
         since = time.monotonic()
-        headers, body = infer_response(model, request, outputs, logits)
+        headers, body = infer_response(model.name, network.classes, request, outputs, logits)
         self.succeed(since)
         return 200, headers, body
 
@@ -1227,7 +1269,9 @@ def get_args_parser():
     add_model_args(p)
     g.add_argument("--model", action="append", default=[], metavar="NAME=FILE",
                    help="serve FILE under this name; may be given several times (default: resnet50 alone)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--device", "--devices", dest="devices", type=lambda text: text.split(","), metavar="A[,B...]",
+                   default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="several: each holds its share of every network, stage after stage")
     g.add_argument("--threads", type=between(1, 1024), help="of the CPU for a batch; default: one per core")
     g = p.add_argument_group("address")
     g.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
@@ -1253,6 +1297,9 @@ def get_args_parser():
     g.add_argument("--idle-timeout", type=between(0.1, 3600.0, float), default=75.0, metavar="S",
                    help="between a connection's requests")
     g = p.add_argument_group("life")
+    g.add_argument("--full-decode", action="store_true",
+                   help="decode JPEGs whole, even where a half, a quarter or an eighth of their size has twice the "
+                        "short side that the network resizes to")
     g.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
     g.add_argument("--drain-delay", type=between(0.0, 600.0, float), default=0.0, metavar="S",
                    help="go on answering after SIGTERM, not ready, until proxies have noticed")
@@ -1277,8 +1324,11 @@ def open_models(args):
 def check_args(args):
     if bool(args.tls_cert) != bool(args.tls_key):
         raise UserError("--tls-cert and --tls-key go together", 2)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: PyTorch sees no CUDA device here", 2)
+    for device in args.devices:
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}", 2) from error
     if args.processes > 1 and args.port == 0:
         raise UserError("--processes needs a --port", 2)
 
@@ -1305,8 +1355,8 @@ def serve(args):
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
     server.ready = True
     host, port = server.server_address[:2]
-    print(json.dumps(dict(host=host, port=port, pid=os.getpid(), models={n: m.path for n, m in models.items()})),
-          flush=True)
+    paths = {name: model.network.path for name, model in models.items()}
+    print(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), flush=True)
     while signals.get() == signal.SIGHUP:
         reload(models)
     server.drain()

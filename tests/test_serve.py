@@ -25,6 +25,7 @@ import data
 import resnet50
 import serve
 from tests.conftest import ROOT
+from tests.fuzz_serve import fuzz, resident
 from tests.test_int8 import build, photographs
 
 CLASSES = ["ant", "bee, wasp", "cat", "dög", "eel", "fox: red", "gnu"]
@@ -469,6 +470,10 @@ def images(n, value):
     return torch.full((n, 3, 8, 8), value, dtype=torch.uint8)
 
 
+def submit(model, *args):
+    return model.submit(model.network, *args)
+
+
 def wait_until(condition):
     until = time.monotonic() + 10
     while not condition():
@@ -479,11 +484,12 @@ def wait_until(condition):
 def test_what_waits_while_a_batch_runs_makes_the_next(slow):
     model, net = slow
     later = time.monotonic() + 60
-    tickets = [model.submit(images(1, 0), later, lambda: True)]
+    tickets = [submit(model, images(1, 0), later, lambda: True)]
     wait_until(lambda: model.images == 0)
-    tickets += [model.submit(images(n, n), later, lambda: True) for n in (2, 1, 1, 2)]
+    tickets += [submit(model, images(n, n), later, lambda: True) for n in (2, 1, 1, 2)]
     with pytest.raises(serve.Refusal, match="full") as caught:
-        model.submit(images(1, 0), later, lambda: True)
+        with model.expecting(1):
+            raise AssertionError("nothing may be decoded")
     assert caught.value.status == 503 and caught.value.headers["Retry-After"]
     for _ in range(3):
         net.go.release()
@@ -492,12 +498,28 @@ def test_what_waits_while_a_batch_runs_makes_the_next(slow):
     assert net.batches == [1, 4, 2]
 
 
+def test_what_began_with_a_network_ends_with_it(slow):
+    """Whatever is reloaded meanwhile, of whatever size"""
+    model, net = slow
+    later, old, new = time.monotonic() + 60, model.network, model.network._replace(size=16)
+    first = submit(model, images(1, 0), later, lambda: True)
+    wait_until(lambda: model.images == 0)
+    second = submit(model, images(1, 1), later, lambda: True)
+    model.network = new
+    third = submit(model, torch.full((1, 3, 16, 16), 2, dtype=torch.uint8), later, lambda: True)
+    for _ in range(3):
+        net.go.release()
+    for ticket, network, value in ((first, old, 0), (second, old, 1), (third, new, 2)):
+        assert ticket.done.wait(10) and ticket.network is network and (ticket.logits == value).all()
+    assert net.batches == [1, 1, 1]
+
+
 def test_expired_and_gone_requests_cost_nothing(slow):
     model, net = slow
     later = time.monotonic() + 60
-    first = model.submit(images(1, 0), later, lambda: True)
+    first = submit(model, images(1, 0), later, lambda: True)
     wait_until(lambda: model.images == 0)
-    old, gone, good = (model.submit(images(1, 1), deadline, lambda alive=alive: alive) for deadline, alive in
+    old, gone, good = (submit(model, images(1, 1), deadline, lambda alive=alive: alive) for deadline, alive in
                        ((time.monotonic() - 1, True), (later, False), (later, True)))
     net.go.release()
     net.go.release()
@@ -507,12 +529,12 @@ def test_expired_and_gone_requests_cost_nothing(slow):
 
 def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):
     model, net = slow
-    bad = model.submit(images(1, 0)[:, :2], time.monotonic() + 60, lambda: True)
-    works, model.net = model.net, None
+    works, model.network = model.network, model.network._replace(net=None)
+    bad = submit(model, images(1, 0), time.monotonic() + 60, lambda: True)
     net.go.release()
     assert bad.done.wait(10) and bad.error.status == 500
-    model.net = works
-    good = model.submit(images(1, 5), time.monotonic() + 60, lambda: True)
+    model.network = works
+    good = submit(model, images(1, 5), time.monotonic() + 60, lambda: True)
     assert good.done.wait(10) and (good.logits == 5).all() and "Traceback" in capsys.readouterr().err
 
 
@@ -521,10 +543,10 @@ def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
     model.args.max_delay_ms = 5000
     later, began = time.monotonic() + 60, time.monotonic()
     net.go.release()
-    assert model.submit(images(1, 1), later, lambda: True).done.wait(10) and time.monotonic() - began < 2
-    with model.expecting():
-        first = model.submit(images(1, 1), later, lambda: True)
-        second = model.submit(images(3, 2), later, lambda: True)  # full: the third is not waited for
+    assert submit(model, images(1, 1), later, lambda: True).done.wait(10) and time.monotonic() - began < 2
+    with model.expecting(1):
+        first = submit(model, images(1, 1), later, lambda: True)
+        second = submit(model, images(3, 2), later, lambda: True)  # full: the third is not waited for
         net.go.release()
         assert first.done.wait(2) and second.done.wait(2)
     assert net.batches == [1, 4]
@@ -577,6 +599,43 @@ def test_sighup_reads_a_changed_file_and_keeps_the_old_network_if_it_is_bad(netw
     stop(process)
 
 
+def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
+    path, image = tmp_path / "net.pt", picture()
+    path.write_bytes(open(networks["float"], "rb").read())
+    process, port = start("--checkpoint", path, "--no-access-log")
+    statuses, done = [], threading.Event()
+
+    def hammer():
+        while not done.is_set():
+            statuses.append(ask(port, "POST", "/predict", image)[0])
+    threads = [threading.Thread(target=hammer) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for name in ("int8", "float", "int8"):
+        path.write_bytes(open(networks[name], "rb").read())
+        process.log.clear()
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any(": reloaded" in line for line in process.log))
+    done.set()
+    for t in threads:
+        t.join()
+    assert len(statuses) > 20 and set(statuses) == {200}
+    stop(process)
+
+
+def test_mutated_requests_and_images(networks):
+    """A thousand of them; python -m tests.fuzz_serve sends more"""
+    process, port = start("--checkpoint", networks["float"], *LIMITS, "--no-access-log")
+    seen, broken = fuzz(port, "resnet50", 32, 400)
+    before = resident(process.pid)
+    more, worse = fuzz(port, "resnet50", 32, 800, seed=1)
+    assert not broken + worse, (broken + worse)[0]
+    assert {200, 400} <= set(seen + more) and resident(process.pid) < before + 30e6
+    assert ask(port, "POST", "/predict", picture())[0] == 200
+    stop(process)
+    assert not [line for line in process.log if "Traceback" in line], process.log
+
+
 def test_sigterm_ends_idle_connections_and_finishes_the_rest(networks):
     process, port = start("--checkpoint", networks["float"], "--no-access-log")
     idle = socket.create_connection(("127.0.0.1", port), timeout=10)
@@ -627,7 +686,50 @@ def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
     assert process.wait(20) == 0 and "another takes its place" in process.stderr.read()
 
 
+@pytest.mark.parametrize("variant", ["plain", "se", "split"])
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_a_network_spread_over_devices(variant, precision):
+    """Steps go from one device to the next, each device visited once, and compute the same."""
+    model, pixels = build(variant), photographs(2, 32, 32)
+    whole = resnet50.fuse(model) if precision == "float" else compress.post_training(model, [pixels])
+    wanted = resnet50.predict(whole, pixels)
+    visited = []
+
+    class Device(str):
+        """cpu, as one of several that can be told apart"""
+    names = [Device("cpu"), Device("cpu"), Device("cpu")]
+    net = serve.spread(whole, names)
+    inner = torch.Tensor.to
+
+    def to(tensor, device, *args, **kwargs):
+        if isinstance(device, Device) and (not visited or visited[-1] is not device):
+            visited.append(device)
+        return inner(tensor, device, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", to)
+        got = resnet50.predict(net, pixels)
+    assert len(visited) == 3 and all(a is b for a, b in zip(visited, names))  # one after the other, each once
+    assert torch.equal(got, wanted)
+
+
+def test_large_jpegs_are_decoded_at_reduced_size(networks):
+    args = serve.get_args_parser().parse_args(["--device", "cpu", "--checkpoint", networks["float"]])
+    model, gate = serve.Model("float", args, networks["float"]), threading.Semaphore()
+    values = np.random.default_rng(1).normal(0, 1, (30, 40, 3)).cumsum(0).cumsum(1)
+    values = Image.fromarray(np.uint8(255 * (values - values.min()) / np.ptp(values)))
+    for size, reduced in ((159, False), (640, True), (1280, True)):
+        file = io.BytesIO()
+        values.resize((size * 4 // 3, size), Image.BICUBIC).save(file, "JPEG", quality=95)
+        fast = serve.decode(model.network, file.getvalue(), args, gate).int()
+        args.full_decode = True
+        full = serve.decode(model.network, file.getvalue(), args, gate).int()
+        args.full_decode = False
+        assert (fast != full).any() == reduced and (fast - full).abs().max() <= 3
+    model.close()
+
+
 @pytest.mark.parametrize("flags, code, text", [
+    (("--device", "cuda:9", "--checkpoint", "FLOAT"), 2, "--device cuda:9"),
     (("--checkpoint", "nowhere.pt"), 3, "nowhere.pt: No such file"),
     (("--model", "a"), 2, "--model a: expected NAME=FILE"),
     (("--model", "a=x", "--model", "a=y"), 2, "each name once"), (("--model", "../a=x"), 2, "expected NAME=FILE"),

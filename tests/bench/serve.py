@@ -3,6 +3,7 @@ against the usual FastAPI + uvicorn server of the same int8 network.
 
   python -m tests.bench.serve                                    # two minutes
   python -m tests.bench.serve --rounds 9 --connections 64
+  python -m tests.bench.serve --overload 60                      # and a minute at five times the rate, and slow clients
 
 The contenders alternate, round by round, on the same images and threads, each alone while it is measured:
   offline   decoder threads and batches of 32 in one process, no HTTP: the ceiling
@@ -10,7 +11,8 @@ The contenders alternate, round by round, on the same images and threads, each a
   fastapi   one uvicorn process, decode and predict in the handler, as tutorials have it
 Then, at half of ours' rate, an open loop: requests leave at random times (Poisson) whatever the server does, and a
 latency counts from when its request should have left. batch 1: decode and predict of one image, alone.
-ratio.p99_to_latency is the open loop's 99th percentile over that.
+ratio.p99_to_latency is the open loop's 99th percentile over that, ratio.fastapi_at_equal_p99 the highest of some rates
+at which a server's 99th percentile stays within three times batch 1, over the other's.
 """
 import argparse
 import json
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import torch
 
@@ -90,7 +93,7 @@ def free_port():
 
 
 class Client:
-    """Multipart uploads of the pictures to a port; every answer must be a 200."""
+    """Multipart uploads of the pictures to a port"""
 
     def __init__(self, port, images):
         self.port, self.requests = port, []
@@ -106,6 +109,7 @@ class Client:
         return s
 
     def ask(self, s, i):
+        """-> the answer's status"""
         s.sendall(self.requests[i % len(self.requests)])
         received = s.recv(65536)
         while b"\r\n\r\n" not in received:
@@ -114,7 +118,7 @@ class Client:
         size = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
         while len(body) < size:
             body += s.recv(65536)
-        assert head.split(b" ", 2)[1] == b"200", received
+        return int(head.split(b" ", 2)[1])
 
     def closed(self, seconds, connections):
         """-> requests per second"""
@@ -124,15 +128,15 @@ class Client:
             with self.connect() as s:
                 start.wait()
                 while time.monotonic() < until:
-                    self.ask(s, k + counts[k] * connections)
+                    assert self.ask(s, k + counts[k] * connections) == 200
                     counts[k] += 1
         began = time.monotonic()
         run_threads(loop, connections)
         return sum(counts) / (time.monotonic() - began)
 
     def open(self, seconds, rate, connections=128):
-        """-> latencies in seconds, from when each request was due"""
-        due, latencies, generator, at = queue.SimpleQueue(), [], random.Random(0), 0.0
+        """-> [(status, seconds since the request was due)]"""
+        due, found, generator, at = queue.SimpleQueue(), [], random.Random(0), 0.0
         began = time.monotonic() + 0.5
         while (at := at + generator.expovariate(rate)) < seconds:
             due.put(at)
@@ -145,10 +149,30 @@ class Client:
                     except queue.Empty:
                         return
                     time.sleep(max(0.0, began + at - time.monotonic()))
-                    self.ask(s, int(at * 1e3))
-                    latencies.append(time.monotonic() - began - at)
+                    found.append((self.ask(s, int(at * 1e3)), time.monotonic() - began - at))
         run_threads(loop, connections)
-        return latencies
+        return found
+
+    def slow(self, count):
+        """-> sockets of so many clients that began to upload and do not go on"""
+        crowd = [self.connect() for _ in range(count)]
+        for s in crowd:
+            s.sendall(self.requests[0][:400])
+        return crowd
+
+
+def percentile(answers, share=0.99):
+    """Seconds within which that share of the answers came; all must be a 200"""
+    assert {status for status, _ in answers} == {200}
+    return sorted(seconds for _, seconds in answers)[int(len(answers) * share)]
+
+
+def rate_within(client, limit, highest, seconds):
+    """-> the highest of ten rates up to `highest` at which the 99th percentile stays below `limit` seconds"""
+    for tenths in range(10, 0, -1):
+        if percentile(client.open(seconds, highest * tenths / 10)) <= limit:
+            return highest * tenths / 10
+    return highest / 20
 
 
 def run_threads(function, count):
@@ -236,6 +260,7 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=float, default=5.0, help="of each contender in a round")
     p.add_argument("--connections", type=int, default=48)
+    p.add_argument("--overload", type=float, default=0.0, metavar="S", help="seconds at five times the rate")
     args = p.parse_args()
     folder = os.path.join("runs", "bench")
     path, images = network(folder), pictures(folder)
@@ -265,13 +290,29 @@ def main():
         half = statistics.median(rates["ours"]) / 2
         for _ in range(args.rounds):  # the machine's speed drifts: each open loop has its own batch 1 beside it
             latency = offline.latency()
-            measured = sorted(clients["ours"].open(args.seconds, half))
+            measured = clients["ours"].open(2 * args.seconds, half)
             latencies.append(latency)
-            slow.append([measured[int(len(measured) * q)] for q in (0.5, 0.99)])
-        equal = {}
-        if "fastapi" in clients:  # its rate where its p99 is no worse than ours at half load
-            equal["fastapi p99 at half of its rate"] = sorted(clients["fastapi"].open(
-                2 * args.seconds, statistics.median(rates["fastapi"]) / 2))
+            slow.append([percentile(measured, q) for q in (0.5, 0.99)])
+        limit = 3 * statistics.median(one for one, *_ in latencies)
+        equal = {name: rate_within(client, limit, statistics.median(rates["ours"]), 2 * args.seconds)
+                 for name, client in clients.items()}
+        crowd = {}
+        if args.overload:
+            rate = statistics.median(rates["ours"])
+            answers = clients["ours"].open(args.overload, 5 * rate, connections=400)
+            refused = sorted(seconds for status, seconds in answers if status == 503)
+            good = sum(status == 200 for status, _ in answers) / args.overload
+            others = []
+            for _ in range(args.rounds):
+                alone = clients["ours"].closed(args.seconds, args.connections)
+                stuck = clients["ours"].slow(200)
+                others.append(clients["ours"].closed(args.seconds, args.connections) / alone)
+                for s in stuck:
+                    s.close()
+            crowd = {"overload.statuses": dict(Counter(str(status) for status, _ in answers)),
+                     "overload.refused_ms": round(1e3 * refused[len(refused) // 2], 2) if refused else None,
+                     "ratio.overload_goodput": round(good / rate, 3),
+                     "ratio.beside_200_slow_clients": round(statistics.median(others), 3)}
     finally:
         for process in processes.values():
             process.terminate()
@@ -284,8 +325,8 @@ def main():
               "ratio.p99_to_latency": round(statistics.median(s[1] / one[0] for s, one in zip(slow, latencies)), 3)}
     if "fastapi" in rates:
         result["ratio.fastapi"] = round(statistics.median(a / b for a, b in zip(rates["ours"], rates["fastapi"])), 3)
-        for name, values in equal.items():
-            result["open_loop_ms"][name] = round(1e3 * values[int(len(values) * 0.99)], 2)
+        result["ratio.fastapi_at_equal_p99"] = round(equal["ours"] / equal["fastapi"], 3)
+    result.update(crowd)
     say(f"{len(images)} JPEGs, {args.connections} connections, {args.rounds} rounds, "
         f"{resnet50.environment()}")
     for name, values in rates.items():
