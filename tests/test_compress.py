@@ -450,7 +450,7 @@ def test_smaller_files(call, flags):
     assert result["after"]["bytes"] < (0.9 if "--sparsity-2-4" in flags else 0.7) * small["after"]["bytes"]
 
 
-def test_dynamic_quantization_of_the_classifier(call, run, tiny):
+def test_dynamic_quantization_of_the_classifier(call, run, tiny, tmp_path):
     """Against float64, with the rounding of weights and inputs written anew; in a fresh process; not to be trained"""
     path = call("--dynamic", "--prune", 0.5, "--epochs", 0)["checkpoint"]
     model = resnet50.build_model(resnet50.load_checkpoint(path), path)
@@ -467,7 +467,7 @@ def test_dynamic_quantization_of_the_classifier(call, run, tiny):
     assert torch.equal(resnet50.predict(model, pixels[2:]), b[2:])  # a row's scale is its own
     assert torch.allclose(resnet50.predict(resnet50.fuse(model), pixels), b, atol=1e-4 * a.abs().max().item())
     for script, flags, code in (("resnet50.py", ("--checkpoint", path), 0),
-                                ("train.py", ("--checkpoint", path, "--data", tiny), 3)):
+                                ("train.py", ("--checkpoint", path, "--data", tiny, "--out", tmp_path / "train"), 3)):
         done = run(*flags, "--device", "cpu", script=script)
         assert done.returncode == code, done.stderr
     assert done.stderr.count("\n") == 1 and "is int8, which cannot be trained" in done.stderr
@@ -496,7 +496,7 @@ def test_student(call, trained, student):
 
 
 def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call):
-    result = call("--int8", "--max-drop", -100, "--calib-images", 8, "--no-bias-correction")
+    result = call("--int8", "--max-drop", -100, "--calib-images", 8, "--correction", "none")
     assert result["agreement"] == 100.0  # never within -100 points, so every layer has gone back
     config = resnet50.load_checkpoint(result["checkpoint"])["config"]
     assert len(config["float_layers"]) == 50
@@ -621,7 +621,7 @@ def test_stopped_in_fine_tuning_and_resumed_ends_with_the_same_bits(run, trained
 
 
 def test_two_processes(run, trained, tmp_path):
-    result = run("--checkpoint", trained, "--prune", 0.5, "--int8", "--epochs", 1, "--calib-images", 20, "--workers", 0,
+    result = run("--checkpoint", trained, "--prune", 0.5, "--int8", "--epochs", 2, "--calib-images", 20, "--workers", 0,
                  "--device", "cpu", "--out", tmp_path / "out", script="compress.py", processes=2)
     assert result.returncode == 0, result.stderr
     result = json.loads(result.stdout.splitlines()[-1])

@@ -29,6 +29,7 @@ from tests.fuzz_serve import fuzz, resident
 from tests.test_int8 import build, photographs
 
 CLASSES = ["ant", "bee, wasp", "cat", "dög", "eel", "fox: red", "gnu"]
+STARTED = []
 LIMITS = ("--max-body", 300_000, "--max-pixels", 250_000, "--head-timeout", 1, "--idle-timeout", 5, "--max-images", 8)
 
 
@@ -37,6 +38,7 @@ def start(*args, wait=True):
     command = [sys.executable, "serve.py", "--port", "0", "--device", "cpu", *map(str, args)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    STARTED.append(process)
     if not wait:
         return process
     line = process.stdout.readline()
@@ -46,6 +48,13 @@ def start(*args, wait=True):
     reader.start()
     process.log, process.reader = log, reader
     return process, json.loads(line)["port"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_orphans():
+    yield
+    for process in STARTED:
+        process.kill()
 
 
 def stop(process):
@@ -474,10 +483,10 @@ def submit(model, *args):
     return model.submit(model.network, *args)
 
 
-def wait_until(condition):
-    until = time.monotonic() + 10
+def wait_until(condition, about=None):
+    until = time.monotonic() + 30
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < until, about
         time.sleep(0.001)
 
 
@@ -611,14 +620,16 @@ def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
     threads = [threading.Thread(target=hammer) for _ in range(4)]
     for t in threads:
         t.start()
-    for name in ("int8", "float", "int8"):
-        path.write_bytes(open(networks[name], "rb").read())
-        process.log.clear()
-        process.send_signal(signal.SIGHUP)
-        wait_until(lambda: any(": reloaded" in line for line in process.log))
-    done.set()
-    for t in threads:
-        t.join()
+    try:
+        for name in ("int8", "float", "int8"):
+            path.write_bytes(open(networks[name], "rb").read())
+            process.log.clear()
+            process.send_signal(signal.SIGHUP)
+            wait_until(lambda: any(": reloaded" in line for line in process.log), process.log)
+    finally:
+        done.set()
+        for t in threads:
+            t.join()
     assert len(statuses) > 20 and set(statuses) == {200}
     stop(process)
 
