@@ -393,7 +393,7 @@ def test_faults_are_noticed(builds, networks, fault):
     *_, isas, group = FAULTS[fault]
     groups = [f"network={path}" for path in networks] if group == "network" else [group]
     try:
-        done = run_cases(builds["faulty"](), isas, *groups, timeout=60, EMULATED_FAULT=str(list(FAULTS).index(fault)))
+        done = run_cases(builds["faulty"](), isas, *groups, timeout=30, EMULATED_FAULT=str(list(FAULTS).index(fault)))
     except subprocess.TimeoutExpired:  # what a stray store has hit can make it loop for ever
         return
     noticed = done.returncode < 0 or "differs" in done.stderr or "takes runs of taps apart needs" in done.stderr
