@@ -12,6 +12,7 @@ It speaks HTTP/1.1 strictly and bounds what a client can cost, but it is no fire
 strangers reach it (README.md says what for).
 """
 import argparse
+import base64
 import contextlib
 import hmac
 import http.server
@@ -73,11 +74,11 @@ class Histogram:
         self.counts[next((i for i, b in enumerate(self.bounds) if value <= b), len(self.bounds))] += 1
         self.sum += value
 
-    def lines(self, name, labels=""):
+    def lines(self, name, labels):
         total = 0
         for bound, count in zip([*self.bounds, "+Inf"], self.counts):
             total += count
-            yield f'{name}_bucket{{{labels}{"," if labels else ""}le="{bound}"}} {total}'
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
         yield f"{name}_sum{{{labels}}} {self.sum:.9g}"
         yield f"{name}_count{{{labels}}} {total}"
 
@@ -378,6 +379,7 @@ class Stream:
                     if not self.line(LINE_BYTES):
                         return bytes(body)
                 raise ValueError("too many trailers")
+            self.deadline += size / 65536  # as a body has whose length is known
             body += self.read(size)
             if self.read(2) != b"\r\n":
                 raise ValueError("a chunk does not end where it says")
@@ -594,7 +596,6 @@ def json_numbers(values, count, kind):
 
 def json_strings(values, count):
     """BYTES in JSON: text cannot hold an image, so it must be in base64"""
-    import base64
     flat = [v for item in values for v in (item if isinstance(item, list) else [item])] \
         if isinstance(values, list) else []
     if len(flat) != count or not all(isinstance(v, str) for v in flat):
@@ -675,7 +676,7 @@ def openapi():
     anything = {"schema": {"type": "object"}}
     error = {"description": "A reason", "content": {"application/json": {"schema": {
         "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}}}
-    name = {"name": "name", "in": "path", "required": True, 
+    name = {"name": "name", "in": "path", "required": True,
             "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"}}
     topk = {"name": "topk", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 999999}}
     encoded = {"schema": {"type": "string", "format": "binary"}}
@@ -848,7 +849,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one(self):
         """One request and its answer. -> whether the connection goes on"""
         self.idle = True
-        if self.server.draining:
+        if self.server.closing:
             return False
         self.stream.deadline = time.monotonic() + self.args.idle_timeout
         if not self.stream.buffer:
@@ -1112,6 +1113,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, args, models):
         self.args, self.models, self.ready, self.draining = args, models, False, False
+        self.closing = False  # nothing that has not begun is answered any more
         self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
         self.lock, self.handlers, self.begun = threading.Condition(), {}, 0
         self.answers, self.refused, self.since = Counter(), 0, time.time()
@@ -1149,7 +1151,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no more threads
-            self.forget(request)
+            self.shutdown_request(request)
 
     def shutdown_request(self, request):
         with self.lock:
@@ -1178,6 +1180,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             self.lock.wait_for(lambda: False, self.args.drain_delay)
         self.shutdown()
+        self.closing = True
         with self.lock:
             for request, handler in self.handlers.items():
                 if handler is None or handler.idle:
@@ -1395,10 +1398,9 @@ def supervise(args):
         pid, status = os.wait()
         children.discard(pid)
         if not stopping:
-            if os.WIFEXITED(status):  # it could not start, and another could not either
+            if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
                 forward(signal.SIGTERM, None)
-                code = os.WEXITSTATUS(status)
-                raise UserError(f"a process ended by itself with status {code}", code or 1)
+                raise UserError(f"a process ended by itself with status {code}", code)
             print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
             spawn()
 

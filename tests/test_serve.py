@@ -662,6 +662,19 @@ def test_sigterm_ends_idle_connections_and_finishes_the_rest(networks):
     assert process.wait(20) == 0
 
 
+def test_drain_delay_goes_on_answering_though_not_ready(networks):
+    process, port = start("--checkpoint", networks["float"], "--no-access-log", "--drain-delay", 600)
+    kept = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    kept.request("GET", "/healthz")
+    assert kept.getresponse().read()
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: ask(port, "GET", "/v2/health/ready")[0] == 503)
+    assert ask(port, "POST", "/predict", picture())[0] == 200  # on a new connection
+    kept.request("POST", "/predict", picture())
+    assert kept.getresponse().status == 200  # and on an old one
+    process.kill()
+
+
 def test_keys_and_tls(networks, tmp_path):
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a certificate")
