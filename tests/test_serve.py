@@ -355,6 +355,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.mark.parametrize("text, status", [
     (b"GET / HTTP/1.1\nHost: x\n\n", 400), (b"GET / HTTP/1.1\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: xy\nA: b\r\n\r\n", 400),
     (b"GET / HTTP/1.32\r\nHost: x\r\n\r\n", 400),
     (b"GET /\r\n", 400), (b"\x00\x01\x02\r\n", 400), (b"get / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: x\r\nA : b\r\n\r\n", 400),
