@@ -20,7 +20,7 @@ R50_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8,
 namespace r50 {
 namespace {
 
-constexpr int ROWS = 32, WIDTH = 64, STEP = 64;  // a unit; bytes of k per tile
+constexpr int ROWS = 32, WIDTH = 64, HALF = 32, STEP = 64;  // a unit, in halves of its width; bytes of k per tile
 constexpr int SCRATCH = ROWS * WIDTH;
 constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panels: they stay in L1
 constexpr int FEW = 8;  // units; with so few per panel the weights are used hardly faster than they arrive
@@ -75,19 +75,19 @@ R50_INLINE void half_unit(const Conv& conv, const Unit& unit, int h, int32_t* ac
   tile_load<1>(start + 16, 0);
   tile_load<2>(start, 0);
   tile_load<3>(start + 16, 0);
-  const int8_t* b = w.panel(unit.panel) + 128 * h;
+  const int8_t* b = w.panel(unit.panel) + int64_t(h) * HALF * w.ktotal;
   for (int s = 0; s < w.operands; s++) {
     const Operand& in = conv.in[s];
     const uint8_t *a0 = in.a + in.rows[unit.m], *a1 = in.a + in.rows[unit.m + unit.rows - 16];
     const int64_t lda = in.lda;
     for (int t = 0; t < in.ntaps; t++) {
       const uint8_t *x0 = a0 + in.taps[t], *x1 = a1 + in.taps[t];
-      for (int k = 0; k < in.k; k += STEP, b += STEP * WIDTH) {
+      for (int k = 0; k < in.k; k += STEP, b += STEP * HALF) {
         tile_load<4>(x0 + k, lda);
-        tile_load<6>(b, 4 * WIDTH);
+        tile_load<6>(b, STEP);
         tile_dot_u8s8<0, 4, 6>();
         leaving.step();
-        tile_load<7>(b + 64, 4 * WIDTH);
+        tile_load<7>(b + STEP * HALF / 2, STEP);
         tile_dot_u8s8<1, 4, 7>();
         leaving.step();
         tile_load<5>(x1 + k, lda);

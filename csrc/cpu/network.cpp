@@ -94,8 +94,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
     if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64)
       forms[s.in].whole = false;  // its taps cannot be taken apart
-    for (int64_t b : {s.in, s.in2})
-      if (b >= 0 && align > 1 && group[i] > 1) forms[b].interleaved = true;
+    // without a border pixels fill whole tiles image by image, and sums are read and written as one run
+    if (kind == Step::conv && s.kw > 1 && align > 1 && group[i] > 1) forms[s.in].interleaved = true;
   }
   for (bool changed = true; changed;) {
     changed = false;

@@ -4,7 +4,8 @@
 //   plain  width 16, group 1      one scalar column after the other
 //   avx2   width 16, group 4      two registers per group; k padded to two groups, see conv_avx2.cpp
 //   vnni   width 64, group 4      vpdpbusd; four registers per group
-//   amx    width 64, group 4      the same bytes are the rows of four B tiles; k padded to whole tiles of 64
+//   amx    width 64, group 4      first the left 32 columns for all k, then the right ones; of each the two B tiles of
+//                                 every 64 k, 1 KiB apiece: what a half unit reads is one run. k padded to whole tiles
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -44,6 +45,15 @@ int panel_position(Isa isa, int c) {
     // 2h and 2h + 1 are the even and odd 16-bit halves of one, and packus takes h = 0 and 1 per 128-bit lane.
     default: return ((c / 8 & 1) * 2 + (c & 1)) * 16 + c / 16 * 4 + (c / 2 & 3);
   }
+}
+
+// Offset of (k, position) in a panel.
+static int64_t panel_offset(Isa isa, int ktotal, int k, int at) {
+  const Order o = order(isa);
+  if (isa != Isa::amx) return int64_t(k / o.group) * o.group * o.width + at * o.group + k % o.group;
+  constexpr int HALF = 32, TILE = 16, STEP = 64;
+  return int64_t(at / HALF) * HALF * ktotal + (k / STEP * 2 + at % HALF / TILE) * TILE * STEP +
+         k % STEP / o.group * o.group * TILE + at % TILE * o.group + k % o.group;
 }
 
 static Packed header(Isa isa, const PackedShape& s) {
@@ -107,7 +117,7 @@ static std::vector<int32_t> move_excess(int8_t* panel, int ktotal, std::vector<i
 void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate) {
   Packed h = header(isa, s);
-  const int group = order(isa).group, width = h.width;
+  const int width = h.width;
   std::vector<uint8_t> blob(h.fixes);
   uint8_t* bytes = blob.data();
   for (int p = 0; p < h.panels; p++) {
@@ -118,13 +128,13 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
     for (int c = 0; c < width && p * width + c < s.o; c++) {
       const int n = p * width + c, at = panel_position(isa, c);
       int64_t low = bias[n], high = bias[n];
-      int8_t* column = panel + at * group;
+      int first = 0;  // k of the tap
       for (int i = 0; i < s.operands; i++) {
         const int8_t* w = weight[i] + int64_t(n) * s.taps[i] * s.k[i];
-        for (int t = 0; t < s.taps[i]; t++, column += h.kpad[i] * width)
+        for (int t = 0; t < s.taps[i]; t++, first += h.kpad[i])
           for (int k = 0; k < s.k[i]; k++) {
             const int8_t value = *w++;
-            column[k / group * group * width + k % group] = value;
+            panel[panel_offset(isa, h.ktotal, first + k, at)] = value;
             (value > 0 ? high : low) += 255 * value;
           }
       }
