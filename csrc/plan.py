@@ -9,6 +9,7 @@ Steps are dicts in execution order; values name activations, the first reads "pi
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import platform
 import struct
@@ -16,14 +17,17 @@ import tempfile
 
 import torch
 
-from . import ISAS, cache_folders, isa, load
+from . import ISAS, build_key, cache_folders, isa, load
 
 HEADER_STAMP = 0x35305202
 KINDS = dict(load=0, conv=1, maxpool=2, avgpool=3, linear=4, load_windows=5)
 FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "packed", "scale", "mult",
           "group", "block_one", "block_many")
-# rows that tune() tries; 0 is the kernel's own choice, and for avx2 nothing measured better (csrc/LOG.md)
-BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768), amx=(0, 32, 64, 128, 256, 512))
+# what tune() tries (cpu/conv.h: Conv.block): rows, 0 for the kernel's own choice, and for avx2 nothing measured better
+# (csrc/LOG.md); odd for AMX: the lines of results are fetched ahead
+BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768), 
+              amx=(0, 1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513))
+ROUNDS, WORTH = 5, 0.98  # of measuring; what a choice must bring
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
 PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
 
@@ -43,6 +47,15 @@ def windows(step):
     load = dict(kind="load_windows", out=step["x"], kh=kh, kw=kw, stride=step["stride"], pad=step["padding"],
                 channels=8 * kw * c)
     return load, dict(step, weight=runs.view(o, -1, 1, 1), stride=1, padding=0)
+
+
+def large(size):
+    """-> empty uint8 tensor on pages of 2 MiB where the system has them: weights are read as fast as they arrive, and
+    look-ups of 4 KiB pages cost 5 % of that."""
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel without such pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def shrink(size, kernel, stride, padding):
@@ -168,7 +181,7 @@ def build_plan(steps, channels=3):
     header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys),
               len(table), classes, channels]
     head = torch.frombuffer(bytearray(struct.pack(f"<{len(header) + len(words)}q", *header, *words)), dtype=torch.uint8)
-    return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body])
+    return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body], out=large(base + len(body)))
 
 
 def cpu_name():
@@ -192,7 +205,7 @@ def tune(plan, size, channels=3):
     def signature(i):
         packed = plan[int(table[i, at("packed")]):][:64].view(torch.int32)  # cpu/conv.h: struct Packed
         return " ".join(map(str, packed[:15].tolist() + [int(table[i, f]) for f in geometry]))
-    here = f"{cpu_name()} {isa()} {torch.get_num_threads()} threads {size} px"
+    here = f"{cpu_name()} {isa()} {torch.get_num_threads()} threads {size} px {build_key()}"
     digest = hashlib.sha256(" | ".join([here, *map(signature, convs)]).encode()).hexdigest()[:16]
     path = os.path.join(cache_folders()[-1], f"blocks-{digest}.json")
     try:
@@ -207,14 +220,15 @@ def tune(plan, size, channels=3):
     for field, images in BATCHES.items():
         pixels = torch.zeros(images, channels, size, size, dtype=torch.uint8)
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        best = {}
-        for _ in range(3):
+        times = []
+        for _ in range(ROUNDS):
             for block in BLOCKS[isa()]:
                 table[convs, at(field)] = block
-                times = torch.ops.resnet50.network_int8_profile(pixels, plan, classes)
-                best[block] = torch.minimum(best[block], times) if block in best else times
-        blocks = torch.tensor(list(best))
-        known[field] = blocks[torch.stack(list(best.values()))[:, convs].argmin(0)].tolist()
+                times.append(torch.ops.resnet50.network_int8_profile(pixels, plan, classes)[convs].double())
+        # against the kernel's own choice in the same round, as some machines change speed from one second to the next
+        times = torch.stack(times).unflatten(0, (ROUNDS, -1))
+        gain, best = (times / times[:, :1]).quantile(0.5, dim=0).min(0)
+        known[field] = torch.tensor(BLOCKS[isa()])[torch.where(gain < WORTH, best, 0)].tolist()
         table[convs, at(field)] = torch.tensor(known[field], dtype=torch.int64)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a second
         descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))

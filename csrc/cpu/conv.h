@@ -68,7 +68,8 @@ struct Conv {
   int m = 0;
   Out kind = Out::u8;
   const float* f32_scale = nullptr;  // (o), for Out::f32
-  int block = 0;                     // rows per pass over the panels; 0: the kernel's own choice
+  int block = 0;                     // rows per pass over the panels, at most 1: the kernel's own choice; for AMX odd
+                                     // if the lines that results will fill are to be fetched ahead
   const int8_t* next = nullptr;      // what will be read after the last panel, for prefetching
 };
 

@@ -56,6 +56,15 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
     taps[1] = {0};
     k[1] = in2->c;
   }
+  if (int8 && Isa(int8->isa) == Isa::amx)  // one entry per tile of 64 bytes
+    for (int s = 0; s < 2; s++) {
+      constexpr int STEP = 64;
+      std::vector<int32_t> steps;
+      for (int32_t tap : taps[s])
+        for (int i = 0; i < k[s]; i += STEP) steps.push_back(narrow(int64_t(tap) + i));
+      taps[s] = std::move(steps);
+      k[s] = STEP;
+    }
   std::vector<Row> all;
   all.reserve(size_t(out.images) * out.h * out.w);
   for (int n = 0; n < out.images; n++)

@@ -10,7 +10,7 @@
 
 // The loops are plain so that the compiler vectorizes them; the loader picks a body.
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED)
-#define WIDEST __attribute__((target_clones("avx2", "default")))
+#define WIDEST __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
 #else
 #define WIDEST
 #endif
@@ -83,39 +83,63 @@ void fill_border(uint8_t* out, const Layout& to, const uint8_t* value) {
 
 WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
                      int y1) {
+  typedef uint8_t Line __attribute__((vector_size(64), aligned(1), may_alias));
   const int c = from.c;
+  std::vector<int64_t> columns(from.w);
+  for (int x = 0; x < from.w; x++) columns[x] = from.at(0, 0, x) - from.at(0, 0, 0);
   for (int n = n0; n < n1; n++)
-    for (int y = y0; y < y1; y++)
+    for (int y = y0; y < y1; y++) {
+      // at the edges a pixel is looked at twice, which does not change the largest
+      const uint8_t* rows[3];
+      for (int i = 0; i < 3; i++) rows[i] = in + from.at(n, std::clamp(2 * y - 1 + i, 0, from.h - 1), 0);
       for (int x = 0; x < to.w; x++) {
+        const uint8_t* window[9];
+        for (int i = 0; i < 3; i++) {
+          const int64_t column = columns[std::clamp(2 * x - 1 + i, 0, from.w - 1)];
+          for (int r = 0; r < 3; r++) window[3 * i + r] = rows[r] + column;
+        }
         uint8_t* best = out + to.at(n, y, x);
-        bool first = true;
-        for (int dy = std::max(0, 2 * y - 1); dy < std::min(from.h, 2 * y + 2); dy++)
-          for (int dx = std::max(0, 2 * x - 1); dx < std::min(from.w, 2 * x + 2); dx++) {
-            const uint8_t* other = in + from.at(n, dy, dx);
-            if (first) {
-              std::memcpy(best, other, c);
-            } else {
-              for (int i = 0; i < c; i++) best[i] = std::max(best[i], other[i]);
-            }
-            first = false;
+        int k = 0;
+        for (; k + 64 <= c; k += 64) {
+          Line line = *reinterpret_cast<const Line*>(window[0] + k);
+          for (int i = 1; i < 9; i++) {
+            const Line other = *reinterpret_cast<const Line*>(window[i] + k);
+            line = line > other ? line : other;
           }
+          *reinterpret_cast<Line*>(best + k) = line;
+        }
+        for (; k < c; k++) {
+          best[k] = window[0][k];
+          for (int i = 1; i < 9; i++) best[k] = std::max(best[k], window[i][k]);
+        }
       }
+    }
 }
 
 WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0,
                          int n1) {
-  std::vector<int32_t> sum(from.c);
-  const int pixels = from.h * from.w;
+  constexpr int FIT = 65535 / 255;  // pixels whose sum stays in 16 bits
+  const int c = from.c, pixels = from.h * from.w;
+  std::vector<uint16_t> part(c);
+  std::vector<uint32_t> sum(c);
   const int32_t j = (mult + pixels / 2) / pixels;
   for (int n = n0; n < n1; n++) {
+    std::fill(part.begin(), part.end(), 0);
     std::fill(sum.begin(), sum.end(), 0);
-    for (int y = 0; y < from.h; y++)
-      for (int x = 0; x < from.w; x++) {
-        const uint8_t* a = in + from.at(n, y, x);
-        for (int i = 0; i < from.c; i++) sum[i] += a[i];
-      }
+    for (int i = 0; i < pixels; i++) {
+      const uint8_t* a = in + from.at(n, i / from.w, i % from.w);
+      for (int k = 0; k < c; k++) part[k] += a[k];
+      if (i % FIT == FIT - 1 || i == pixels - 1)
+        for (int k = 0; k < c; k++) sum[k] += part[k], part[k] = 0;
+    }
+    // requantize(sum, j) in doubles, exact: the product has less than 53 bits, and behind the addend there is no room
+    // for a fraction, so the one addition rounds half to even
+    constexpr double ADDEND = 6755399441055744.0;  // 1.5 * 2^52
     uint8_t* to_pixel = out + to.at(n, 0, 0);
-    for (int i = 0; i < from.c; i++) to_pixel[i] = requantize(sum[i], j);
+    for (int k = 0; k < c; k++) {
+      const double y = (double(sum[k]) * (double(j) / (1 << MULT_BITS)) + ADDEND) - ADDEND;
+      to_pixel[k] = uint8_t(int32_t(std::clamp(y, 0.0, 255.0)));
+    }
   }
 }
 
