@@ -20,7 +20,8 @@ namespace r50 {
 namespace {
 
 constexpr int64_t SLACK = 64;              // kernels read whole vectors past the last pixel
-constexpr int LARGEST_GROUP = 8;           // images at a time where weights outweigh activations
+constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
+constexpr int FEWEST_TOGETHER = 8;        // of a batch's rest, in one pass
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
 struct Plan {
@@ -53,12 +54,14 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   const int align = isa() == Isa::amx ? 16 : 1;
   std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0),
       first_pass(header.buffers, -1);
-  // group 0: one image at a time while its activations outweigh the weights, then several, so that weights are read
-  // less often
+  // group 0: one image at a time while its activations outweigh the weights, then as many as balance them, so that
+  // weights are read less often
   const auto automatic = [&](const PlanStep& s, int64_t activations) {
     const int64_t weights =
         Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
-    return weights > activations ? LARGEST_GROUP : 1;
+    int images = 1;
+    while (images < LARGEST_GROUP && images * activations < weights) images *= 2;
+    return images;
   };
   struct Form {  // what is one for a sum and its residual, which lie at the same offsets
     int64_t border;
@@ -67,13 +70,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   };
   std::vector<Form> forms;
   for (int64_t b = 0; b < header.buffers; b++) forms.push_back({plan.buffer(b).border, plan.buffer(b).planes != 0});
-  int pass = 0, largest = 1;
-  const auto touch = [&](int64_t buffer, int g) {
-    if (buffer < 0) return;
-    if (first_pass[buffer] >= 0 && first_pass[buffer] != pass) held[buffer] = images;
-    if (first_pass[buffer] < 0) first_pass[buffer] = pass;
-    held[buffer] = std::max(held[buffer], g);
-  };
+  std::vector<int> wanted;  // images at a time that suit each step
   for (int64_t i = 0; i < header.steps; i++) {
     const PlanStep& s = plan.step(i);
     int oh = 1, ow = 1;
@@ -88,7 +85,23 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     }
     if (s.out >= 0) heights[s.out] = oh, widths[s.out] = ow;
     const auto size = [&](int64_t b) { return b < 0 ? 0 : int64_t(heights[b]) * widths[b] * plan.buffer(b).channels; };
-    largest = std::max(largest, int(s.group ? s.group : automatic(s, size(s.in) + size(s.out))));
+    wanted.push_back(int(s.group ? s.group : automatic(s, size(s.in) + size(s.out))));
+    // what a window reads is written as many images at a time as it is read: they lie inside its pixels (see below)
+    if (kind == Step::conv && s.kw > 1)
+      for (int64_t before = i - 1, found = 0; before >= 0 && !found; before--)
+        if (plan.step(before).out == s.in) wanted[before] = std::max(wanted[before], wanted[i]), found = 1;
+  }
+  int pass = 0, largest = 1;
+  const auto touch = [&](int64_t buffer, int g) {
+    if (buffer < 0) return;
+    if (first_pass[buffer] >= 0 && first_pass[buffer] != pass) held[buffer] = images;
+    if (first_pass[buffer] < 0) first_pass[buffer] = pass;
+    held[buffer] = std::max(held[buffer], g);
+  };
+  for (int64_t i = 0; i < header.steps; i++) {
+    const PlanStep& s = plan.step(i);
+    const Step kind = Step(s.kind);
+    largest = std::max(largest, wanted[i]);
     group.push_back(std::gcd(images, largest));
     if (i && group[i] != group[i - 1]) pass++;
     for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
@@ -254,8 +267,10 @@ void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int
   int64_t largest = LARGEST_GROUP;
   for (int64_t i = 0; i < header.steps; i++) largest = std::max(largest, plan.step(i).group);
   for (int done = 0; done < n;) {
-    const int images = int(std::min<int64_t>(largest, n - done));
-    auto workspace = take(plan, images, h, w);
+    int64_t images = largest;  // halved until there are as many, so that all but a few go in large groups
+    while (images > n - done && images > FEWEST_TOGETHER) images /= 2;
+    images = std::min<int64_t>(images, n - done);
+    auto workspace = take(plan, int(images), h, w);
     const Workspace& ws = *workspace;
     Barrier barrier(threads);
     const uint8_t* from = pixels + int64_t(done) * h * w * header.channels;
