@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t SLACK = 64;              // kernels read whole vectors past the last pixel
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
 constexpr int FEWEST_TOGETHER = 8;        // of a batch's rest, in one pass
+constexpr int LINES = 1024;               // channels, pixels of which would lie in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
 struct Plan {
@@ -126,8 +127,9 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   for (int64_t b = 0; b < header.buffers; b++) {
     const PlanBuffer& p = plan.buffer(b);
     const Form& f = forms[b];
+    const bool apart = align > 1 && !f.border && p.channels % LINES == 0;
     layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(f.border), f.planes && f.whole,
-                         f.interleaved && f.whole);
+                         f.interleaved && f.whole, apart ? 64 : 0);
     wide.push_back(held[b] == images);
     for (int64_t i = 0; i < header.steps; i++)
       if (const PlanStep& s = plan.step(i); s.out == b && Step(s.kind) == Step::load_windows)
