@@ -164,6 +164,17 @@ def test_every_bit_is_that_of_plain_integers(pair, n, h, w):
     assert torch.equal(net(pixels), expected)  # as one call, where the native library has one
 
 
+def test_images_of_a_batch_do_not_meet():
+    """The full widths, whose last stages go 8 and 32 images at a time, and whose pixels lie apart there."""
+    torch.manual_seed(3)
+    net = resnet50.quantize(randomise(ResNet50(num_classes=10)).eval(), [photographs(4, 64, 64, seed=3)])
+    pixels = photographs(41, 64, 64, seed=4)
+    logits = net(pixels)  # 32, 8 and 1
+    assert torch.equal(logits[:2], naive(net, pixels[:2])) and logits.std() > 0.01
+    assert torch.equal(logits, torch.cat([net(p) for p in pixels.split(1)]))
+    assert torch.equal(logits[:20], net(pixels[:20]))  # 16 and 4
+
+
 def scaled_as(net, name):
     """The step that says what a buffer's values stand for."""
     return name if name != "maxpool" else "conv1.6" if net.config["stem"] == "deep" else "conv1"
