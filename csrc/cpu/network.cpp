@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t SLACK = 64;              // kernels read whole vectors past the last pixel
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
-constexpr int FEWEST_TOGETHER = 8;        // of a batch's rest, in one pass
+constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
+constexpr int FEWEST_APART = 4;            // images per thread, from which on threads share no image
 constexpr int LINES = 1024;               // channels, pixels of which would lie in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
@@ -266,6 +267,14 @@ void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int
   if (plan.header().isa != int64_t(isa()))
     throw std::runtime_error("network_int8: the plan was packed for another instruction set than this process uses");
   const PlanHeader& header = plan.header();
+  if (threads > 1 && n >= FEWEST_APART * threads) {  // each thread its own images: nobody waits, and no cache is shared
+    parallel(threads, [&](int thread, int count) {
+      const Part mine = part(n, 1, thread, count);
+      network_int8(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,
+                   logits + int64_t(mine.begin) * header.classes, 1, thread == 0 ? nanoseconds : nullptr);
+    });
+    return;
+  }
   int64_t largest = LARGEST_GROUP;
   for (int64_t i = 0; i < header.steps; i++) largest = std::max(largest, plan.step(i).group);
   for (int done = 0; done < n;) {
