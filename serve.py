@@ -20,7 +20,6 @@ import io
 import json
 import math
 import os
-import queue
 import re
 import select
 import signal
@@ -1346,21 +1345,38 @@ def reload(models):
         print(f"{name}: {told}", file=sys.stderr, flush=True)
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def arriving(numbers):
+    """-> iterator over these signals as they arrive. Python runs a handler between two of the main thread's steps, so
+    one that comes right before a step that waits would wait too; a byte on a socket does not."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    for number in numbers:
+        signal.signal(number, lambda number, frame: None)
+
+    def signals():
+        with reader, writer:
+            while True:
+                yield reader.recv(1)[0]
+    return signals()
+
+
 def serve(args):
     """One process, until SIGTERM or SIGINT"""
-    signals = queue.SimpleQueue()
     if args.threads or args.processes > 1:
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
     models = open_models(args)
     server = Server(args, models)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: signals.put(number))
+    signals = arriving(SIGNALS)
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
     server.ready = True
     host, port = server.server_address[:2]
     paths = {name: model.network.path for name, model in models.items()}
     print(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), flush=True)
-    while signals.get() == signal.SIGHUP:
+    while next(signals) == signal.SIGHUP:
         reload(models)
     server.drain()
 
@@ -1369,7 +1385,7 @@ def supervise(args):
     """--processes: each child listens on the port itself; one that dies is replaced. Signals go on to all."""
     children, stopping = set(), []
 
-    def forward(number, frame):
+    def forward(number):
         if number != signal.SIGHUP:
             stopping.append(number)
         for pid in children:
@@ -1377,32 +1393,46 @@ def supervise(args):
                 os.kill(pid, number)
 
     def spawn():
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has put away its parent's ways
         pid = os.fork()
-        if pid == 0:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if pid:
+            children.add(pid)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (*SIGNALS, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
-            code = 1
-            try:
-                run_script(serve, args, "serve.py")
-                code = 0
-            except SystemExit as stop:
-                code = stop.code
-            finally:
-                os._exit(code)
-        children.add(pid)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, forward)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            run_script(serve, args, "serve.py")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+
+    def ended():
+        """Processes that have ended since, and how"""
+        while children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            children.discard(pid)
+            yield pid, status
+    signals = arriving((*SIGNALS, signal.SIGCHLD))
     for _ in range(args.processes):
         spawn()
     while children:
-        pid, status = os.wait()
-        children.discard(pid)
-        if not stopping:
-            if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
-                forward(signal.SIGTERM, None)
-                raise UserError(f"a process ended by itself with status {code}", code)
-            print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
-            spawn()
+        if (number := next(signals)) != signal.SIGCHLD:
+            forward(number)
+        for pid, status in ended():
+            if not stopping:
+                if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
+                    forward(signal.SIGTERM)
+                    raise UserError(f"a process ended by itself with status {code}", code)
+                print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
+                spawn()
 
 
 def main(args):
