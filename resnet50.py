@@ -52,12 +52,16 @@ class UserError(Exception):
 
 
 def run_script(main, args, prog):
-    """main(args) -> a dict or None; the dict becomes the last line of stdout, a UserError one line and a status."""
+    """main(args) -> a dict or None; the dict becomes the last line of stdout, a UserError or Ctrl-C one line and a
+    status."""
     try:
         result = main(args)
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
+    except KeyboardInterrupt:  # where nothing is to be kept: while something is loaded, or in a script that only reads
+        print(f"{prog}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     if result is not None:
         print(json.dumps(result), flush=True)
 

@@ -25,7 +25,7 @@ FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "
           "group", "block_one", "block_many")
 # what tune() tries (cpu/conv.h: Conv.block): rows, 0 for the kernel's own choice, and for avx2 nothing measured better
 # (csrc/LOG.md); odd for AMX: the lines of results are fetched ahead
-BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768), 
+BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768),
               amx=(0, 1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513))
 ROUNDS, WORTH = 5, 0.98  # of measuring; what a choice must bring
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
@@ -51,9 +51,11 @@ def windows(step):
 
 def large(size):
     """-> empty uint8 tensor on pages of 2 MiB where the system has them: weights are read as fast as they arrive, and
-    look-ups of 4 KiB pages cost 5 % of that."""
-    memory = mmap.mmap(-1, size)
-    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel without such pages
+    look-ups of 4 KiB pages cost 2 to 4 % of a call."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages mostly
+    with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 

@@ -212,8 +212,17 @@ def filled(pixels):
     return net.head(x, 10)
 
 
+def bright(pixels):
+    """An average of more pixels than fit 16 bits, of all brightnesses."""
+    net = Network(pixels)
+    x = net.conv("pixels", 64, 3, fill=True)
+    x = net.add("conv", x, weight=torch.zeros(64, 64, 1, 1, dtype=torch.int8), stride=1, padding=0,
+                bias=8 * torch.arange(64, dtype=torch.int32), mult=torch.full((64,), 2 ** 22, dtype=torch.int32))
+    return net.head(x, 7)
+
+
 NETWORKS = [(standard, 1, 45, 59), (standard, 11, 17, 23), (standard, 8, 8, 9), (narrow, 3, 13, 9), (narrow, 8, 5, 4),
-            (filled, 1, 11, 12), (filled, 16, 5, 6)]
+            (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17)]
 
 
 @pytest.fixture(scope="module")
@@ -372,6 +381,12 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "distance of rows": ("layout.cpp", "all[next].in == first.in + i * step &&",
                          "(FAULT || all[next].in == first.in + i * step) &&", "amx", "odd"),
     "taps of odd widths": ("network.cpp", "f.planes && f.whole", "f.planes && (FAULT || f.whole)", "amx", "network"),
+    "another thread's images": ("network.cpp", "pixels + int64_t(mine.begin)",
+                                "pixels + int64_t(FAULT ? 0 : mine.begin)", "plain", "network"),
+    "sums beyond 16 bits": ("pooling.cpp", "if (i % FIT == FIT - 1 ||", "if ((i % FIT == FIT - 1 && !FAULT) ||",
+                            "plain", "network"),
+    "window of the maximum": ("pooling.cpp", "clamp(2 * x - 1 + i,", "clamp(2 * x - 1 + i + FAULT,",
+                              "plain", "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
 }
 

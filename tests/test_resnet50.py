@@ -337,6 +337,12 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
 
 
+def test_ctrl_c_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        resnet50.run_script(lambda args: signal.raise_signal(signal.SIGINT), None, "test")
+    assert stopped.value.code == 130 and capsys.readouterr() == ("", "test: interrupted\n")
+
+
 def test_command_line(tmp_path):
     def call(*args):
         return subprocess.run([sys.executable, "resnet50.py", "--device", "cpu", *args], capture_output=True, text=True,

@@ -54,7 +54,8 @@ struct Packed {  // header of the blob; all offsets in bytes from its start
 struct Operand {
   const uint8_t* a = nullptr;
   const int32_t* rows = nullptr;  // one per output row
-  const int32_t* taps = nullptr;  // ntaps of them, each of k contiguous bytes; may be split finer than the blob's
+  const int32_t* taps = nullptr;  // ntaps of them, each of k contiguous bytes; may be split finer than the blob's; for
+                                  // AMX one per tile of 64 bytes
   int ntaps = 0, k = 0;
   int lda = 0;  // AMX only: the distance between the rows of one group of 16
 };

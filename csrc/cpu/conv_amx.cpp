@@ -5,7 +5,7 @@
 // accumulators start from the panel's start vector (a load with stride 0; tilezero would wait for the product before)
 // and end in a scratch of 32 x 64 int32. Each leaves its tile right before the tile starts again in the next half: by
 // then its last product, 52 cycles long, is over, and products never pause. From the scratch the rows are finished one
-// by one between the tdpbusd of the next unit. With k > 512 one scratch of 8 KiB serves, because the first half of a
+// by one between the tdpbusd of the next unit. From k = 320 on one scratch of 8 KiB serves, because the first half of a
 // unit already finishes all rows of the one before; two scratches would push weights out of L1.
 #include <algorithm>
 #include <memory>
@@ -25,7 +25,7 @@ constexpr int ROWS = 32, WIDTH = 64, HALF = 32, STEP = 64;  // a unit, in halves
 constexpr int SCRATCH = ROWS * WIDTH;
 constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panels: they stay in L1
 constexpr int HEAVY_BYTES = 768 << 10;  // of weights that will not stay in L2
-constexpr int FEW = 8;  // units; with so few per panel the weights are used hardly faster than they arrive
+constexpr int FEW = 8;                  // units; with so few per panel the weights are used hardly faster than they arrive
 
 // A unit whose rows wait in the scratch, or, on the way there, is multiplied.
 struct Unit {

@@ -23,7 +23,7 @@ constexpr int64_t SLACK = 64;              // kernels read whole vectors past th
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
 constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
 constexpr int FEWEST_APART = 4;            // images per thread, from which on threads share no image
-constexpr int LINES = 1024;               // channels, pixels of which would lie in few sets of L1
+constexpr int CROWDED = 1024;              // channels; a column of such pixels lies in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
 struct Plan {
@@ -90,8 +90,11 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     wanted.push_back(int(s.group ? s.group : automatic(s, size(s.in) + size(s.out))));
     // what a window reads is written as many images at a time as it is read: they lie inside its pixels (see below)
     if (kind == Step::conv && s.kw > 1)
-      for (int64_t before = i - 1, found = 0; before >= 0 && !found; before--)
-        if (plan.step(before).out == s.in) wanted[before] = std::max(wanted[before], wanted[i]), found = 1;
+      for (int64_t writer = i; writer-- > 0;)
+        if (plan.step(writer).out == s.in) {
+          wanted[writer] = std::max(wanted[writer], wanted[i]);
+          break;
+        }
   }
   int pass = 0, largest = 1;
   const auto touch = [&](int64_t buffer, int g) {
@@ -128,7 +131,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   for (int64_t b = 0; b < header.buffers; b++) {
     const PlanBuffer& p = plan.buffer(b);
     const Form& f = forms[b];
-    const bool apart = align > 1 && !f.border && p.channels % LINES == 0;
+    const bool apart = align > 1 && !f.border && p.channels % CROWDED == 0;
     layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(f.border), f.planes && f.whole,
                          f.interleaved && f.whole, apart ? 64 : 0);
     wide.push_back(held[b] == images);

@@ -19,7 +19,7 @@ struct PlanStep {
   int64_t kh, kw, stride, pad, stride2;
   int64_t packed, scale, mult;  // offsets of a blob of pack_int8 and of the logits' float scales; average pooling's j
   int64_t group;                // images that go through this step before the next one runs; 0: chosen from the sizes
-  int64_t block[2];  // conv: rows per pass over the weights, for one image and for several; 0: the kernel's choice
+  int64_t block[2];  // conv: Conv.block (conv.h) for one image and for several
 };
 
 // pixels (n, h, w, channels) uint8 -> logits (n, classes) float. nanoseconds, if given, gets the time of each step,

@@ -64,10 +64,11 @@ Pool* pool = new Pool;  // never destroyed: workers may still wait when the proc
 }  // namespace
 
 void parallel(int threads, const std::function<void(int, int)>& body) {
+  if (threads <= 1) return body(0, 1);  // also from within a body, whose thread may hold the lock
   Pool& p = *pool;
   std::unique_lock<std::mutex> lock(p.busy, std::try_to_lock);
   threads = threads < ACTIVE ? threads : ACTIVE - 1;
-  if (threads <= 1 || !lock.owns_lock()) return body(0, 1);
+  if (!lock.owns_lock()) return body(0, 1);
   while (int(p.workers.size()) < threads - 1) {
     const int thread = int(p.workers.size()) + 1;
     p.workers.emplace_back(&Pool::work, &p, thread, p.round.load());

@@ -132,8 +132,8 @@ WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, co
       if (i % FIT == FIT - 1 || i == pixels - 1)
         for (int k = 0; k < c; k++) sum[k] += part[k], part[k] = 0;
     }
-    // requantize(sum, j) in doubles, exact: the product has less than 53 bits, and behind the addend there is no room
-    // for a fraction, so the one addition rounds half to even
+    // requantize(sum, j) in doubles, exact: the product is at most 255 mult, and behind the addend there is no room for
+    // a fraction, so the one addition rounds half to even
     constexpr double ADDEND = 6755399441055744.0;  // 1.5 * 2^52
     uint8_t* to_pixel = out + to.at(n, 0, 0);
     for (int k = 0; k < c; k++) {
