@@ -324,7 +324,7 @@ def step_times(model, example_pixels, size, int8, repeats=5):
             best[step.name] = min(best.get(step.name, math.inf), (now - last[0]) * 1e3)
             last[0] = time.perf_counter()
         if int8 and pixels.device.type == "cpu" and net.one_call and csrc.available():
-            profile = torch.ops.resnet50.network_int8_profile(pixels, net.plan(), net.config["num_classes"])
+            profile = torch.ops.resnet50.network_profile(pixels, net.plan(), net.config["num_classes"])
             for step, ms in zip(net.steps, profile.tolist()[-len(net.steps):]):
                 best[step.name] = min(best.get(step.name, math.inf), ms)
         else:

@@ -299,7 +299,8 @@ def normalize(pixels, preprocess):
 def predict(model, pixels):
     """uint8 pixels (N, 3, H, W) -> float32 logits (N, classes). What every consumer calls: where and how the pixels are
     normalised is the model's affair."""
-    return model(pixels if model.precision != "float" else normalize(pixels, model.preprocess)).float()
+    takes_pixels = model.precision != "float" or isinstance(model, FusedResNet50)
+    return model(pixels if takes_pixels else normalize(pixels, model.preprocess)).float()
 
 
 def torchvision_model(arch, num_classes=1000):
@@ -448,9 +449,38 @@ def batch_norm_affine(bn):
     return scale, bn.bias.double() - bn.running_mean.double() * scale
 
 
+def bf16_program(model):
+    """ResNet50 without attention -> its steps in bfloat16 as csrc.plan.build_plan takes them, batch-norms, mean and std
+    of the pixels folded into the weights. Padding is the mean colour in whole steps of 1/255, as in the int8 network."""
+    def fold(step):
+        conv, (scale, shift) = model.get_submodule(step.name), batch_norm_affine(model.get_submodule(step.bn))
+        return conv, conv.weight.double() * scale.view(-1, 1, 1, 1), shift
+
+    def describe(step):
+        row = dict(kind=step.kind, x=step.x, residual=step.residual, x2=step.x2, out=step.name)
+        if step.kind == "linear":
+            fc = model.get_submodule(step.name)
+            return dict(row, weight=fc.weight.bfloat16(), bias=fc.bias.float())
+        if step.kind != "conv":
+            return row
+        conv, weight, bias = fold(step)
+        if step.folded:
+            other, weight2, bias2 = fold(step.folded)
+            row.update(weight2=weight2.bfloat16(), stride2=other.stride[0])
+            bias = bias + bias2
+        if step.x == "pixels":
+            mean, std = (255 * torch.tensor(model.preprocess[k], dtype=torch.float64) for k in ("mean", "std"))
+            weight = weight / std.view(-1, 1, 1)
+            bias = bias + (weight * (mean.round() - mean).view(-1, 1, 1)).sum((1, 2, 3))
+            row["centre"] = mean.round().to(torch.uint8)
+        return dict(row, weight=weight.bfloat16(), bias=bias.float(), stride=conv.stride[0], padding=conv.padding[0])
+    return [describe(step) for step in fold_downsample(flatten(model))]
+
+
 class FusedResNet50(Flat, ResNet50):
     """ResNet50 for inference: convolution, batch-norm, residual and ReLU are one operation of csrc/, in float32 or
-    bfloat16. What the weights are when it is made, it keeps."""
+    bfloat16; from pixels in bfloat16 on a CPU with AMX the whole network is. What the weights are when it is made, it
+    keeps."""
 
     def __init__(self, model, dtype):
         super().__init__(**model.config)
@@ -462,6 +492,17 @@ class FusedResNet50(Flat, ResNet50):
             if step.kind == "conv":
                 for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
+        self.packed = None
+        if dtype == torch.bfloat16 and device.type == "cpu" and self.config["attention"] == "none" \
+                and csrc.isa() == "amx":
+            with torch.no_grad():
+                program = bf16_program(model)
+            if all(v.isfinite().all() for step in program for v in step.values() if torch.is_tensor(v)):  # else an
+                # image's NaN could reach its neighbours by the zeros behind a tap
+                self.packed = tune(build_plan(program), self.preprocess["crop"])
+
+    def plan(self):  # None: it does not run as one call
+        return self.packed
 
     def call(self, step, x, residual=None):
         if step.kind == "avgpool":
@@ -474,8 +515,13 @@ class FusedResNet50(Flat, ResNet50):
             return module.mix(x) if residual is None else F.relu(module(x) + residual)
         return module(x)
 
-    def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes)
-        return self.replay(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+    def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes); uint8 pixels -> the same in float32
+        nhwc = dict(memory_format=torch.channels_last)
+        if x.dtype != torch.uint8:
+            return self.replay(x.to(self.dtype).contiguous(**nhwc))
+        if self.packed is not None and x.device.type == "cpu" and not torch.compiler.is_exporting():
+            return csrc.network_bf16(x.contiguous(**nhwc), self.packed, self.config["num_classes"])
+        return self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc)).float()
 
 
 def fuse(model, dtype=torch.float32):

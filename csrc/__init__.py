@@ -306,8 +306,17 @@ def _fake_pack_int8(*args):
     return args[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
-def _fake_network_int8_profile(pixels, plan, classes):
-    reference.check_network_int8(pixels, plan, classes)
+def _fake_pack_bf16(*args):
+    reference.check_pack_bf16(*args)
+    return args[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+def _fake_network(name, pixels, plan, classes):
+    return pixels.new_empty(reference.check_network(name, pixels, plan, classes), dtype=torch.float32)
+
+
+def _fake_network_profile(pixels, plan, classes):
+    reference.check_network("network_profile", pixels, plan, classes)
     return pixels.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
@@ -325,8 +334,10 @@ def _fake_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
 FAKES = {
     "conv_int8": lambda *args: _nhwc(args[0], reference.check_conv_int8(*args)),
     "conv_bn_relu": lambda *args: _nhwc(args[0], reference.check_conv_bn_relu(*args)),
-    "network_int8": lambda *args: args[0].new_empty(reference.check_network_int8(*args), dtype=torch.float32),
-    "gemm_int8": _fake_gemm_int8, "pack_int8": _fake_pack_int8, "network_int8_profile": _fake_network_int8_profile,
+    "network_int8": lambda *args: _fake_network("network_int8", *args),
+    "network_bf16": lambda *args: _fake_network("network_bf16", *args),
+    "gemm_int8": _fake_gemm_int8, "pack_int8": _fake_pack_int8, "pack_bf16": _fake_pack_bf16,
+    "network_profile": _fake_network_profile,
     "max_pool_int8": lambda *args: _nhwc(args[0], reference.check_max_pool_int8(*args)),
     "avg_pool_int8": lambda *args: args[0].new_empty(reference.check_avg_pool_int8(*args)),
     "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
@@ -372,14 +383,24 @@ def pack_int8(weight, mult, bias, gain=None, weight2=None):
     return _native("pack_int8", weight, mult, bias, gain, weight2)
 
 
+def pack_bf16(weight, bias, weight2=None):
+    """bfloat16 (O, C, kh, kw), float32 (O), bfloat16 (O, C2, 1, 1) -> uint8 (bytes), as pack_int8, for CPUs with AMX."""
+    return _native("pack_bf16", weight, bias, weight2)
+
+
 def network_int8(pixels, plan, classes):
     """uint8 (N, 3, H, W) NHWC, a plan uint8 (bytes) -> logits float32 (N, classes): the whole network in one call."""
     return _native("network_int8", pixels, plan, classes)
 
 
-def network_int8_profile(pixels, plan, classes):
-    """network_int8's arguments -> int64 (steps): nanoseconds of each step of the plan."""
-    return _native("network_int8_profile", pixels, plan, classes)
+def network_bf16(pixels, plan, classes):
+    """The same with a plan in bfloat16, on CPUs with AMX only."""
+    return _native("network_bf16", pixels, plan, classes)
+
+
+def network_profile(pixels, plan, classes):
+    """network_int8's or network_bf16's arguments -> int64 (steps): nanoseconds of each step of the plan."""
+    return _native("network_profile", pixels, plan, classes)
 
 
 def max_pool_int8(x, kernel, stride, padding):

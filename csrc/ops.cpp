@@ -15,8 +15,10 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
         "int[] stride2=[1, 1], int groups=1) -> Tensor");
   m.def("gemm_int8(Tensor a, Tensor b, Tensor? bias=None, Tensor? mult=None, Tensor? scale=None) -> Tensor");
   m.def("pack_int8(Tensor weight, Tensor mult, Tensor bias, Tensor? gain=None, Tensor? weight2=None) -> Tensor");
+  m.def("pack_bf16(Tensor weight, Tensor bias, Tensor? weight2=None) -> Tensor");
   m.def("network_int8(Tensor pixels, Tensor plan, int classes) -> Tensor");
-  m.def("network_int8_profile(Tensor pixels, Tensor plan, int classes) -> Tensor");
+  m.def("network_bf16(Tensor pixels, Tensor plan, int classes) -> Tensor");
+  m.def("network_profile(Tensor pixels, Tensor plan, int classes) -> Tensor");
   m.def("peak_macs(str kind, int milliseconds) -> float");
   m.def("conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? residual=None, "
         "bool relu=True, int[] stride=[1, 1], int[] padding=[0, 0], int groups=1) -> Tensor");
@@ -85,7 +87,24 @@ Tensor pack_int8(const Tensor& weight, const Tensor& mult, const Tensor& bias, c
   return out;
 }
 
-Tensor run_network(const Tensor& pixels, const Tensor& plan, int64_t classes, Tensor* nanoseconds, const char* op) {
+Tensor pack_bf16(const Tensor& weight, const Tensor& bias, const OptionalTensor& weight2) {
+  const char* op = "pack_bf16";
+  check(weight, op, "weight", ScalarType::BFloat16, "bfloat16", {-1, -1, -1, -1}, "(O, C, kh, kw)", CPU);
+  const int64_t o = weight.size(0), c = weight.size(1), kh = weight.size(2), kw = weight.size(3);
+  check_vector(bias, op, "bias", ScalarType::Float, "float32", o, CPU);
+  if (weight2) check(*weight2, op, "weight2", ScalarType::BFloat16, "bfloat16", {o, -1, 1, 1}, "(O, C2, 1, 1)", CPU);
+  const auto halves = [](const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); };
+  Tensor out;
+  r50::pack_bf16(o, kh, kw, c, halves(weight), weight2 ? weight2->size(1) : 0, weight2 ? halves(*weight2) : nullptr,
+                 data<float>(bias), [&](int64_t bytes) {
+                   out = torch::stable::empty({bytes}, ScalarType::Byte);
+                   return static_cast<uint8_t*>(out.mutable_data_ptr());
+                 });
+  return out;
+}
+
+Tensor run_network(const Tensor& pixels, const Tensor& plan, int64_t classes, Tensor* nanoseconds, const char* op,
+                   int64_t type) {  // -1: of either
   check(plan, op, "plan", ScalarType::Byte, "uint8", {-1}, "(bytes,) from csrc.build_plan", CPU);
   STD_TORCH_CHECK(plan.numel() >= int64_t(sizeof(r50::PlanHeader)), op,
                   ": plan is not what csrc.build_plan returned");
@@ -93,24 +112,29 @@ Tensor run_network(const Tensor& pixels, const Tensor& plan, int64_t classes, Te
   check(pixels, op, "pixels", ScalarType::Byte, "uint8", {-1, header.channels, -1, -1}, "(N, 3, H, W)",
         CPU);
   STD_TORCH_CHECK(classes == header.classes, op, ": the plan has ", header.classes, " classes, not ", classes);
+  STD_TORCH_CHECK(type < 0 || type == header.type, op, ": the plan is one of ", header.type ? "bfloat16" : "int8");
   Tensor logits = torch::stable::empty({pixels.size(0), classes}, ScalarType::Float);
   if (nanoseconds) {
     *nanoseconds = torch::stable::empty({header.steps}, ScalarType::Long);
     torch::stable::zero_(*nanoseconds);
   }
-  r50::network_int8(data<uint8_t>(plan), plan.numel(), data<uint8_t>(pixels), int(pixels.size(0)), int(pixels.size(2)),
-                    int(pixels.size(3)), static_cast<float*>(logits.mutable_data_ptr()), threads(),
-                    nanoseconds ? static_cast<int64_t*>(nanoseconds->mutable_data_ptr()) : nullptr);
+  r50::network(data<uint8_t>(plan), plan.numel(), data<uint8_t>(pixels), int(pixels.size(0)), int(pixels.size(2)),
+               int(pixels.size(3)), static_cast<float*>(logits.mutable_data_ptr()), threads(),
+               nanoseconds ? static_cast<int64_t*>(nanoseconds->mutable_data_ptr()) : nullptr);
   return logits;
 }
 
 Tensor network_int8(const Tensor& pixels, const Tensor& plan, int64_t classes) {
-  return run_network(pixels, plan, classes, nullptr, "network_int8");
+  return run_network(pixels, plan, classes, nullptr, "network_int8", 0);
 }
 
-Tensor network_int8_profile(const Tensor& pixels, const Tensor& plan, int64_t classes) {
+Tensor network_bf16(const Tensor& pixels, const Tensor& plan, int64_t classes) {
+  return run_network(pixels, plan, classes, nullptr, "network_bf16", 1);
+}
+
+Tensor network_profile(const Tensor& pixels, const Tensor& plan, int64_t classes) {
   Tensor nanoseconds;
-  run_network(pixels, plan, classes, &nanoseconds, "network_int8_profile");
+  run_network(pixels, plan, classes, &nanoseconds, "network_profile", -1);
   return nanoseconds;
 }
 
@@ -122,8 +146,10 @@ STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) {
   m.impl("conv_int8", TORCH_BOX(&conv_int8));
   m.impl("gemm_int8", TORCH_BOX(&gemm_int8));
   m.impl("pack_int8", TORCH_BOX(&pack_int8));
+  m.impl("pack_bf16", TORCH_BOX(&pack_bf16));
   m.impl("network_int8", TORCH_BOX(&network_int8));
-  m.impl("network_int8_profile", TORCH_BOX(&network_int8_profile));
+  m.impl("network_bf16", TORCH_BOX(&network_bf16));
+  m.impl("network_profile", TORCH_BOX(&network_profile));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(resnet50, CompositeExplicitAutograd, m) { m.impl("peak_macs", TORCH_BOX(&peak_macs)); }

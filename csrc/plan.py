@@ -1,10 +1,13 @@
-"""A network of int8 steps -> the block of bytes that the network_int8 operation walks (cpu/network.h has the format).
+"""A network's steps -> the block of bytes that network_int8 or network_bf16 walks (cpu/network.h has the format).
 
 Steps are dicts in execution order; values name activations, the first reads "pixels", the last makes the logits:
   conv     x, out, weight, mult, bias, stride, padding; optional residual + gain, x2 + weight2 + stride2, pad_value
   maxpool  x, out                    3x3, stride 2, padding 1
   avgpool  x, out, mult              over H and W
   linear   x, weight, bias, scale    float32 logits
+
+Weights in bfloat16 make a network in bfloat16, for AMX: every convolution ends in a ReLU, biases are float32, the first
+reads pixels less the `centre` that its step names, uint8 (3), and nothing has mult, gain, scale or pad_value.
 """
 import contextlib
 import hashlib
@@ -19,7 +22,8 @@ import torch
 
 from . import ISAS, build_key, cache_folders, isa, load
 
-HEADER_STAMP = 0x35305202
+HEADER_STAMP = 0x35305204
+HEADER = 9  # words
 KINDS = dict(load=0, conv=1, maxpool=2, avgpool=3, linear=4, load_windows=5)
 FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "packed", "scale", "mult",
           "group", "block_one", "block_many")
@@ -42,7 +46,7 @@ def windows(step):
     an output pixel is one run of bytes and the convolution a 1x1 (cpu/layout.h)."""
     weight = step["weight"]
     o, c, kh, kw = weight.shape
-    runs = torch.zeros(o, kw, c, 8, dtype=torch.int8)
+    runs = torch.zeros(o, kw, c, 8, dtype=weight.dtype)
     runs[..., :kh] = weight.permute(0, 3, 1, 2)
     load = dict(kind="load_windows", out=step["x"], kh=kh, kw=kw, stride=step["stride"], pad=step["padding"],
                 channels=8 * kw * c)
@@ -77,7 +81,7 @@ class Buffers:
                 if step.get("pad_value") is not None:
                     self.fill[step["x"]] = step["pad_value"]
         self.planes = self.split(steps) if isa() == "amx" else set()
-        self.shapes, self.of = {}, {}  # by name: (channels, size for each of PROBES), index of its buffer
+        self.shapes, self.of = {}, {}  # by name: (bytes of a pixel, size for each of PROBES), index of its buffer
         self.keys, self.owner = [], []  # by buffer: (shape, border, name if it has a fill), name that it holds now
 
     @staticmethod
@@ -120,11 +124,12 @@ class Buffers:
 def build_plan(steps, channels=3):
     """-> uint8 tensor, for this process's instruction set only."""
     load()
-    ops = torch.ops.resnet50
+    ops, element = torch.ops.resnet50, steps[0]["weight"].element_size()  # bytes of a value
     steps, first, sizes = list(steps), dict(kind="load", channels=channels), PROBES
     if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
         sizes = tuple(shrink(s, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"]) for s in PROBES)
         first, steps[0] = windows(steps[0])
+    nhwc = dict(memory_format=torch.channels_last)
     buffers, constants, table = Buffers(steps), [], []
     position = 0  # of the next constant, behind the tables; made absolute below
 
@@ -136,40 +141,46 @@ def build_plan(steps, channels=3):
         position += len(data)
         return position - len(data)
 
-    table.append({**first, "out": buffers.make(-1, steps[0]["x"], (first.pop("channels"), sizes))})
+    first["out"] = buffers.make(-1, steps[0]["x"], (first.pop("channels") * element, sizes))
+    if element > 1:
+        first["scale"] = constant(steps[0]["centre"])
+    table.append(first)
     for i, step in enumerate(steps):
         kind = step["kind"]
         row = dict(kind=kind, **{field: buffers.of[step[key]] for key, field in
                                  (("x", "in"), ("x2", "in2"), ("residual", "residual")) if step.get(key) is not None})
-        channels_in, sizes = buffers.shapes[step["x"]]
+        pixel, sizes = buffers.shapes[step["x"]]
         if kind in ("conv", "linear"):
             weight = step["weight"]
             if kind == "linear":
                 weight = weight[:, :, None, None]
-                row.update(kh=1, kw=1, stride=1, scale=constant(step["scale"]))
+                row.update(kh=1, kw=1, stride=1)
+                if element == 1:
+                    row["scale"] = constant(step["scale"])
                 classes, mult = len(weight), torch.zeros(len(weight), dtype=torch.int32)
             else:
                 row.update(kh=weight.shape[2], kw=weight.shape[3], stride=step["stride"], pad=step["padding"],
                            stride2=step.get("stride2") or 1)
-                shape = (len(weight), tuple(shrink(s, weight.shape[2], step["stride"], step["padding"]) for s in sizes))
-                mult = step["mult"]
-            weight2 = step.get("weight2")
-            row["packed"] = constant(ops.pack_int8(
-                weight.contiguous(memory_format=torch.channels_last), mult, step["bias"], step.get("gain"),
-                None if weight2 is None else weight2.contiguous(memory_format=torch.channels_last)))
+                shape = (len(weight) * element,
+                         tuple(shrink(s, weight.shape[2], step["stride"], step["padding"]) for s in sizes))
+                mult = step.get("mult")
+            weight, weight2 = weight.contiguous(**nhwc), step.get("weight2")
+            weight2 = None if weight2 is None else weight2.contiguous(**nhwc)
+            row["packed"] = constant(ops.pack_int8(weight, mult, step["bias"], step.get("gain"), weight2)
+                                     if element == 1 else ops.pack_bf16(weight, step["bias"], weight2))
         elif kind == "maxpool":
             row.update(kh=3, kw=3, stride=2, pad=1)
-            shape = (channels_in, tuple(shrink(s, 3, 2, 1) for s in sizes))
+            shape = (pixel, tuple(shrink(s, 3, 2, 1) for s in sizes))
         elif kind == "avgpool":
-            row["mult"] = int(step["mult"])
-            shape = (channels_in, tuple(1 for _ in sizes))
+            row["mult"] = int(step.get("mult", 0))
+            shape = (pixel, tuple(1 for _ in sizes))
         else:
             raise ValueError(f"build_plan: step {i} has kind {kind!r}, none of conv, maxpool, avgpool, linear")
         if kind != "linear":
             row["out"] = buffers.make(i, step["out"], shape, step.get("residual"))
         table.append(row)
 
-    base = 8 * (8 + 4 * len(buffers.keys) + len(FIELDS) * len(table))
+    base = 8 * (HEADER + 4 * len(buffers.keys) + len(FIELDS) * len(table))
     base += -base % 64
     words = [word for (shape, border, planes, filled) in buffers.keys
              for word in (shape[0], border, planes, base + constant(buffers.fill[filled]) if filled else -1)]
@@ -181,7 +192,7 @@ def build_plan(steps, channels=3):
     body = torch.cat(constants)
     digest = hashlib.sha256(struct.pack(f"<{len(words)}q", *words) + body.numpy().tobytes()).digest()
     header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys),
-              len(table), classes, channels]
+              len(table), classes, channels, element - 1]
     head = torch.frombuffer(bytearray(struct.pack(f"<{len(header) + len(words)}q", *header, *words)), dtype=torch.uint8)
     return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body], out=large(base + len(body)))
 
@@ -199,7 +210,7 @@ def tune(plan, size, channels=3):
     if len(BLOCKS[isa()]) == 1:
         return plan
     buffers, count, classes = (int(n) for n in plan[32:56].view(torch.int64))
-    table = plan[8 * (8 + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
+    table = plan[8 * (HEADER + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
     at = FIELDS.index
     convs = [i for i in range(count) if table[i, 0] == KINDS["conv"]]
     geometry = [at(name) for name in ("kh", "kw", "stride", "stride2")]
@@ -226,7 +237,7 @@ def tune(plan, size, channels=3):
         for _ in range(ROUNDS):
             for block in BLOCKS[isa()]:
                 table[convs, at(field)] = block
-                times.append(torch.ops.resnet50.network_int8_profile(pixels, plan, classes)[convs].double())
+                times.append(torch.ops.resnet50.network_profile(pixels, plan, classes)[convs].double())
         # against the kernel's own choice in the same round, as some machines change speed from one second to the next
         times = torch.stack(times).unflatten(0, (ROUNDS, -1))
         gain, best = (times / times[:, :1]).quantile(0.5, dim=0).min(0)

@@ -114,9 +114,17 @@ def check_pack_int8(weight, mult, bias, gain=None, weight2=None):
         expect(op, "weight2", weight2, torch.int8, (weight.shape[0], "C2", 1, 1), d)
 
 
-def check_network_int8(pixels, plan, classes):
-    expect("network_int8", "pixels", pixels, torch.uint8, ("N", 3, "H", "W"))
-    expect("network_int8", "plan", plan, torch.uint8, ("bytes",), pixels.device)
+def check_pack_bf16(weight, bias, weight2=None):
+    op, d = "pack_bf16", weight.device
+    expect(op, "weight", weight, torch.bfloat16, ("O", "C", "kh", "kw"))
+    expect(op, "bias", bias, torch.float32, (weight.shape[0],), d)
+    if weight2 is not None:
+        expect(op, "weight2", weight2, torch.bfloat16, (weight.shape[0], "C2", 1, 1), d)
+
+
+def check_network(op, pixels, plan, classes):
+    expect(op, "pixels", pixels, torch.uint8, ("N", 3, "H", "W"))
+    expect(op, "plan", plan, torch.uint8, ("bytes",), pixels.device)
     return pixels.shape[0], classes
 
 

@@ -301,9 +301,9 @@ def naive_network(steps, pixels):
 def test_network_int8(native, shape):
     pixels, plan = u8(*shape), build_plan(SMALL)
     np.testing.assert_array_equal(csrc.network_int8(pixels, plan, 7).numpy(), naive_network(SMALL, pixels))
-    nanoseconds = csrc.network_int8_profile(pixels, plan, 7)
+    nanoseconds = csrc.network_profile(pixels, plan, 7)
     assert nanoseconds.dtype == torch.int64 and len(nanoseconds) == len(SMALL) + 1 and (nanoseconds >= 0).all()
-    for name in ("network_int8", "network_int8_profile"):
+    for name in ("network_int8", "network_profile"):
         tests = ("test_schema", "test_faketensor") + ("test_aot_dispatch_dynamic",) * (name == "network_int8")
         torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
 

@@ -1,4 +1,4 @@
-// An int8 convolution as the kernels see it: a matrix product whose left rows are addressed through tables.
+// A convolution as the kernels of a network see it: a matrix product whose left rows are addressed through tables.
 //
 // Output pixel m reads, for each operand and each tap, `k` contiguous bytes at a + rows[m] + taps[t]; its `o` results
 // go to out + outs[m]. Layout, stride, padding and batch order live in the tables alone, so one kernel per instruction
@@ -21,22 +21,25 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;  // the float 1.5 * 2^23; adding an i
 constexpr float MAGIC = 12582912.0f;      // the same as a number
 
 enum Rounding : int32_t { BIASED = 0, SINGLE = 1, DOUBLE = 2 };  // the three rows of csrc/README.md's table
-enum class Out { u8, s32, f32 };
+enum class Out { u8, bf16, s32, f32 };
+enum class Type : int32_t { int8, bf16 };  // of weights; activations are uint8 or bfloat16
+inline int bytes_of(Type type) { return type == Type::int8 ? 1 : 2; }
 
 struct Packed {  // header of the blob; all offsets in bytes from its start
-  static constexpr int32_t STAMP = 0x35305201;
+  static constexpr int32_t STAMP = 0x35305203;
   int32_t stamp, isa, o, width, panels, operands;
-  int32_t taps[2], k[2], kpad[2];  // per operand; k bytes per tap, padded with zero weights to kpad
+  int32_t taps[2], k[2], kpad[2];  // per operand; k bytes of activations per tap, padded with zero weights to kpad
   int32_t ktotal;                  // sum of taps * kpad
   Rounding rounding;
+  Type type;
   int64_t weights, vectors, fixes, bytes;
 
   const uint8_t* at(int64_t offset) const { return reinterpret_cast<const uint8_t*>(this) + offset; }
   const int8_t* panel(int p) const {
     return reinterpret_cast<const int8_t*>(at(weights + int64_t(p) * ktotal * width));
   }
-  // per panel, `width` of each, in the panel's own order of channels: start of the accumulator, j / 2^22, addend, gain
-  // (but for plain already in the half of the lane where a product of pairs meets its byte), j
+  // per panel, `width` of each, in the panel's own order of channels: start of the accumulator, and for int8 j / 2^22,
+  // addend, gain (but for plain already in the half of the lane where a product of pairs meets its byte), j
   const int32_t* start(int p) const { return reinterpret_cast<const int32_t*>(at(vectors)) + int64_t(p) * 5 * width; }
   const float* scale(int p) const { return reinterpret_cast<const float*>(start(p) + width); }
   const float* addend(int p) const { return reinterpret_cast<const float*>(start(p) + 2 * width); }
@@ -68,7 +71,7 @@ struct Conv {
   const int32_t* outs = nullptr;      // byte offset per row, or -1 for a row that is computed and dropped
   int m = 0;
   Out kind = Out::u8;
-  const float* f32_scale = nullptr;  // (o), for Out::f32
+  const float* f32_scale = nullptr;  // (o), for Out::f32 of int8
   int block = 0;                     // rows per pass over the panels, at most 1: the kernel's own choice; for AMX odd
                                      // if the lines that results will fill are to be fetched ahead
   const int8_t* next = nullptr;      // what will be read after the last panel, for prefetching
@@ -113,12 +116,15 @@ struct Free {
 using Bytes = std::unique_ptr<uint8_t, Free>;  // 64-byte aligned
 Bytes allocate(int64_t bytes);
 
-struct PackedShape {  // what pack_int8 needs to know; weights are (o, taps, k) bytes each
+struct PackedShape {  // what packing needs to know; weights are (o, taps, k) elements each
   int o, operands, taps[2], k[2];
 };
 // gain may be null; `allocate` gets the blob's size and gives its memory. Throws where an accumulator could leave
 // int32.
 void pack_int8(Isa, const PackedShape&, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate);
+// Weights bfloat16, bias float32 (o), for AMX.
+void pack_bf16(const PackedShape&, const uint16_t* const weight[2], const float* bias,
+               const std::function<uint8_t*(int64_t)>& allocate);
 
 }  // namespace r50

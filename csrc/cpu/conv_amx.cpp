@@ -1,13 +1,14 @@
-// int8 convolution for AMX.
+// Convolution for AMX: int8, and bfloat16 in networks, which differ in the multiply and in what finishes a row.
 //
 // Unit: 32 rows x 64 channels, as two halves of 2x2 tiles: accumulators tmm0-3, rows in tmm4-5, weights in tmm6-7; per
-// 64 k four loads and four tdpbusd, which need 64 cycles and hide the loads while rows or weights are in L1. The
+// 64 bytes of k four loads and four tdpbusd or tdpbf16ps, which need 64 cycles and hide the loads while rows or weights are in L1. The
 // accumulators start from the panel's start vector (a load with stride 0; tilezero would wait for the product before)
 // and end in a scratch of 32 x 64 int32. Each leaves its tile right before the tile starts again in the next half: by
 // then its last product, 52 cycles long, is over, and products never pause. From the scratch the rows are finished one
 // by one between the tdpbusd of the next unit. From k = 320 on one scratch of 8 KiB serves, because the first half of a
 // unit already finishes all rows of the one before; two scratches would push weights out of L1.
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "conv.h"
@@ -15,7 +16,7 @@
 #if defined(__x86_64__)
 #include "tiles.h"
 #include "x86.h"
-R50_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8,prfchw")
+R50_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16,prfchw")
 #include "epilogue512.h"
 
 namespace r50 {
@@ -26,6 +27,43 @@ constexpr int SCRATCH = ROWS * WIDTH;
 constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panels: they stay in L1
 constexpr int HEAVY_BYTES = 768 << 10;  // of weights that will not stay in L2
 constexpr int FEW = 8;                  // units; with so few per panel the weights are used hardly faster than they arrive
+
+// What Epilogue512 is for int8, for bfloat16: the accumulators have bias and scale in them already.
+template <bool residual_>
+struct EpilogueBf16 {
+  static constexpr bool residual = residual_;
+  static constexpr int BYTES = 2;  // of a result
+  __mmask32 valid0, valid1;
+
+  EpilogueBf16(const Packed& w, int p) {
+    const int left = w.o - p * WIDTH;
+    valid0 = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+    valid1 = left >= 64 ? ~__mmask32(0) : left > 32 ? (__mmask32(1) << (left - 32)) - 1 : 0;
+  }
+
+  static R50_INLINE __m512 wide(__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+
+  // 32 channels. A NaN stays one, as the maximum's second operand; cleared signs leave no -0, so that the order of
+  // results is that of their bits, as max_pool needs it.
+  static R50_INLINE void half_row(const int32_t* acc, const uint8_t* from, uint8_t* to, __mmask32 valid) {
+    __m512 low = _mm512_load_ps(acc), high = _mm512_load_ps(acc + 16);
+    if constexpr (residual) {
+      const __m512i sum = _mm512_maskz_loadu_epi16(valid, from);
+      low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(sum)));
+      high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(sum, 1)));
+    }
+    const __m512 zero = _mm512_castsi512_ps(_mm512_setzero_si512());
+    const __m512bh y = _mm512_cvtne2ps_pbh(_mm512_max_ps(zero, high), _mm512_max_ps(zero, low));
+    _mm512_mask_storeu_epi16(to, valid, _mm512_and_si512((__m512i)y, _mm512_set1_epi32(0x7fff7fff)));
+  }
+
+  R50_INLINE void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
+    half_row(acc, from, to, valid0);
+    half_row(acc + 32, from + 64, to + 64, valid1);
+  }
+};
 
 // A unit whose rows wait in the scratch, or, on the way there, is multiplied.
 struct Unit {
@@ -68,6 +106,7 @@ struct Units {
 // the lines that the unit in work will fill are fetched for writing.
 template <class Epilogue, int RATE>
 struct Leaving {
+  static constexpr int BYTES = WIDTH * Epilogue::BYTES;  // of a row
   const Epilogue epilogue;
   const uint8_t* residual;
   uint8_t *out, *ahead;
@@ -77,8 +116,8 @@ struct Leaving {
   const bool fetches;
 
   Leaving(const Conv& conv, const Unit& unit, const Unit& next)
-      : epilogue(*conv.w, unit.panel), residual(conv.residual + unit.panel * WIDTH), out(conv.out + unit.panel * WIDTH),
-        ahead(conv.out + next.panel * WIDTH), acc(unit.acc), outs(conv.outs + unit.m),
+      : epilogue(*conv.w, unit.panel), residual(conv.residual + unit.panel * BYTES), out(conv.out + unit.panel * BYTES),
+        ahead(conv.out + next.panel * BYTES), acc(unit.acc), outs(conv.outs + unit.m),
         ahead_rows(std::max(0, std::min(next.m, conv.m - ROWS)) - unit.m),  // the last unit may be shorter
         left(unit.rows), fetches(conv.block & 1) {}
 
@@ -87,7 +126,8 @@ struct Leaving {
     for (int i = 0; i < RATE; i++) {
       const int64_t offset = outs[i];
       if (offset >= 0) epilogue.row(acc + i * WIDTH, residual + offset, out + offset);
-      if (fetches) __builtin_prefetch(ahead + outs[i + ahead_rows], 1);
+      if (fetches)
+        for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(ahead + outs[i + ahead_rows] + line, 1);
     }
     acc += RATE * WIDTH;
     outs += RATE;
@@ -99,38 +139,46 @@ struct Nothing {
   void step() {}
 };
 
-// 64 k of a half. The first step of a half also stores what the tiles hold of the half before, into `done`.
-template <bool FIRST, class Rows>
+template <int BYTES, int C, int A, int B>  // of an element
+R50_INLINE void tile_dot() {
+  if constexpr (BYTES == 1)
+    tile_dot_u8s8<C, A, B>();
+  else
+    tile_dot_bf16<C, A, B>();
+}
+
+// 64 bytes of k of a half. The first step of a half also stores what the tiles hold of the half before, into `done`.
+template <bool FIRST, int BYTES, class Rows>
 R50_INLINE void half_step(const uint8_t* x0, const uint8_t* x1, int64_t lda, const int8_t* b, Rows& leaving,
                           const int32_t* start = nullptr, int32_t* done = nullptr) {
   if constexpr (FIRST) tile_store<0>(done, 4 * WIDTH), tile_load<0>(start, 0);
   tile_load<4>(x0, lda);
   tile_load<6>(b, STEP);
-  tile_dot_u8s8<0, 4, 6>();
+  tile_dot<BYTES, 0, 4, 6>();
   leaving.step();
   if constexpr (FIRST) tile_store<1>(done + 16, 4 * WIDTH), tile_load<1>(start + 16, 0);
   tile_load<7>(b + STEP * HALF / 2, STEP);
-  tile_dot_u8s8<1, 4, 7>();
+  tile_dot<BYTES, 1, 4, 7>();
   leaving.step();
   if constexpr (FIRST) tile_store<2>(done + 16 * WIDTH, 4 * WIDTH), tile_load<2>(start, 0);
   tile_load<5>(x1, lda);
-  tile_dot_u8s8<2, 5, 6>();
+  tile_dot<BYTES, 2, 5, 6>();
   leaving.step();
   if constexpr (FIRST) tile_store<3>(done + 16 * WIDTH + 16, 4 * WIDTH), tile_load<3>(start + 16, 0);
-  tile_dot_u8s8<3, 5, 7>();
+  tile_dot<BYTES, 3, 5, 7>();
   leaving.step();
 }
 
-template <class Rows>
+template <int BYTES, class Rows>
 R50_INLINE void first_step(const Conv& conv, const Unit& unit, int h, int32_t* done, Rows& leaving) {
   const Operand& in = conv.in[0];
   const uint8_t* a = in.a + in.taps[0];
-  half_step<true>(a + in.rows[unit.m], a + in.rows[unit.m + unit.rows - 16], in.lda,
-                  conv.w->panel(unit.panel) + h * conv.w->ktotal * HALF, leaving,
-                  conv.w->start(unit.panel) + HALF * h, done);
+  half_step<true, BYTES>(a + in.rows[unit.m], a + in.rows[unit.m + unit.rows - 16], in.lda,
+                         conv.w->panel(unit.panel) + h * conv.w->ktotal * HALF, leaving,
+                         conv.w->start(unit.panel) + HALF * h, done);
 }
 
-template <class Rows>
+template <int BYTES, class Rows>
 R50_INLINE void other_steps(const Conv& conv, const Unit& unit, int h, Rows& leaving) {
   const int8_t* b = conv.w->panel(unit.panel) + (h * conv.w->ktotal + STEP) * HALF;
   const int8_t* fetch = unit.fetch + h * conv.w->ktotal * unit.lines;
@@ -139,7 +187,7 @@ R50_INLINE void other_steps(const Conv& conv, const Unit& unit, int h, Rows& lea
     const uint8_t *a0 = in.a + in.rows[unit.m], *a1 = in.a + in.rows[unit.m + unit.rows - 16];
     const int64_t lda = in.lda;
     for (const int32_t *tap = in.taps + (s == 0), *end = in.taps + in.ntaps; tap < end; tap++, b += STEP * HALF) {
-      half_step<false>(a0 + *tap, a1 + *tap, lda, b, leaving);
+      half_step<false, BYTES>(a0 + *tap, a1 + *tap, lda, b, leaving);
       for (int i = 0; i < unit.lines; i++, fetch += 64) __builtin_prefetch(fetch, 0, 2);
     }
   }
@@ -154,6 +202,7 @@ R50_INLINE void store_half(int32_t* done) {
 
 template <class Epilogue, int RATE>
 void sweep(const Conv& conv, int m0, int m1, int p0, int p1, int block) {
+  constexpr int BYTES = Epilogue::BYTES;
   alignas(64) int32_t acc[2 * SCRATCH];
   // the rows of a unit leave between the first step of the next one and that of the one after; with that step's second
   // half the next one enters the scratch
@@ -161,24 +210,47 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1, int block) {
   Units units(conv, m0, m1, p0, p1, block, acc, single ? 0 : SCRATCH);
   Nothing nothing;
   Unit last{acc, m0, 0, p0}, unit = units.next();
-  first_step(conv, unit, 0, acc, nothing);
+  first_step<BYTES>(conv, unit, 0, acc, nothing);
   while (true) {
     const Unit next = units.next();
     Leaving<Epilogue, RATE> leaving(conv, last, unit);
-    other_steps(conv, unit, 0, leaving);
-    first_step(conv, unit, 1, unit.acc, leaving);
-    other_steps(conv, unit, 1, leaving);
+    other_steps<BYTES>(conv, unit, 0, leaving);
+    first_step<BYTES>(conv, unit, 1, unit.acc, leaving);
+    other_steps<BYTES>(conv, unit, 1, leaving);
     if (!next.rows) {
       while (leaving.left > 0) leaving.step();
       break;
     }
-    first_step(conv, next, 0, unit.acc + HALF, leaving);
+    first_step<BYTES>(conv, next, 0, unit.acc + HALF, leaving);
     last = unit;
     unit = next;
   }
   store_half(unit.acc + HALF);
   Leaving<Epilogue, RATE> leaving(conv, unit, unit);
   while (leaving.left > 0) leaving.step();
+}
+
+// Rows of 32-bit results, for the last layer: nothing is hidden.
+template <int BYTES>
+void wide_rows(const Conv& conv, int m0, int m1, int p0, int p1) {
+  alignas(64) int32_t acc[SCRATCH];
+  Nothing nothing;
+  for (int m = m0; m < m1; m += ROWS)
+    for (int p = p0; p < p1; p++) {
+      const Unit unit{acc, m, std::min(m1, m + ROWS) - m, p};
+      for (int h = 0; h < 2; h++) {
+        first_step<BYTES>(conv, unit, h, acc, nothing);
+        other_steps<BYTES>(conv, unit, h, nothing);
+        store_half(acc + HALF * h);
+      }
+      for (int r = 0; r < unit.rows; r++)
+        if (const int64_t offset = conv.outs[m + r]; offset >= 0) {
+          if constexpr (BYTES == 1)
+            finish_row(conv, m + r, p, acc + r * WIDTH);
+          else
+            std::memcpy(conv.out + offset + p * WIDTH * 4, acc + r * WIDTH, 4 * std::min(WIDTH, conv.w->o - p * WIDTH));
+        }
+    }
 }
 
 }  // namespace
@@ -193,32 +265,26 @@ void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) {
   const int wanted = conv.block >= ROWS ? conv.block / ROWS : fitting;
   const int block = std::clamp(wanted, 1, 2 * FEW) * ROWS;
   tile_configure();
-  if (conv.kind == Out::u8) {
-    const int multiplies = 4 * conv.w->ktotal / STEP;  // of a half
-    with_epilogue(conv, [&]<class Epilogue>() {
-      // one row per multiply is hidden; two also are where that makes one scratch serve
-      if (multiplies >= ROWS + 4 || (2 * multiplies >= ROWS && multiplies < ROWS / 2 + 4))
-        sweep<Epilogue, 1>(conv, m0, m1, p0, p1, block);
-      else if (4 * multiplies >= ROWS)
-        sweep<Epilogue, 2>(conv, m0, m1, p0, p1, block);
-      else
-        sweep<Epilogue, 4>(conv, m0, m1, p0, p1, block);
-    });
-  } else {
-    alignas(64) int32_t acc[SCRATCH];
-    Nothing nothing;
-    for (int m = m0; m < m1; m += ROWS)
-      for (int p = p0; p < p1; p++) {
-        const Unit unit{acc, m, std::min(m1, m + ROWS) - m, p};
-        for (int h = 0; h < 2; h++) {
-          first_step(conv, unit, h, acc, nothing);
-          other_steps(conv, unit, h, nothing);
-          store_half(acc + HALF * h);
-        }
-        for (int r = 0; r < unit.rows; r++)
-          if (conv.outs[m + r] >= 0) finish_row(conv, m + r, p, acc + r * WIDTH);
-      }
-  }
+  const int multiplies = 4 * conv.w->ktotal / STEP;  // of a half
+  const auto run = [&]<class Epilogue>() {
+    // one row per multiply is hidden; two also are where that makes one scratch serve
+    if (multiplies >= ROWS + 4 || (2 * multiplies >= ROWS && multiplies < ROWS / 2 + 4))
+      sweep<Epilogue, 1>(conv, m0, m1, p0, p1, block);
+    else if (4 * multiplies >= ROWS)
+      sweep<Epilogue, 2>(conv, m0, m1, p0, p1, block);
+    else
+      sweep<Epilogue, 4>(conv, m0, m1, p0, p1, block);
+  };
+  if (conv.kind == Out::u8)
+    with_epilogue(conv, run);
+  else if (conv.kind == Out::bf16 && conv.residual)
+    run.template operator()<EpilogueBf16<true>>();
+  else if (conv.kind == Out::bf16)
+    run.template operator()<EpilogueBf16<false>>();
+  else if (conv.w->type == Type::bf16)
+    wide_rows<2>(conv, m0, m1, p0, p1);
+  else
+    wide_rows<1>(conv, m0, m1, p0, p1);
   tile_release();
 }
 

@@ -308,7 +308,7 @@ const FloatKernel& float_kernel(bool is_bf16) {
   static constexpr FloatKernel pairs = kernel_of<Avx512Bf16, bf16>(LARGE, 2);
   static constexpr FloatKernel avx512[] = {kernel_of<Avx512, float>(LARGE, 4), kernel_of<Avx512, bf16>(LARGE, 4)};
   static constexpr FloatKernel avx2[] = {kernel_of<Avx2, float>(SMALL, 4), kernel_of<Avx2, bf16>(SMALL, 4)};
-  if (is_bf16 && has_amx_bf16()) return amx;
+  if (is_bf16 && isa() == Isa::amx) return amx;
   if (is_bf16 && has_avx512_bf16()) return pairs;
   if (has_avx512()) return avx512[is_bf16];
   if (isa() >= Isa::avx2) return avx2[is_bf16];

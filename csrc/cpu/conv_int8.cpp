@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 
 #include "layout.h"
 #include "pool.h"
@@ -37,7 +38,7 @@ struct Source {
     copy = allocate(bytes);
     std::memset(copy.get(), 0, bytes);
     if (pad_value) fill_border(copy.get(), layout, pad_value);
-    load_images(x, copy.get(), layout, 0, n, 0, h);
+    load_images(x, c, nullptr, Type::int8, copy.get(), layout, 0, n, 0, h);
     data = copy.get();
   }
 };
@@ -62,6 +63,13 @@ void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weigh
                const std::function<uint8_t*(int64_t)>& allocate) {
   const int8_t* const weights[2] = {weight, weight2};
   pack_int8(isa(), merged(o, kh, kw, c, c2), weights, mult, bias, gain, allocate);
+}
+
+void pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,
+               const uint16_t* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate) {
+  if (isa() != Isa::amx) throw std::runtime_error("pack_bf16: networks in bfloat16 need AMX");
+  const uint16_t* const weights[2] = {weight, weight2};
+  pack_bf16(merged(o, kh, kw, c, c2), weights, bias, allocate);
 }
 
 void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {

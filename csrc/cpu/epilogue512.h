@@ -15,6 +15,7 @@ template <Rounding rounding_, bool residual_>
 struct Epilogue512 {
   static constexpr Rounding rounding = rounding_;
   static constexpr bool residual = residual_;
+  static constexpr int BYTES = 1;  // of a result
   __m512 scale0, scale1, scale2, scale3, addend0, addend1, addend2, addend3;
   __m512i gain0, gain1, gain2, gain3;
   __mmask64 valid;

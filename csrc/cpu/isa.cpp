@@ -19,13 +19,13 @@ namespace {
 constexpr const char* NAMES[] = {"plain", "avx2", "vnni", "amx"};
 
 struct Features {
-  bool avx2 = false, avx512 = false, vnni = false, avx512_bf16 = false, amx = false, amx_bf16 = false;
+  bool avx2 = false, avx512 = false, vnni = false, avx512_bf16 = false, amx = false;
 };
 
 Features detect() {
   Features f;
 #if defined(RESNET50_EMULATED)  // the tests' build runs every path on any CPU
-  f = {true, true, true, true, true, true};
+  f = {true, true, true, true, true};
 #elif defined(__x86_64__)
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return f;
@@ -37,12 +37,11 @@ Features detect() {
   f.avx2 = ymm && fma && (b & bit_AVX2);
   f.avx512 = f.avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
   f.vnni = f.avx512 && (c & (1u << 11));
-  const bool amx_tile = d & (1u << 24), amx_int8 = d & (1u << 25), amx_bf16 = d & (1u << 22);
+  const bool amx = (d & (1u << 24)) && (d & (1u << 25)) && (d & (1u << 22));  // tiles, int8, bf16
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = f.avx512 && (a & (1u << 5));
 #if defined(__linux__)
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
-  f.amx = f.vnni && tiles && amx_tile && amx_int8 && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
-  f.amx_bf16 = f.amx && amx_bf16;
+  f.amx = f.vnni && f.avx512_bf16 && tiles && amx && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 #endif
 #endif
   return f;
@@ -79,6 +78,5 @@ Isa isa() { return state().isa; }
 const char* isa_name() { return NAMES[int(isa())]; }
 bool has_avx512() { return state().features.avx512 && isa() >= Isa::vnni; }
 bool has_avx512_bf16() { return state().features.avx512_bf16 && isa() >= Isa::vnni; }
-bool has_amx_bf16() { return state().features.amx_bf16 && isa() == Isa::amx; }
 
 }  // namespace r50

@@ -23,12 +23,13 @@ constexpr int64_t SLACK = 64;              // kernels read whole vectors past th
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
 constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
 constexpr int FEWEST_APART = 4;            // images per thread, from which on threads share no image
-constexpr int CROWDED = 1024;              // channels; a column of such pixels lies in few sets of L1
+constexpr int CROWDED = 1024;              // bytes; a column of such pixels lies in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
 struct Plan {
   const uint8_t* data;
   const PlanHeader& header() const { return *reinterpret_cast<const PlanHeader*>(data); }
+  Type type() const { return Type(header().type); }
   const PlanBuffer& buffer(int64_t i) const {
     return reinterpret_cast<const PlanBuffer*>(data + sizeof(PlanHeader))[i];
   }
@@ -82,11 +83,11 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
       oh = outputs(s.in < 0 ? h : heights[s.in], int(s.kh), int(s.stride), int(s.pad));
       ow = outputs(s.in < 0 ? w : widths[s.in], int(s.kw), int(s.stride), int(s.pad));
       if (oh < 1 || ow < 1)
-        throw std::runtime_error("network_int8: images of " + std::to_string(h) + "x" + std::to_string(w) +
+        throw std::runtime_error("network: images of " + std::to_string(h) + "x" + std::to_string(w) +
                                  " are too small");
     }
     if (s.out >= 0) heights[s.out] = oh, widths[s.out] = ow;
-    const auto size = [&](int64_t b) { return b < 0 ? 0 : int64_t(heights[b]) * widths[b] * plan.buffer(b).channels; };
+    const auto size = [&](int64_t b) { return b < 0 ? 0 : int64_t(heights[b]) * widths[b] * plan.buffer(b).pixel; };
     wanted.push_back(int(s.group ? s.group : automatic(s, size(s.in) + size(s.out))));
     // what a window reads is written as many images at a time as it is read: they lie inside its pixels (see below)
     if (kind == Step::conv && s.kw > 1)
@@ -110,7 +111,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     group.push_back(std::gcd(images, largest));
     if (i && group[i] != group[i - 1]) pass++;
     for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
-    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).channels % 64)
+    if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).pixel % 64)
       forms[s.in].whole = false;  // its taps cannot be taken apart
     // without a border pixels fill whole tiles image by image, and sums are read and written as one run
     if (kind == Step::conv && s.kw > 1 && align > 1 && group[i] > 1) forms[s.in].interleaved = true;
@@ -131,14 +132,14 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   for (int64_t b = 0; b < header.buffers; b++) {
     const PlanBuffer& p = plan.buffer(b);
     const Form& f = forms[b];
-    const bool apart = align > 1 && !f.border && p.channels % CROWDED == 0;
-    layouts.emplace_back(held[b], heights[b], widths[b], int(p.channels), int(f.border), f.planes && f.whole,
+    const bool apart = align > 1 && !f.border && p.pixel % CROWDED == 0;
+    layouts.emplace_back(held[b], heights[b], widths[b], int(p.pixel), int(f.border), f.planes && f.whole,
                          f.interleaved && f.whole, apart ? 64 : 0);
     wide.push_back(held[b] == images);
     for (int64_t i = 0; i < header.steps; i++)
       if (const PlanStep& s = plan.step(i); s.out == b && Step(s.kind) == Step::load_windows)
         layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad),
-                                     int(header.channels), w);
+                                     int(header.channels) * bytes_of(plan.type()), w);
     // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels
     total += (layouts[b].bytes + (align > 1 ? 32 * layouts[b].pixel : 0) + SLACK + 63) / 64 * 64;
     offsets.push_back(total);
@@ -206,31 +207,36 @@ Part part(int n, int unit, int thread, int threads) {  // thread's share of n, i
 void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const uint8_t* pixels, int h, int w,
               float* logits, int thread, int threads) {
   const PlanStep& s = plan.step(i);
-  const int g = ws.group[i];
+  const int g = ws.group[i], c = int(plan.header().channels);
+  const Type type = plan.type();
   const auto at = [&](int64_t b) { return ws.buffers[b] + (ws.wide[b] ? n0 * ws.layouts[b].image : 0); };
+  const int64_t of_load = type == Type::bf16 ? s.scale : s.out < 0 ? -1 : plan.buffer(s.out).fill;
+  const uint8_t* value = of_load < 0 ? nullptr : plan.data + of_load;  // of pixels that stands for 0
   const Layout* to = s.out >= 0 ? &ws.layouts[s.out] : nullptr;
   switch (Step(s.kind)) {
     case Step::load: {
       const Part rows = part(to->h, 1, thread, threads);
-      load_images(pixels + int64_t(n0) * to->h * to->w * to->c, at(s.out), *to, 0, g, rows.begin, rows.end);
+      load_images(pixels + int64_t(n0) * h * w * c, c, value, type, at(s.out), *to, 0, g, rows.begin, rows.end);
       break;
     }
     case Step::load_windows: {
       const Part rows = part(to->h, 1, thread, threads);
-      const int c = int(plan.header().channels);
-      const int64_t fill = plan.buffer(s.out).fill;
-      load_windows(pixels + int64_t(n0) * h * w * c, h, w, c, fill < 0 ? nullptr : plan.data + fill, int(s.stride),
-                   int(s.pad), at(s.out), *to, 0, g, rows.begin, rows.end);
+      load_windows(pixels + int64_t(n0) * h * w * c, h, w, c, value, type, int(s.stride), int(s.pad), at(s.out), *to, 0,
+                   g, rows.begin, rows.end);
       break;
     }
     case Step::max_pool: {
       const Part rows = part(to->h, 1, thread, threads);
-      max_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, rows.begin, rows.end);
+      const auto pool = type == Type::int8 ? max_pool : max_pool_bf16;
+      pool(at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, rows.begin, rows.end);
       break;
     }
     case Step::average_pool: {
       const Part images = part(g, 1, thread, threads);
-      average_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, int32_t(s.mult), images.begin, images.end);
+      if (type == Type::int8)
+        average_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, int32_t(s.mult), images.begin, images.end);
+      else
+        average_pool_bf16(at(s.in), ws.layouts[s.in], at(s.out), *to, images.begin, images.end);
       break;
     }
     default: {
@@ -247,6 +253,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.f32_scale = reinterpret_cast<const float*>(plan.data + s.scale);
         conv.out = reinterpret_cast<uint8_t*>(logits + int64_t(n0) * plan.header().classes);
       } else {
+        conv.kind = type == Type::int8 ? Out::u8 : Out::bf16;
         conv.out = at(s.out);
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
@@ -262,18 +269,18 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
 
 }  // namespace
 
-void network_int8(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
+void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
                   int threads, int64_t* nanoseconds) {
   const Plan plan{data};
   if (bytes < int64_t(sizeof(PlanHeader)) || plan.header().stamp != PlanHeader::STAMP || plan.header().bytes != bytes)
-    throw std::runtime_error("network_int8: plan is not what csrc.build_plan returned");
+    throw std::runtime_error("network: plan is not what csrc.build_plan returned");
   if (plan.header().isa != int64_t(isa()))
-    throw std::runtime_error("network_int8: the plan was packed for another instruction set than this process uses");
+    throw std::runtime_error("network: the plan was packed for another instruction set than this process uses");
   const PlanHeader& header = plan.header();
   if (threads > 1 && n >= FEWEST_APART * threads) {  // each thread its own images: nobody waits, and no cache is shared
     parallel(threads, [&](int thread, int count) {
       const Part mine = part(n, 1, thread, count);
-      network_int8(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,
+      network(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,
                    logits + int64_t(mine.begin) * header.classes, 1, thread == 0 ? nanoseconds : nullptr);
     });
     return;

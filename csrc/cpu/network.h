@@ -1,4 +1,4 @@
-// A whole int8 network as one call. The plan is one block of bytes: a header, a table of buffers, a table of steps, and
+// A whole network as one call, int8 or, on AMX, bfloat16. The plan is one block of bytes: a header, a table of buffers, a table of steps, and
 // the constants that they point to; csrc/plan.py writes it. Sizes of feature maps are not in it: they follow from the
 // pixels.
 #pragma once
@@ -7,24 +7,26 @@
 namespace r50 {
 
 struct PlanHeader {
-  static constexpr int64_t STAMP = 0x35305202;
-  int64_t stamp, isa, bytes, id, buffers, steps, classes, channels;
+  static constexpr int64_t STAMP = 0x35305204;
+  int64_t stamp, isa, bytes, id, buffers, steps, classes, channels, type;  // conv.h: Type
 };
 struct PlanBuffer {
-  int64_t channels, border, planes, fill;  // fill: offset of the border's value per channel, or -1 for zeros
+  int64_t pixel, border, planes, fill;  // bytes of a pixel; fill: offset of the border's pixel, or -1 for zeros
 };
 enum class Step : int64_t { load = 0, conv = 1, max_pool = 2, average_pool = 3, linear = 4, load_windows = 5 };
 struct PlanStep {
   int64_t kind, in, out, residual, in2;  // buffers, -1 for none
   int64_t kh, kw, stride, pad, stride2;
-  int64_t packed, scale, mult;  // offsets of a blob of pack_int8 and of the logits' float scales; average pooling's j
+  int64_t packed;  // offset of a blob of pack_int8 or pack_bf16
+  int64_t scale;   // offset of: int8, linear, the logits' scales; bfloat16, load, a uint8 per channel to subtract
+  int64_t mult;    // int8: average pooling's j
   int64_t group;                // images that go through this step before the next one runs; 0: chosen from the sizes
   int64_t block[2];  // conv: Conv.block (conv.h) for one image and for several
 };
 
 // pixels (n, h, w, channels) uint8 -> logits (n, classes) float. nanoseconds, if given, gets the time of each step,
 // summed.
-void network_int8(const uint8_t* plan, int64_t plan_bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
-                  int threads, int64_t* nanoseconds = nullptr);
+void network(const uint8_t* plan, int64_t plan_bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
+             int threads, int64_t* nanoseconds = nullptr);
 
 }  // namespace r50

@@ -56,19 +56,20 @@ static int64_t panel_offset(Isa isa, int ktotal, int k, int at) {
          k % STEP / o.group * o.group * TILE + at % TILE * o.group + k % o.group;
 }
 
-static Packed header(Isa isa, const PackedShape& s) {
+static Packed header(Isa isa, const PackedShape& s, Type type) {
   const Order order_ = order(isa);
   Packed h{};
   h.stamp = Packed::STAMP;
   h.isa = int(isa);
+  h.type = type;
   h.o = s.o;
   h.width = order_.width;
   h.panels = (s.o + order_.width - 1) / order_.width;
   h.operands = s.operands;
   for (int i = 0; i < s.operands; i++) {
     h.taps[i] = s.taps[i];
-    h.k[i] = s.k[i];
-    h.kpad[i] = int(round_up(s.k[i], order_.multiple));
+    h.k[i] = s.k[i] * bytes_of(type);
+    h.kpad[i] = int(round_up(h.k[i], order_.multiple));
     h.ktotal += h.taps[i] * h.kpad[i];
   }
   h.vectors = round_up(sizeof(Packed), 64);
@@ -116,7 +117,7 @@ static std::vector<int32_t> move_excess(int8_t* panel, int ktotal, std::vector<i
 
 void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate) {
-  Packed h = header(isa, s);
+  Packed h = header(isa, s, Type::int8);
   const int width = h.width;
   std::vector<uint8_t> blob(h.fixes);
   uint8_t* bytes = blob.data();
@@ -185,6 +186,27 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
     out = std::copy_n(reinterpret_cast<const uint8_t*>(begins.data()), begins.size() * 4, out + h.fixes);
     out = std::copy_n(reinterpret_cast<const uint8_t*>(where.data()), where.size() * 4, out);
     std::copy_n(reinterpret_cast<const uint8_t*>(fixes.data()), fixes.size(), out);
+  }
+}
+
+// The pairs of bytes of a bfloat16 lie where two int8 weights would.
+void pack_bf16(const PackedShape& s, const uint16_t* const weight[2], const float* bias,
+               const std::function<uint8_t*(int64_t)>& allocate) {
+  const Packed h = header(Isa::amx, s, Type::bf16);
+  uint8_t* bytes = allocate(h.bytes);
+  std::memset(bytes, 0, h.bytes);
+  std::memcpy(bytes, &h, sizeof h);
+  for (int n = 0; n < s.o; n++) {
+    const int p = n / h.width, at = n % h.width;
+    std::memcpy(bytes + h.vectors + (int64_t(p) * 5 * h.width + at) * 4, bias + n, 4);
+    uint8_t* panel = bytes + h.weights + int64_t(p) * h.ktotal * h.width;
+    int first = 0;  // byte of k of the tap
+    for (int i = 0; i < s.operands; i++) {
+      const uint16_t* w = weight[i] + int64_t(n) * s.taps[i] * s.k[i];
+      for (int t = 0; t < s.taps[i]; t++, first += h.kpad[i])
+        for (int k = 0; k < s.k[i]; k++)
+          std::memcpy(panel + panel_offset(Isa::amx, h.ktotal, first + 2 * k, at), w++, 2);
+    }
   }
 }
 

@@ -114,7 +114,7 @@ double peak_fp32(int milliseconds) {
 
 double peak_bf16(int milliseconds) {
 #if defined(__x86_64__)
-  if (has_amx_bf16()) return rate(bf16_tmm, TILES * ROWS * COLUMNS * 32, milliseconds);
+  if (isa() == Isa::amx) return rate(bf16_tmm, TILES * ROWS * COLUMNS * 32, milliseconds);
   if (has_avx512_bf16()) return rate(bf16_zmm, CHAINS * 32, milliseconds);
 #endif
   return peak_fp32(milliseconds);

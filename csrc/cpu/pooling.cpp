@@ -1,6 +1,7 @@
 #include "pooling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <vector>
 
@@ -17,12 +18,33 @@
 
 namespace r50 {
 
-void load_images(const uint8_t* pixels, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1) {
-  const int64_t row = int64_t(to.w) * to.c;
+// n bytes less n others, as bfloat16: whole numbers of 8 bits and a sign, of which the lower half of a float is 0
+WIDEST static void differences(const uint8_t* from, const uint8_t* value, int64_t n, uint8_t* out) {
+  typedef uint16_t Half __attribute__((aligned(1), may_alias));
+  auto* to = reinterpret_cast<Half*>(out);
+  for (int64_t i = 0; i < n; i++) to[i] = uint16_t(std::bit_cast<uint32_t>(float(from[i] - value[i])) >> 16);
+}
+
+static std::vector<uint8_t> repeated(const uint8_t* value, int c, int64_t n, int times) {  // null: zeros
+  std::vector<uint8_t> line(n * times);
+  for (int64_t i = 0; i < int64_t(line.size()); i++) line[i] = value ? value[i / times % c] : 0;
+  return line;
+}
+
+void load_images(const uint8_t* pixels, int c, const uint8_t* value, Type type, uint8_t* out, const Layout& to, int n0,
+                 int n1, int y0, int y1) {
+  const int64_t row = int64_t(to.w) * c;
+  const auto values = repeated(value, c, type == Type::int8 ? 0 : row, 1);
   for (int n = n0; n < n1; n++)
     for (int y = y0; y < y1; y++) {
       const uint8_t* from = pixels + (int64_t(n) * to.h + y) * row;
-      if (to.dense()) {
+      if (type == Type::bf16) {
+        if (to.dense()) {
+          differences(from, values.data(), row, out + to.at(n, y, 0));
+        } else {
+          for (int x = 0; x < to.w; x++) differences(from + int64_t(x) * c, values.data(), c, out + to.at(n, y, x));
+        }
+      } else if (to.dense()) {
         std::memcpy(out + to.at(n, y, 0), from, row);
       } else {
         for (int x = 0; x < to.w; x++) std::memcpy(out + to.at(n, y, x), from + int64_t(x) * to.c, to.c);
@@ -46,11 +68,11 @@ static inline void interleave8(const uint8_t* const rows[8], int64_t at, uint8_t
 }
 #endif
 
-void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, int stride, int pad, uint8_t* out,
-                  const Layout& to, int n0, int n1, int y0, int y1) {
-  const int64_t row = int64_t(w) * c;
-  std::vector<uint8_t> outside(row);
-  for (int64_t i = 0; i < row; i++) outside[i] = value ? value[i % c] : 0;
+void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, Type type, int stride, int pad,
+                  uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1) {
+  const int64_t row = int64_t(w) * c, edge = int64_t(pad) * c, all = row + 2 * edge;
+  const auto outside = repeated(value, c, row, 1), values = repeated(value, c, type == Type::int8 ? 0 : all, 8);
+  std::vector<uint8_t> bytes(values.size());
   for (int n = n0; n < n1; n++)
     for (int y = y0; y < y1; y++) {
       const uint8_t* rows[8];
@@ -58,8 +80,7 @@ void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* val
         const int from = y * stride - pad + r;
         rows[r] = from >= 0 && from < h ? pixels + (int64_t(n) * h + from) * row : outside.data();
       }
-      uint8_t* line = out + to.at(n, y, 0);
-      const int64_t edge = int64_t(pad) * c;
+      uint8_t* line = type == Type::int8 ? out + to.at(n, y, 0) : bytes.data();
       for (int64_t i = 0; i < edge; i++) {
         std::memset(line + 8 * i, value ? value[i % c] : 0, 8);
         std::memset(line + 8 * (edge + row + i), value ? value[i % c] : 0, 8);
@@ -70,6 +91,7 @@ void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* val
 #endif
       for (; i < row; i++)
         for (int r = 0; r < 8; r++) line[8 * (edge + i) + r] = rows[r][i];
+      if (type == Type::bf16) differences(line, values.data(), 8 * all, out + to.at(n, y, 0));
     }
 }
 
@@ -81,10 +103,12 @@ void fill_border(uint8_t* out, const Layout& to, const uint8_t* value) {
   for (int64_t i = 0; i < to.bytes; i++) out[i] = value[i % to.c];  // origin and all distances are multiples of c
 }
 
-WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
-                     int y1) {
-  typedef uint8_t Line __attribute__((vector_size(64), aligned(1), may_alias));
-  const int c = from.c;
+template <class T>
+__attribute__((always_inline)) static inline void max_pool_of(const uint8_t* in, const Layout& from, uint8_t* out,
+                                                              const Layout& to, int n0, int n1, int y0, int y1) {
+  typedef T Line __attribute__((vector_size(64), aligned(1), may_alias));
+  typedef T One __attribute__((aligned(1), may_alias));
+  const int bytes = from.c;
   std::vector<int64_t> columns(from.w);
   for (int x = 0; x < from.w; x++) columns[x] = from.at(0, 0, x) - from.at(0, 0, 0);
   for (int n = n0; n < n1; n++)
@@ -99,21 +123,28 @@ WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const 
           for (int r = 0; r < 3; r++) window[3 * i + r] = rows[r] + column;
         }
         uint8_t* best = out + to.at(n, y, x);
-        int k = 0;
-        for (; k + 64 <= c; k += 64) {
-          Line line = *reinterpret_cast<const Line*>(window[0] + k);
+        const auto largest = [&]<class V>(int k) __attribute__((always_inline)) {
+          V most = *reinterpret_cast<const V*>(window[0] + k);
           for (int i = 1; i < 9; i++) {
-            const Line other = *reinterpret_cast<const Line*>(window[i] + k);
-            line = line > other ? line : other;
+            const V other = *reinterpret_cast<const V*>(window[i] + k);
+            most = most > other ? most : other;
           }
-          *reinterpret_cast<Line*>(best + k) = line;
-        }
-        for (; k < c; k++) {
-          best[k] = window[0][k];
-          for (int i = 1; i < 9; i++) best[k] = std::max(best[k], window[i][k]);
-        }
+          *reinterpret_cast<V*>(best + k) = most;
+        };
+        int k = 0;
+        for (; k + 64 <= bytes; k += 64) largest.template operator()<Line>(k);
+        for (; k < bytes; k += sizeof(T)) largest.template operator()<One>(k);
       }
     }
+}
+
+WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
+                     int y1) {
+  max_pool_of<uint8_t>(in, from, out, to, n0, n1, y0, y1);
+}
+WIDEST void max_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
+                          int y1) {
+  max_pool_of<uint16_t>(in, from, out, to, n0, n1, y0, y1);  // numbers without a sign are ordered as their bits
 }
 
 WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0,
@@ -139,6 +170,23 @@ WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, co
     for (int k = 0; k < c; k++) {
       const double y = (double(sum[k]) * (double(j) / (1 << MULT_BITS)) + ADDEND) - ADDEND;
       to_pixel[k] = uint8_t(int32_t(std::clamp(y, 0.0, 255.0)));
+    }
+  }
+}
+
+WIDEST void average_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1) {
+  const int channels = from.c / 2, pixels = from.h * from.w;
+  std::vector<float> sum(channels);
+  for (int n = n0; n < n1; n++) {
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    for (int i = 0; i < pixels; i++) {
+      const auto* a = reinterpret_cast<const uint16_t*>(in + from.at(n, i / from.w, i % from.w));
+      for (int k = 0; k < channels; k++) sum[k] += std::bit_cast<float>(uint32_t(a[k]) << 16);
+    }
+    auto* to_pixel = reinterpret_cast<uint16_t*>(out + to.at(n, 0, 0));
+    for (int k = 0; k < channels; k++) {
+      const uint32_t bits = std::bit_cast<uint32_t>(sum[k] / float(pixels));
+      to_pixel[k] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
     }
   }
 }

@@ -1,21 +1,27 @@
-// What surrounds the convolutions of an int8 network; each works on images [n0, n1) and, of the output, rows [y0, y1)
+// What surrounds the convolutions of a network; each works on images [n0, n1) and, of the output, rows [y0, y1)
 // or channels.
 #pragma once
 #include "layout.h"
 
 namespace r50 {
 
-// pixels, contiguous NHWC, into the interior of a bordered buffer
-void load_images(const uint8_t* pixels, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1);
-// pixels of images (h, w, c) into Layout::windows of a kernel of up to 8 rows; value[c] stands outside the image
-void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, int stride, int pad, uint8_t* out,
-                  const Layout& to, int n0, int n1, int y0, int y1);
+// pixels, contiguous NHWC of c channels, into the interior of a bordered buffer; bfloat16: less value[c], which is exact
+void load_images(const uint8_t* pixels, int c, const uint8_t* value, Type type, uint8_t* out, const Layout& to, int n0,
+                 int n1, int y0, int y1);
+// pixels of images (h, w, c) into Layout::windows of a kernel of up to 8 rows; value[c] stands outside the image;
+// bfloat16: less value[c], so that this is 0
+void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, Type type, int stride, int pad,
+                  uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1);
 // every byte of the buffer that is a border of some pixel: value[c]; null: 0. Called once, before the interior is
 // written.
 void fill_border(uint8_t* out, const Layout& to, const uint8_t* value);
 // 3x3, stride 2, padding 1, of values after a ReLU (the border's 0 never wins)
 void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1);
+void max_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
+                   int y1);
 // RNE(j * sum over H and W / 2^22), j = mult / (H * W) rounded half up; `to` is 1x1
 void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0, int n1);
+// the sum in float32, times 1 / (H * W), rounded
+void average_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1);
 
 }  // namespace r50

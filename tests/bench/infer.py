@@ -201,7 +201,7 @@ class Networks:
         self.macs = sum(resnet50.count_macs(self.model, preprocess["crop"]).values())
         self.reference = torch.cat([resnet50.predict(self.model, p) for p in self.pixels.split(8)]).argmax(1)
         say(f"network      {source}, {self.macs / 1e9:.3f} GMAC an image\nimages       {images}")
-        self.makers = {}
+        self.makers, self.kind = {}, args.kind
         for name in args.names:
             try:
                 self.makers[name] = self.prepare(name)
@@ -253,8 +253,9 @@ class Networks:
         if engine == "onnxruntime":
             return functools.partial(peers.onnxruntime_call, peers.onnxruntime_file(cache, self.model, self.pixels))
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        model = copy.deepcopy(self.model).to(dtype) if engine else resnet50.fuse(self.model, dtype)
-        call = functools.partial(floating, model, dtype)
+        if not engine:
+            return lambda batch, threads, call=resnet50.fuse(self.model, dtype): call
+        call = functools.partial(floating, copy.deepcopy(self.model).to(dtype), dtype)
         return lambda batch, threads: peers.compiled(call) if engine == "compile" else call
 
     def contenders(self, batch, threads, seconds):
@@ -322,23 +323,25 @@ def report(contenders, samples, states, same, batch, macs):
 
 
 def per_layer(networks, batch, threads, seconds):
-    """Prints the steps of our int8 network: microseconds an image, share of the time, percent of the peak beside it."""
-    model = networks.int8
-    if model.config["attention"] != "none":
-        raise resnet50.UserError("--per-layer: a network with attention is not one call", code=2)
+    """Prints the steps of our int8 or bf16 network: microseconds an image, share of the time, percent of the peak."""
+    kind = networks.kind
+    model = networks.int8 if kind == "int8" else resnet50.fuse(networks.model, torch.bfloat16)
+    if model.config["attention"] != "none" or (plan := model.plan()) is None:
+        raise resnet50.UserError("--per-layer: networks with attention, or in bf16 without AMX, are not one call", code=2)
     macs = resnet50.count_macs(networks.model, networks.model.preprocess["crop"])
-    names = ["pixels", *(step.name for step in model.steps)]
-    work = [0, *(macs.get(step.name, 0) + (macs[step.folded.name] if step.folded else 0) for step in model.steps)]
+    steps = resnet50.fold_downsample(resnet50.flatten(networks.model))
+    names = ["pixels", *(step.name for step in steps)]
+    work = [0, *(macs.get(step.name, 0) + (macs[step.folded.name] if step.folded else 0) for step in steps)]
     pixels = networks.pixels[torch.arange(batch) % IMAGES].contiguous(memory_format=torch.channels_last)
-    profile = functools.partial(csrc.network_int8_profile, pixels, model.plan(), model.config["num_classes"])
+    profile = functools.partial(csrc.network_profile, pixels, plan, model.config["num_classes"])
     times, peaks = [], []
     limit(threads)
     profile()
     start = time.monotonic()
     while time.monotonic() - start < seconds or len(times) < 3:
-        before = peak("int8", threads)
+        before = peak(kind, threads)
         times.append(profile().double() / 1e3 / batch)
-        peaks.append((before + peak("int8", threads)) / 2e6)  # multiply-adds per microsecond
+        peaks.append((before + peak(kind, threads)) / 2e6)  # multiply-adds per microsecond
     limit(len(CORES))
     times, result = torch.stack(times), {}
     rows = list(zip(names, work, times.unbind(1))) + [("all", sum(work), times.sum(1))]
@@ -368,11 +371,12 @@ def parse():
     p.add_argument("--threads", type=numbers, default=[1, 2], metavar="N[,N]")
     p.add_argument("--seconds", type=float, default=150, help="of measuring, all configurations (default %(default)s)")
     p.add_argument("--isa", choices=("amx", "vnni", "avx2", "plain"), help="hold everything to this instruction set")
-    p.add_argument("--per-layer", action="store_true", help="the layers of our int8 network instead")
+    p.add_argument("--per-layer", action="store_true", help="the layers of our int8 network (--only bf16: of that) instead")
     args = p.parse_args()
     names = args.only.split(",") if args.only else [n for n in KINDS if args.full or n not in SLOW_TO_BUILD]
     if unknown := set(names) - set(KINDS):
         p.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
+    args.kind = "bf16" if names == ["bf16"] else "int8"  # of --per-layer
     args.names = [n for n in KINDS if n in names and not args.per_layer]
     return args
 

@@ -16,7 +16,6 @@ bool bf16_units = false;
 Isa isa() { return chosen; }
 bool has_avx512() { return chosen >= Isa::vnni; }
 bool has_avx512_bf16() { return has_avx512() && bf16_units; }
-bool has_amx_bf16() { return chosen == Isa::amx && bf16_units; }
 
 Bytes allocate(int64_t bytes) {
   void* memory = nullptr;
