@@ -451,7 +451,7 @@ def batch_norm_affine(bn):
 
 def bf16_program(model):
     """ResNet50 without attention -> its steps in bfloat16 as csrc.plan.build_plan takes them, batch-norms, mean and std
-    of the pixels folded into the weights. Padding is the mean colour in whole steps of 1/255, as in the int8 network."""
+    of the pixels folded into the weights. Padding is the mean colour in whole steps of 1/255, as in the int8 one."""
     def fold(step):
         conv, (scale, shift) = model.get_submodule(step.name), batch_norm_affine(model.get_submodule(step.bn))
         return conv, conv.weight.double() * scale.view(-1, 1, 1, 1), shift

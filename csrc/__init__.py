@@ -384,7 +384,7 @@ def pack_int8(weight, mult, bias, gain=None, weight2=None):
 
 
 def pack_bf16(weight, bias, weight2=None):
-    """bfloat16 (O, C, kh, kw), float32 (O), bfloat16 (O, C2, 1, 1) -> uint8 (bytes), as pack_int8, for CPUs with AMX."""
+    """bfloat16 (O, C, kh, kw), float32 (O), bfloat16 (O, C2, 1, 1) -> uint8 (bytes), as pack_int8, with AMX only."""
     return _native("pack_bf16", weight, bias, weight2)
 
 

@@ -308,6 +308,45 @@ def test_network_int8(native, shape):
         torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
 
 
+# ---------------------------------------------------------------------------------------------- network_bf16
+
+BF16 = dict(weight=torch.ones(8, 6, 3, 3).bfloat16().to(memory_format=NHWC), bias=torch.ones(8),
+            weight2=torch.ones(8, 5, 1, 1).bfloat16())  # tests/test_kernels.py has the values
+
+
+def test_bfloat16_networks_need_amx(native):
+    if csrc.isa() != "amx":
+        with pytest.raises(RuntimeError, match="pack_bf16: networks in bfloat16 need AMX"):
+            csrc.pack_bf16(*BF16.values())
+        return
+    torch.library.opcheck(operation("pack_bf16").default, tuple(BF16.values()))
+    weight = torch.ones(7, 3, 1, 1).bfloat16()
+    steps = [dict(kind="conv", x="pixels", out="a", weight=weight, bias=torch.zeros(7), stride=1, padding=0,
+                  centre=torch.zeros(3, dtype=torch.uint8)), dict(kind="avgpool", x="a", out="b"),
+             dict(kind="linear", x="b", weight=torch.eye(7).bfloat16(), bias=torch.zeros(7))]
+    pixels, plan = torch.full((2, 3, 5, 4), 9, dtype=torch.uint8).to(memory_format=NHWC), build_plan(steps)
+    assert (csrc.network_bf16(pixels, plan, 7) == 27).all()
+    torch.library.opcheck(operation("network_bf16").default, (pixels, plan, 7))
+    with pytest.raises(RuntimeError, match="network_int8: the plan is one of bfloat16"):
+        csrc.network_int8(pixels, plan, 7)
+
+
+def test_a_plan_of_the_other_type_is_refused(native):
+    with pytest.raises(RuntimeError, match="network_bf16: the plan is one of int8"):
+        csrc.network_bf16(u8(1, 3, 32, 32), build_plan(SMALL), 7)
+
+
+@pytest.mark.parametrize("argument", BF16)
+def test_wrong_arguments_of_pack_bf16_are_named(native, argument):
+    for what, wrong in spoiled(BF16[argument]):
+        if what == "layout" and wrong.is_contiguous(memory_format=NHWC if wrong.dim() == 4 else
+                                                    torch.contiguous_format):
+            continue  # a 1x1 weight is in both orders
+        for run in (operation("pack_bf16"), reference.check_pack_bf16):
+            with pytest.raises(RuntimeError, match=r"pack_bf16: .*(must be|expected).*\("):
+                run(*{**BF16, argument: wrong}.values())
+
+
 # ------------------------------------------------------------------------------------ conv_bn_relu and bn_relu
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

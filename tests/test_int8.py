@@ -335,6 +335,12 @@ def test_the_fused_network_is_compiled_and_exported():
     fused, x = resnet50.fuse(model), resnet50.normalize(photographs(2, 64, 64), model.preprocess)
     for f in (torch.compile(fused, fullgraph=True, backend="eager"), torch.export.export(fused, (x,)).module()):
         torch.testing.assert_close(f(x), fused(x))
+    fused, pixels = resnet50.fuse(model, torch.bfloat16), photographs(2, 64, 64)
+    assert torch.equal(torch.compile(fused, fullgraph=True, backend="eager")(pixels), fused(pixels))
+    program = torch.export.export(fused, (pixels,))  # an operation at a time: a plan is this machine's
+    assert not any("network" in str(node.target) for node in program.graph.nodes)
+    wanted = fused(resnet50.normalize(pixels, model.preprocess)).float()
+    torch.testing.assert_close(program.module()(pixels), wanted)
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
@@ -433,6 +439,41 @@ def test_fused_equals_the_plain_network(pair, dtype, floor):
     assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor * exact.abs().max()
     with pytest.raises(UserError, match="float ResNet-50 in float32 or bfloat16, not int8"):
         resnet50.fuse(net)
+
+
+@pytest.mark.parametrize("size", [(75, 50), (64, 64), (33, 47)])
+def test_fused_bfloat16_from_pixels(pair, size):
+    """float32 logits, with AMX by one call: at most twice the error of PyTorch's own bfloat16, and then the same bits
+    in batches of any size, by any number of threads."""
+    model, _ = pair
+    pixels, fused = photographs(9, *size, seed=5), resnet50.fuse(model, torch.bfloat16)
+    assert (fused.plan() is not None) == (csrc.isa() == "amx" and model.config["attention"] == "none")
+    x = resnet50.normalize(pixels, model.preprocess)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        logits = resnet50.predict(fused, pixels)
+    assert logits.dtype == torch.float32 and logits.shape == exact.shape
+    assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-3 * exact.abs().max()
+    if fused.plan() is not None:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            try:
+                for n in (1, 2, 9):
+                    assert torch.equal(fused(pixels[:n]), logits[:n])
+            finally:
+                torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_fused_weights_that_are_no_numbers_stay_where_they_are(value):
+    """What is packed for AMX has zeros behind a tap, and zero times infinity is no number: such weights are not."""
+    model = build("plain")
+    with torch.no_grad():
+        model.fc.weight[2, 5] = value
+        fused = resnet50.fuse(model, torch.bfloat16)
+        logits = fused(photographs(3, 64, 64))
+    assert fused.plan() is None and not logits[:, 2].isfinite().any() and logits[:, :2].isfinite().all()
 
 
 def test_real_weights_keep_their_accuracy(shared):

@@ -1,5 +1,6 @@
-"""The int8 kernels of csrc/cpu, all four on any CPU (tests/emulate), bit for bit against exact integers in numpy; the
-mistakes that these tests must notice; the same cases under sanitizers; what the compiler made of the AVX-512 loops."""
+"""The kernels of networks of csrc/cpu, all four on any CPU (tests/emulate), bit for bit against exact numbers in numpy;
+the mistakes that these tests must notice; the same cases under sanitizers; what the compiler made of the AVX-512
+loops."""
 import os
 import platform
 import re
@@ -107,25 +108,43 @@ def test_layers(kernels, isa, layers):
 
 # -------------------------------------------------------------------------------------------------------- networks
 
+def rounded(x):
+    """numpy -> the nearest bfloat16, as float32"""
+    return torch.from_numpy(x.astype(np.float32)).bfloat16().float().numpy()
+
+
 def result(step, values):
-    """What one step of csrc/plan.py makes of the activations uint8 (n, h, w, c)."""
+    """What one step of csrc/plan.py makes of the activations (n, h, w, c): uint8, or bfloat16 as float32, whole numbers
+    in all of Bf16Network's convolutions."""
     x, kind = values[step["x"]], step["kind"]
+    is_bf16 = x.dtype != np.uint8 or "centre" in step
     if kind == "maxpool":
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2].max((-1, -2))
     if kind == "avgpool":
         pixels = x.shape[1] * x.shape[2]
+        if is_bf16:
+            return rounded(x.sum((1, 2), dtype=np.float32) / np.float32(pixels))[:, None, None]
         mult = np.array((2 * step["mult"] + pixels) // (2 * pixels))  # mult / pixels, rounded half up
         return requantize(x.sum((1, 2), dtype=np.int64), mult)[:, None, None]
+    weight, bias = step["weight"].float().numpy(), step["bias"].numpy()
+    if kind == "linear" and is_bf16:
+        return (x[:, 0, 0].astype(np.float64) @ weight.T + bias).astype(np.float32)
     if kind == "linear":
-        acc = x[:, 0, 0].astype(np.int64) @ step["weight"].numpy().astype(np.int64).T + step["bias"].numpy()
+        acc = x[:, 0, 0].astype(np.int64) @ weight.astype(np.int64).T + bias
         return (acc * step["scale"].numpy().astype(np.float64)).astype(np.float32)
-    weight, fill = step["weight"].numpy().transpose(0, 2, 3, 1), step.get("pad_value")
+    if "centre" in step:
+        x = x - step["centre"].numpy().astype(np.float64)
+    weight, fill = weight.transpose(0, 2, 3, 1), step.get("pad_value")
     acc = conv_sums(x, weight, (step["stride"],) * 2, (step["padding"],) * 2, None if fill is None else fill.numpy())
     if step.get("x2"):
-        weight2 = step["weight2"].numpy().transpose(0, 2, 3, 1)
+        weight2 = step["weight2"].float().numpy().transpose(0, 2, 3, 1)
         acc += conv_sums(values[step["x2"]], weight2, (step["stride2"],) * 2, (0, 0))
-    acc += step["bias"].numpy()
+    acc += bias.astype(np.int64)
+    if is_bf16:
+        if step.get("residual"):
+            acc += values[step["residual"]].astype(np.int64)
+        return rounded(np.maximum(acc, 0))
     if step.get("residual"):
         acc += step["gain"].numpy().astype(np.int64) * values[step["residual"]]
     return requantize(acc, step["mult"].numpy())
@@ -183,7 +202,39 @@ class Network:
         return self.steps
 
 
-def standard(pixels):
+class Bf16Network(Network):
+    """The same in bfloat16. Every sum in float32 is exact, in whatever order, so that results are compared in every
+    bit: weights are small integers, all but a few of them zeros, so that values grow slowly."""
+
+    def sparse(self, *shape, least=3):
+        """`least` numbers of -2..1 at each output channel, anywhere in its window"""
+        o, k = shape[0], int(np.prod(shape[1:]))
+        weight = np.zeros((o, k))
+        for row in weight:
+            row[self.rng.choice(k, min(least, k), replace=False)] = self.rng.choice((-2, -1, -1, 1, 1), min(least, k))
+        return torch.from_numpy(weight.reshape(shape)).bfloat16()
+
+    def conv(self, x, o, kernel=1, stride=1, x2=None, stride2=1, fill=False, residual=None):
+        step = dict(weight=self.sparse(o, self.values[x].shape[-1], kernel, kernel), stride=stride, padding=kernel // 2)
+        if x == "pixels":
+            step["centre"] = torch.tensor([124, 0, 255], dtype=torch.uint8)
+        if x2:
+            step |= dict(x2=x2, stride2=stride2, weight2=self.sparse(o, self.values[x2].shape[-1], 1, 1))
+        if residual:
+            step["residual"] = residual
+        name = self.add("conv", x, bias=self.draw(-60, 60, o, torch.float32), **step)
+        values = self.values[name]
+        assert (values > 0).mean() > 0.2 and values.max() < 2 ** 20  # alive, and sums of a few such are exact
+        return name
+
+    def head(self, x, classes):
+        x = self.add("avgpool", x)
+        weight = self.sparse(classes, self.values[x].shape[-1], least=1)  # one sum, one rounding
+        self.steps.append(dict(kind="linear", x=x, weight=weight, bias=self.draw(-60, 60, classes, torch.float32)))
+        return self.steps
+
+
+def standard(pixels, Network=Network):
     net = Network(pixels)
     x = net.add("maxpool", net.conv("pixels", 64, 7, 2, fill=True))
     for mid, o, stride in ((64, 128, 1), (64, 128, 1), (64, 192, 2), (64, 192, 1), (128, 128, 2)):
@@ -191,7 +242,7 @@ def standard(pixels):
     return net.head(x, 59)
 
 
-def narrow(pixels):
+def narrow(pixels, Network=Network):
     """Pruned widths, the v1 wiring, a small stem."""
     net = Network(pixels)
     x = net.conv("pixels", 24, 3, fill=True)
@@ -221,29 +272,43 @@ def bright(pixels):
     return net.head(x, 7)
 
 
+def standard_bf16(pixels):
+    return standard(pixels, Bf16Network)
+
+
+def narrow_bf16(pixels):
+    return narrow(pixels, Bf16Network)
+
+
 NETWORKS = [(standard, 1, 45, 59), (standard, 11, 17, 23), (standard, 8, 8, 9), (narrow, 3, 13, 9), (narrow, 8, 5, 4),
-            (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17)]
+            (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17), (standard_bf16, 1, 45, 59),
+            (standard_bf16, 11, 17, 23), (narrow_bf16, 3, 13, 9), (narrow_bf16, 8, 5, 4)]
 
 
 @pytest.fixture(scope="module")
 def networks(library, tmp_path_factory):
-    """-> .npz files, each with the plan of every instruction set, pixels, and the logits to expect"""
+    """-> .npz files, each with the plan of every instruction set that has one, pixels, and the logits to expect"""
     kernels, paths = Kernels(library), []
     kernel_layout = lambda t: None if t is None else np.ascontiguousarray(t.numpy().transpose(0, 2, 3, 1))  # noqa: E731
 
     def pack(weight, mult, bias, gain=None, weight2=None):
         vectors = [None if v is None else v.numpy() for v in (mult, bias, gain)]
         return torch.from_numpy(kernels.pack(kernel_layout(weight), *vectors, kernel_layout(weight2)).copy())
+
+    def pack_bf16(weight, bias, weight2=None):
+        bits = lambda t: None if t is None else kernel_layout(t.view(torch.int16))  # noqa: E731
+        return torch.from_numpy(kernels.pack_bf16(bits(weight), bias.numpy(), bits(weight2)).copy())
     for i, (make, n, h, w) in enumerate(NETWORKS):
         pixels = np.random.default_rng(i).integers(0, 256, (n, h, w, 3), np.uint8)
         steps = make(pixels)
         plans = {}
-        for isa in ISAS:
+        for isa in ISAS if steps[0]["weight"].dtype == torch.int8 else ["amx"]:
             kernels.use(isa)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(csrc.plan, "load", lambda: True)
                 patch.setattr(csrc.plan, "isa", lambda: isa)
                 patch.setattr(torch.ops.resnet50, "pack_int8", pack, raising=False)
+                patch.setattr(torch.ops.resnet50, "pack_bf16", pack_bf16, raising=False)
                 plans[isa] = csrc.plan.build_plan(steps).numpy()
         paths.append(str(tmp_path_factory.mktemp("network") / f"{i}.npz"))
         np.savez(paths[-1], pixels=pixels, logits=execute(steps, pixels), **plans)
@@ -387,6 +452,19 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                             "plain", "network"),
     "window of the maximum": ("pooling.cpp", "clamp(2 * x - 1 + i,", "clamp(2 * x - 1 + i + FAULT,",
                               "plain", "network"),
+    "bf16: second half of a row": ("conv_amx.cpp", "half_row(acc + 32, from + 64",
+                                   "half_row(acc + 32, from + (FAULT ? 32 : 64)", "amx", "network"),
+    "bf16: last channels": ("conv_amx.cpp", "left > 32 ?", "left > (FAULT ? 64 : 32) ?", "amx", "network"),
+    "bf16: residual's other half": ("conv_amx.cpp", "extracti64x4_epi64(sum, 1)", "extracti64x4_epi64(sum, !FAULT)",
+                                    "amx", "network"),
+    "bf16: no ReLU": ("conv_amx.cpp", "_mm512_max_ps(zero, low)", "_mm512_max_ps(FAULT ? low : zero, low)", "amx",
+                      "network"),
+    "bf16: logits of a panel": ("conv_amx.cpp", "4 * std::min(WIDTH,", "4 * std::min(FAULT ? 32 : WIDTH,", "amx",
+                                "network"),
+    "bf16: no centre": ("network.cpp", "type == Type::bf16 ?", "type == Type::bf16 && !FAULT ?", "amx", "network"),
+    "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "amx", "network"),
+    "bf16: order of maxima": ("pooling.cpp", "max_pool_of<uint16_t>", "(FAULT ? max_pool_of<uint8_t> : "
+                              "max_pool_of<uint16_t>)", "amx", "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
 }
 
@@ -434,7 +512,7 @@ def test_address_and_undefined_behaviour(builds, networks):
     """Operands lie in memory of exactly their size; odd shapes, every layout, whole networks."""
     sanitizers = preload("libasan.so", "libubsan.so")
     done = run_cases(builds["sanitized"](), ",".join(ISAS), "odd", "gemm", "sweeps=12",
-                     *(f"network={networks[i]}" for i in (2, 4, 5)), LD_PRELOAD=sanitizers,
+                     *(f"network={networks[i]}" for i in (2, 4, 5, 9, 11)), LD_PRELOAD=sanitizers,
                      ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr[:4000]
 
@@ -470,7 +548,8 @@ def loops(path):
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize("instruction, kernel, most, variants", [
-    ("vpdpbusd", "multiply", 24, 6), ("tdpbusd", "sweep", 4, 9)])  # at most: 6 rows x 4 registers; 2 x 2 tiles
+    ("vpdpbusd", "multiply", 24, 6),  # at most: 6 rows x 4 registers
+    ("tdpbusd", "sweep", 4, 9), ("tdpbf16ps", "sweep", 4, 9)])  # 2 x 2 tiles
 def test_loops_stay_in_registers(builds, instruction, kernel, most, variants):
     """The loops around the multiplies, as -O3 compiles them: no vector goes to the stack or comes from it, no function
     is called. Without this the epilogue of AMX takes longer than the multiplies that should hide it."""

@@ -21,7 +21,7 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;  // the float 1.5 * 2^23; adding an i
 constexpr float MAGIC = 12582912.0f;      // the same as a number
 
 enum Rounding : int32_t { BIASED = 0, SINGLE = 1, DOUBLE = 2 };  // the three rows of csrc/README.md's table
-enum class Out { u8, bf16, s32, f32 };
+enum class Out { u8, s32, f32, bf16 };
 enum class Type : int32_t { int8, bf16 };  // of weights; activations are uint8 or bfloat16
 inline int bytes_of(Type type) { return type == Type::int8 ? 1 : 2; }
 

@@ -1,12 +1,13 @@
 // Convolution for AMX: int8, and bfloat16 in networks, which differ in the multiply and in what finishes a row.
 //
 // Unit: 32 rows x 64 channels, as two halves of 2x2 tiles: accumulators tmm0-3, rows in tmm4-5, weights in tmm6-7; per
-// 64 bytes of k four loads and four tdpbusd or tdpbf16ps, which need 64 cycles and hide the loads while rows or weights are in L1. The
-// accumulators start from the panel's start vector (a load with stride 0; tilezero would wait for the product before)
-// and end in a scratch of 32 x 64 int32. Each leaves its tile right before the tile starts again in the next half: by
-// then its last product, 52 cycles long, is over, and products never pause. From the scratch the rows are finished one
-// by one between the tdpbusd of the next unit. From k = 320 on one scratch of 8 KiB serves, because the first half of a
-// unit already finishes all rows of the one before; two scratches would push weights out of L1.
+// 64 bytes of k four loads and four tdpbusd or tdpbf16ps, which need 64 cycles and hide the loads while rows or weights
+// are in L1. The accumulators start from the panel's start vector (a load with stride 0; tilezero would wait for the
+// product before) and end in a scratch of 32 x 64 numbers of 32 bits. Each leaves its tile right before the tile starts
+// again in the next half: by then its last product, 52 cycles long, is over, and products never pause. From the scratch
+// the rows are finished one by one between the products of the next unit. From k = 320 bytes on one scratch of 8 KiB
+// serves, because the first half of a unit already finishes all rows of the one before; two scratches would push
+// weights out of L1.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -26,7 +27,7 @@ constexpr int ROWS = 32, WIDTH = 64, HALF = 32, STEP = 64;  // a unit, in halves
 constexpr int SCRATCH = ROWS * WIDTH;
 constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panels: they stay in L1
 constexpr int HEAVY_BYTES = 768 << 10;  // of weights that will not stay in L2
-constexpr int FEW = 8;                  // units; with so few per panel the weights are used hardly faster than they arrive
+constexpr int FEW = 8;  // units; with so few per panel the weights are used hardly faster than they arrive
 
 // What Epilogue512 is for int8, for bfloat16: the accumulators have bias and scale in them already.
 template <bool residual_>
@@ -257,8 +258,8 @@ void wide_rows(const Conv& conv, int m0, int m1, int p0, int p1) {
 
 void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) {
   if (m0 >= m1 || p0 >= p1) return;  // a thread without a share
-  // a pass over the panels reads all weights: as many rows as L1 holds, or all where those are few units anyway or where
-  // the weights would come from beyond L2 each time
+  // a pass over the panels reads all weights: as many rows as L1 holds, or all where those are few units anyway or
+  // where the weights would come from beyond L2 each time
   const int row_bytes = conv.in[0].lda + conv.in[1].lda, all = (m1 - m0 + ROWS - 1) / ROWS;
   const bool heavy = conv.w->bytes > HEAVY_BYTES || all <= FEW / 2;
   const int fitting = heavy ? all : BLOCK_BYTES / std::max(row_bytes, 1) / ROWS;

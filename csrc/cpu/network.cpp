@@ -270,7 +270,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
 }  // namespace
 
 void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
-                  int threads, int64_t* nanoseconds) {
+             int threads, int64_t* nanoseconds) {
   const Plan plan{data};
   if (bytes < int64_t(sizeof(PlanHeader)) || plan.header().stamp != PlanHeader::STAMP || plan.header().bytes != bytes)
     throw std::runtime_error("network: plan is not what csrc.build_plan returned");
@@ -281,7 +281,7 @@ void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, i
     parallel(threads, [&](int thread, int count) {
       const Part mine = part(n, 1, thread, count);
       network(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,
-                   logits + int64_t(mine.begin) * header.classes, 1, thread == 0 ? nanoseconds : nullptr);
+              logits + int64_t(mine.begin) * header.classes, 1, thread == 0 ? nanoseconds : nullptr);
     });
     return;
   }

@@ -27,7 +27,8 @@ WIDEST static void differences(const uint8_t* from, const uint8_t* value, int64_
 
 static std::vector<uint8_t> repeated(const uint8_t* value, int c, int64_t n, int times) {  // null: zeros
   std::vector<uint8_t> line(n * times);
-  for (int64_t i = 0; i < int64_t(line.size()); i++) line[i] = value ? value[i / times % c] : 0;
+  for (int64_t i = 0; value && i < int64_t(line.size()); i += int64_t(c) * times)
+    for (int k = 0; k < c; k++) std::fill_n(line.begin() + i + k * times, times, value[k]);
   return line;
 }
 
@@ -71,7 +72,8 @@ static inline void interleave8(const uint8_t* const rows[8], int64_t at, uint8_t
 void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* value, Type type, int stride, int pad,
                   uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1) {
   const int64_t row = int64_t(w) * c, edge = int64_t(pad) * c, all = row + 2 * edge;
-  const auto outside = repeated(value, c, row, 1), values = repeated(value, c, type == Type::int8 ? 0 : all, 8);
+  const auto outside = repeated(value, c, row, 1), sides = repeated(value, c, edge, 8);
+  const auto values = repeated(value, c, type == Type::int8 ? 0 : all, 8);
   std::vector<uint8_t> bytes(values.size());
   for (int n = n0; n < n1; n++)
     for (int y = y0; y < y1; y++) {
@@ -81,10 +83,8 @@ void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* val
         rows[r] = from >= 0 && from < h ? pixels + (int64_t(n) * h + from) * row : outside.data();
       }
       uint8_t* line = type == Type::int8 ? out + to.at(n, y, 0) : bytes.data();
-      for (int64_t i = 0; i < edge; i++) {
-        std::memset(line + 8 * i, value ? value[i % c] : 0, 8);
-        std::memset(line + 8 * (edge + row + i), value ? value[i % c] : 0, 8);
-      }
+      std::memcpy(line, sides.data(), 8 * edge);
+      std::memcpy(line + 8 * (edge + row), sides.data(), 8 * edge);
       int64_t i = 0;
 #if defined(__x86_64__)
       for (; i + 16 <= row; i += 16) interleave8(rows, i, line + 8 * (edge + i));

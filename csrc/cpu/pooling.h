@@ -5,7 +5,7 @@
 
 namespace r50 {
 
-// pixels, contiguous NHWC of c channels, into the interior of a bordered buffer; bfloat16: less value[c], which is exact
+// pixels, contiguous NHWC of c channels, into the interior of a bordered buffer; bfloat16: less value[c], exactly
 void load_images(const uint8_t* pixels, int c, const uint8_t* value, Type type, uint8_t* out, const Layout& to, int n0,
                  int n1, int y0, int y1);
 // pixels of images (h, w, c) into Layout::windows of a kernel of up to 8 rows; value[c] stands outside the image;

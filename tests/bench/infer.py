@@ -327,7 +327,7 @@ def per_layer(networks, batch, threads, seconds):
     kind = networks.kind
     model = networks.int8 if kind == "int8" else resnet50.fuse(networks.model, torch.bfloat16)
     if model.config["attention"] != "none" or (plan := model.plan()) is None:
-        raise resnet50.UserError("--per-layer: networks with attention, or in bf16 without AMX, are not one call", code=2)
+        raise resnet50.UserError("--per-layer: attention, and bf16 without AMX, are not one call", code=2)
     macs = resnet50.count_macs(networks.model, networks.model.preprocess["crop"])
     steps = resnet50.fold_downsample(resnet50.flatten(networks.model))
     names = ["pixels", *(step.name for step in steps)]
@@ -371,7 +371,7 @@ def parse():
     p.add_argument("--threads", type=numbers, default=[1, 2], metavar="N[,N]")
     p.add_argument("--seconds", type=float, default=150, help="of measuring, all configurations (default %(default)s)")
     p.add_argument("--isa", choices=("amx", "vnni", "avx2", "plain"), help="hold everything to this instruction set")
-    p.add_argument("--per-layer", action="store_true", help="the layers of our int8 network (--only bf16: of that) instead")
+    p.add_argument("--per-layer", action="store_true", help="our int8 network's layers (--only bf16: that one's)")
     args = p.parse_args()
     names = args.only.split(",") if args.only else [n for n in KINDS if args.full or n not in SLOW_TO_BUILD]
     if unknown := set(names) - set(KINDS):

@@ -1,4 +1,4 @@
-// The AVX-512 intrinsics that the int8 kernels use, as plain C++, so that any CPU runs the kernels' own source.
+// The AVX-512 intrinsics that the kernels of networks use, as plain C++, so that any CPU runs the kernels' own source.
 //
 // Each function does what Intel's Software Developer's Manual says of its instruction, element by element; there are no
 // more of them than the kernels call. An aligned access of an unaligned address, a fault on the processor, throws.
@@ -21,6 +21,7 @@ using __m256i = EmulatedVector<int32_t, 8, 32>;
 using __m512 = EmulatedVector<float, 16, 64>;
 using __m512d = EmulatedVector<double, 8, 64>;
 using __m512i = EmulatedVector<int32_t, 16, 64>;
+using __m512bh = __m512i;  // its 32 halves, of which the kernels see the bits alone
 using __mmask32 = uint32_t;
 using __mmask64 = uint64_t;
 
@@ -62,6 +63,15 @@ To saturate(From x) {
             : x > From(std::numeric_limits<To>::max()) ? std::numeric_limits<To>::max() : x);
 }
 
+// float32 -> bfloat16 as VCVTNE2PS2PBF16 does: half to even, a NaN quiet, denormals to zeros
+inline uint16_t half(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits & 0x80000000;
+  if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
+  if (std::fabs(x) < std::numeric_limits<float>::min()) return uint16_t(sign >> 16);
+  const uint32_t kept = bits >> 16, rest = bits & 0xffff;
+  return uint16_t(kept + (rest > 0x8000 || (rest == 0x8000 && kept & 1)));
+}
+
 // bytes of a and b in turn, from the low (0) or high (8) half of each 128-bit part
 inline __m512i unpack(const __m512i& a, const __m512i& b, int half) {
   const auto x = lanes<uint8_t>(a), y = lanes<uint8_t>(b);
@@ -90,6 +100,17 @@ inline void _mm512_mask_storeu_epi8(void* p, __mmask64 mask, const __m512i& v) {
   const auto from = emulated::lanes<uint8_t>(v);
   for (int i = 0; i < 64; i++)
     if (mask >> i & 1) static_cast<uint8_t*>(p)[i] = from[i];
+}
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void* p) {
+  std::array<uint16_t, 32> to{};
+  for (int i = 0; i < 32; i++)
+    if (mask >> i & 1) std::memcpy(&to[i], static_cast<const uint8_t*>(p) + 2 * i, 2);
+  return emulated::vector<__m512i>(to);
+}
+inline void _mm512_mask_storeu_epi16(void* p, __mmask32 mask, const __m512i& v) {
+  const auto from = emulated::lanes<uint16_t>(v);
+  for (int i = 0; i < 32; i++)
+    if (mask >> i & 1) std::memcpy(static_cast<uint8_t*>(p) + 2 * i, &from[i], 2);
 }
 
 // ------------------------------------------------------------------------------------- constants and casts
@@ -127,11 +148,29 @@ inline __m512d _mm512_cvtps_pd(const __m256& v) {
 inline __m256i _mm512_cvtepi64_epi32(const __m512i& v) {  // the low half of each
   return emulated::each<__m256i>([&](int i) { return v.lane[2 * i]; });
 }
+inline __m512i _mm512_cvtepu16_epi32(const __m256i& v) {
+  const auto from = emulated::lanes<uint16_t>(v);
+  return emulated::each<__m512i>([&](int i) { return int32_t(from[i]); });
+}
+inline __m512bh _mm512_cvtne2ps_pbh(const __m512& high, const __m512& low) {  // the second operand is the lower half
+  std::array<uint16_t, 32> to;
+  for (int i = 0; i < 16; i++) to[i] = emulated::half(low.lane[i]), to[16 + i] = emulated::half(high.lane[i]);
+  return emulated::vector<__m512bh>(to);
+}
+inline __m512 _mm512_add_ps(const __m512& a, const __m512& b) {
+  return emulated::each<__m512>([&](int i) { return a.lane[i] + b.lane[i]; });
+}
+inline __m512 _mm512_max_ps(const __m512& a, const __m512& b) {  // b where they are equal, or one is a NaN
+  return emulated::each<__m512>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 inline __m512 _mm512_fmadd_ps(const __m512& a, const __m512& b, const __m512& c) {  // one rounding
   return emulated::each<__m512>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
 inline __m512d _mm512_fmadd_pd(const __m512d& a, const __m512d& b, const __m512d& c) {
   return emulated::each<__m512d>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline __m512i _mm512_and_si512(const __m512i& a, const __m512i& b) {
+  return emulated::each<__m512i>([&](int i) { return a.lane[i] & b.lane[i]; });
 }
 inline __m512i _mm512_min_epi32(const __m512i& a, const __m512i& b) {
   return emulated::each<__m512i>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });

@@ -74,7 +74,7 @@ struct Input {  // an activation in its layout; what lies behind it is noise
   Input(const Layout& l, const uint8_t* x, const uint8_t* border_value, int64_t align)
       : layout(l), data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : 0), NOISE)) {
     fill_border(data.get(), l, border_value);
-    load_images(x, data.get(), l, 0, l.images, 0, l.h);
+    load_images(x, l.c, nullptr, Type::int8, data.get(), l, 0, l.images, 0, l.h);
   }
 };
 
@@ -175,9 +175,17 @@ const uint8_t* face_pack(int64_t o, int64_t kh, int64_t kw, int64_t c, const int
   });
   return failed ? nullptr : packed.get();
 }
+const uint8_t* face_pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,
+                              const uint16_t* weight2, const float* bias, int64_t* bytes) {
+  const int failed = guarded([&] {
+    pack_bf16(o, kh, kw, c, weight, c2, weight2, bias,
+              [&](int64_t size) { return (packed = allocate(*bytes = size)).get(); });
+  });
+  return failed ? nullptr : packed.get();
+}
 int face_network(const uint8_t* plan, int64_t bytes, const uint8_t* pixels, int n, int h, int w, float* logits,
                  int threads) {
-  return guarded([&] { network_int8(plan, bytes, pixels, n, h, w, logits, threads); });
+  return guarded([&] { network(plan, bytes, pixels, n, h, w, logits, threads); });
 }
 // one product of tiles, and one tile too early
 int face_tile_dot(const void* a, const void* b, void* c, int bf16) {
