@@ -492,7 +492,7 @@ class FusedResNet50(Flat, ResNet50):
             if step.kind == "conv":
                 for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
-        self.packed = None
+        self.packed, self.one_call = None, True
         if dtype == torch.bfloat16 and device.type == "cpu" and self.config["attention"] == "none" \
                 and csrc.isa() == "amx":
             with torch.no_grad():
@@ -519,7 +519,7 @@ class FusedResNet50(Flat, ResNet50):
         nhwc = dict(memory_format=torch.channels_last)
         if x.dtype != torch.uint8:
             return self.replay(x.to(self.dtype).contiguous(**nhwc))
-        if self.packed is not None and x.device.type == "cpu" and not torch.compiler.is_exporting():
+        if self.packed is not None and self.one_call and x.device.type == "cpu" and not torch.compiler.is_exporting():
             return csrc.network_bf16(x.contiguous(**nhwc), self.packed, self.config["num_classes"])
         return self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc)).float()
 

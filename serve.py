@@ -172,13 +172,14 @@ class Model:
         stamp = stamp_of(path)
         where = argparse.Namespace(**{**vars(self.args), "checkpoint": path})
         net, checkpoint, source = load_some_model(where, DEFAULTS)
-        net = fuse(net) if isinstance(net, ResNet50) else net
+        net = fuse(net, getattr(torch, self.args.amp_dtype)) if isinstance(net, ResNet50) else net
         net, size = spread(net, self.args.devices), net.preprocess["crop"]
         with torch.inference_mode():
             for batch in sorted({1, self.args.max_batch}):
                 blank = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=self.args.devices[0])
                 predict(net, blank.contiguous(memory_format=torch.channels_last))
-        print(f"{self.name}: {source}, {net.precision}, {size} pixels", file=sys.stderr, flush=True)
+        number = str(getattr(net, "dtype", net.precision)).removeprefix("torch.")
+        print(f"{self.name}: {source}, {number}, {size} pixels", file=sys.stderr, flush=True)
         classes = list(checkpoint["classes"] or map(str, range(net.config["num_classes"])))
         return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source))
 
@@ -1271,6 +1272,8 @@ def get_args_parser():
     add_model_args(p)
     g.add_argument("--model", action="append", default=[], metavar="NAME=FILE",
                    help="serve FILE under this name; may be given several times (default: resnet50 alone)")
+    g.add_argument("--amp-dtype", choices=("float32", "bfloat16"), default="float32",
+                   help="in which float ResNet-50s compute")
     g.add_argument("--device", "--devices", dest="devices", type=lambda text: text.split(","), metavar="A[,B...]",
                    default="cuda" if torch.cuda.is_available() else "cpu",
                    help="several: each holds its share of every network, stage after stage")

@@ -159,6 +159,19 @@ def test_predict_says_what_the_network_says(server, net, kind, options):
         assert found["class"] == CLASSES[found["class_id"]] and found["timings"]["batch"] >= 1
 
 
+def test_float_networks_in_bfloat16(networks, net):
+    process, port = start("--checkpoint", networks["float"], "--amp-dtype", "bfloat16")
+    images = [picture(seed=s) for s in range(4)]
+    body, headers = form(*images)
+    found = json.loads(ask(port, "POST", "/predict?topk=7", body, **headers)[2])["predictions"]
+    wanted = expected(resnet50.fuse(net, torch.bfloat16), *images).softmax(1)
+    for probabilities, answer in zip(wanted, found):
+        assert all(abs(t["probability"] - probabilities[t["class_id"]]) < 1e-3 for t in answer["top"])
+    assert (wanted - expected(net, *images).softmax(1)).abs().max() > 1e-4  # bfloat16 can be told apart
+    stop(process)
+    assert any("bfloat16, 32 pixels" in line for line in process.log)
+
+
 def test_several_images_in_one_form(server, net):
     images = [picture(seed=s) for s in range(3)]
     body, headers = form(*images)
@@ -714,11 +727,12 @@ def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
 
 
 @pytest.mark.parametrize("variant", ["plain", "se", "split"])
-@pytest.mark.parametrize("precision", ["float", "int8"])
+@pytest.mark.parametrize("precision", ["float", "bfloat16", "int8"])
 def test_a_network_spread_over_devices(variant, precision):
     """Steps go from one device to the next, each device visited once, and compute the same."""
     model, pixels = build(variant), photographs(2, 32, 32)
-    whole = resnet50.fuse(model) if precision == "float" else compress.post_training(model, [pixels])
+    whole = (compress.post_training(model, [pixels]) if precision == "int8" else
+             resnet50.fuse(model, torch.bfloat16 if precision == "bfloat16" else torch.float32))
     wanted = resnet50.predict(whole, pixels)
     visited = []
 
@@ -736,7 +750,8 @@ def test_a_network_spread_over_devices(variant, precision):
         patch.setattr(torch.Tensor, "to", to)
         got = resnet50.predict(net, pixels)
     assert len(visited) == 3 and all(a is b for a, b in zip(visited, names))  # one after the other, each once
-    assert torch.equal(got, wanted)
+    one_call = precision == "bfloat16" and whole.plan() is not None  # which rounds batch-norms into the weights
+    assert (got - wanted).abs().max() <= (0.03 * wanted.abs().max() if one_call else 0)
 
 
 def test_large_jpegs_are_decoded_at_reduced_size(networks):
