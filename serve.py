@@ -623,11 +623,13 @@ def wanted_outputs(request, classes):
     if request is None:
         return [("probabilities", True, 0)]
     binary = flag(parameters_of(request), "binary_data_output", False)
-    outputs = request.get("outputs", [{"name": "probabilities"}])
-    if not isinstance(outputs, list) or not 1 <= len(outputs) <= 2 or not all(isinstance(o, dict) for o in outputs):
+    outputs = request.get("outputs", [])
+    if not isinstance(outputs, list) or len(outputs) > 2 or not all(isinstance(o, dict) for o in outputs):
         raise Refusal(400, "outputs must be a list of probabilities, logits or both")
+    if not isinstance(request.get("id", ""), str):
+        raise Refusal(400, "id is no text")
     found = []
-    for output in outputs:
+    for output in outputs or [{"name": "probabilities"}]:
         parameters, name = parameters_of(output), output.get("name")
         top = parameters.get("classification", 0)
         if name not in ("probabilities", "logits") or name in (n for n, _, _ in found):
@@ -659,7 +661,7 @@ def infer_response(name, classes, request, outputs, logits):
             entry["data"] = strings if strings is not None else values.flatten().tolist()
         entries.append(entry)
     answer = dict(model_name=name, model_version=VERSION, outputs=entries)
-    if request and isinstance(request.get("id"), str):
+    if request and "id" in request:
         answer["id"] = request["id"][:1024]
     body = json.dumps(answer).encode()
     if not tails:
@@ -670,14 +672,17 @@ def infer_response(name, classes, request, outputs, logits):
 
 # ------------------------------------------------------------------------------------------- what describes itself
 
-def openapi():
-    """-> the OpenAPI 3.1 document"""
+GRAY_GIF = "R0lGODdhAQABAIEAAICAgAAAAAAAAAAAACwAAAAAAQABAAAIBAABBAQAOw=="  # one pixel, base64
+
+
+def openapi(models):
+    """names -> the OpenAPI 3.1 document"""
     text = {"schema": {"type": "string"}}
     anything = {"schema": {"type": "object"}}
     error = {"description": "A reason", "content": {"application/json": {"schema": {
         "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}}}
     name = {"name": "name", "in": "path", "required": True,
-            "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]+$"}}
+            "schema": {"type": "string", "enum": list(models)}}
     topk = {"name": "topk", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 999999}}
     encoded = {"schema": {"type": "string", "format": "binary"}}
     images = {"required": True, "content": {
@@ -687,12 +692,15 @@ def openapi():
     tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": {
         "name": {"enum": ["pixels", "image"]}, "datatype": {"enum": [*TYPES, "BYTES"]}, "data": {"type": "array"},
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "parameters": {"type": "object"}}}
-    inference = {"required": True, "content": {"application/json": {"schema": {
-        "type": "object", "required": ["inputs"], "properties": {
+    inference = {"required": True, "content": {"application/json": {
+        "example": {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [GRAY_GIF]}]},
+        "schema": {"type": "object", "required": ["inputs"], "properties": {
             "id": {"type": "string"}, "parameters": {"type": "object"},
             "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
-            "outputs": {"type": "array", "items": {"type": "object", "required": ["name"], "properties": {
-                "name": {"enum": ["probabilities", "logits"]}, "parameters": {"type": "object"}}}}}}}}}
+            "outputs": {"type": "array", "maxItems": 2, "items": {
+                "type": "object", "required": ["name"], "properties": {
+                    "name": {"enum": ["probabilities", "logits"]}, "parameters": {"type": "object"}}}}}}}}}
+    several = {"application/json": {"schema": {"type": "array", "items": anything["schema"]}}}
 
     def operation(summary, *parameters, body=None, content=None, errors=()):
         answers = {"200": {"description": "Success", "content": content or {"application/json": anything}},
@@ -718,7 +726,7 @@ def openapi():
         "/v2/models/{name}/config": {"get": operation("Triton's configuration", name, errors=(404,))},
         "/v2/models/{name}/stats": {"get": operation("Statistics", name, errors=(404,))},
         "/v2/models/{name}/infer": {"post": operation("Inference", name, body=inference, errors=busy)},
-        "/v2/repository/index": {"post": operation("The models", errors=(413,))}}
+        "/v2/repository/index": {"post": operation("The models", content=several, errors=(413,))}}
     return {"openapi": "3.1.0", "info": {"title": "ResNet-50", "version": VERSION}, "paths": paths}
 
 
@@ -1077,7 +1085,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self.server.metrics().encode()
 
     def description(self, match):
-        return as_json(openapi())
+        return as_json(openapi(self.server.models))
 
     def page(self, match):
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " \

@@ -1,4 +1,5 @@
 """serve.py: real clients where they are installed, the wire's odd corners by hand, answers against predict()."""
+import asyncio
 import contextlib
 import gzip
 import http.client
@@ -211,6 +212,17 @@ def test_pages_and_descriptions(server):
     assert ask(server, "GET", "/")[2].count(b"http://") == 0  # no outside resource
 
 
+def test_schemathesis(server, tmp_path):
+    """Requests drawn from /openapi.json, right ones and wrong ones, one after the other. Not asked: that what fits the
+    schema is accepted; no schema says which bytes are a picture."""
+    pytest.importorskip("schemathesis")
+    done = subprocess.run(
+        [os.path.join(os.path.dirname(sys.executable), "schemathesis"), "run", f"http://127.0.0.1:{server}/openapi.json",
+         "-n", "15", "--seed", "1", "--continue-on-failure", "--exclude-checks", "positive_data_acceptance"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+
+
 def test_metrics_are_prometheus(server):
     ask(server, "POST", "/predict", picture())
     text = ask(server, "GET", "/metrics")[2].decode()
@@ -317,6 +329,29 @@ def test_tritonclient(server, networks, binary_in, binary_out, packing):
     client.close()
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_kserve_rest_client(server, networks, binary):
+    kserve = pytest.importorskip("kserve")
+    pixels = photographs(3, 32, 32)
+    net = resnet50.build_model(resnet50.load_checkpoint(networks["int8"]), "int8")
+    wanted = resnet50.predict(net, pixels).softmax(1)
+
+    async def talk():
+        url, client = f"http://127.0.0.1:{server}", kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2"))
+        assert await client.is_server_live(url) and await client.is_server_ready(url)
+        assert await client.is_model_ready(url, "int8") and not await client.is_model_ready(url, "x")
+        tensor = kserve.InferInput("pixels", [3, 3, 32, 32], "UINT8")
+        tensor.set_data_from_numpy(pixels.contiguous().numpy(), binary_data=binary)
+        request = kserve.InferRequest(model_name="int8", infer_inputs=[tensor], request_id="k")
+        answer = await client.infer(url, request, model_name="int8")
+        assert answer.model_name == "int8" and answer.id == "k"
+        np.testing.assert_allclose(answer.outputs[0].as_numpy().reshape(3, 7), wanted.numpy(), rtol=1e-5)
+        with pytest.raises(Exception, match="Request for unknown model: 'x' is not found, '404"):
+            await client.infer(url, request, model_name="x")
+        await client.close()
+    asyncio.run(talk())
+
+
 @pytest.mark.parametrize("body, text", [
     (b"", "JSON"), (b"[]", "no object"), (b"{", "JSON"), (b'{"inputs": []}', "one tensor"),
     (b'{"inputs": [1]}', "one tensor"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"),
@@ -337,6 +372,7 @@ def test_tritonclient(server, networks, binary_in, binary_out, packing):
     (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits"}] * 5000), "outputs"),
     (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits", "parameters": {"classification": -1}}]), "numb"),
     (v2([1, 3, 32, 32], values=[0] * 3072, parameters=[]), "no object"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, id=1), "id is no text"),
     (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"binary_data_output": 1}), "boolean")],
     ids=lambda v: repr(v[:40]) if isinstance(v, bytes) else "")
 def test_wrong_tensors_are_a_400_with_a_reason(server, body, text):
@@ -713,15 +749,33 @@ def test_keys_and_tls(networks, tmp_path):
 
 
 def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
+    """Under load: nothing is lost but what the killed process had in work, one request of each client at most."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     process = start("--checkpoint", networks["float"], "--processes", 2, "--port", port, "--no-access-log", wait=False)
     children = [json.loads(process.stdout.readline())["pid"] for _ in range(2)]
     assert {json.loads(ask(port, "POST", "/predict", picture())[2])["model"] for _ in range(4)} == {"resnet50"}
+    lost, answered, over = [], [], threading.Event()
+
+    def go_on():
+        while not over.is_set():
+            try:
+                answered.append(ask(port, "POST", "/predict", picture())[0])
+            except ConnectionError as error:
+                lost.append(error)
+    clients = [threading.Thread(target=go_on) for _ in range(4)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: len(answered) >= 8)
     os.kill(children[0], signal.SIGKILL)
     assert json.loads(process.stdout.readline())["pid"] not in children
-    assert ask(port, "GET", "/healthz")[0] == 200
+    enough = len(answered) + 8
+    wait_until(lambda: len(answered) >= enough)
+    over.set()
+    for client in clients:
+        client.join()
+    assert set(answered) == {200} and len(lost) <= len(clients)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0 and "another takes its place" in process.stderr.read()
 
