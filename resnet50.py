@@ -479,8 +479,8 @@ def bf16_program(model):
 
 class FusedResNet50(Flat, ResNet50):
     """ResNet50 for inference: convolution, batch-norm, residual and ReLU are one operation of csrc/, in float32 or
-    bfloat16; from pixels in bfloat16 on a CPU with AMX the whole network is. What the weights are when it is made, it
-    keeps."""
+    bfloat16; from pixels in bfloat16 the whole network is, on a CPU that multiplies it (csrc.has_bf16). What the
+    weights are when it is made, it keeps."""
 
     def __init__(self, model, dtype):
         super().__init__(**model.config)
@@ -494,7 +494,7 @@ class FusedResNet50(Flat, ResNet50):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
         self.packed, self.one_call = None, True
         if dtype == torch.bfloat16 and device.type == "cpu" and self.config["attention"] == "none" \
-                and csrc.isa() == "amx":
+                and csrc.has_bf16():
             with torch.no_grad():
                 program = bf16_program(model)
             if all(v.isfinite().all() for step in program for v in step.values() if torch.is_tensor(v)):  # else an

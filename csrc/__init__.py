@@ -384,7 +384,7 @@ def pack_int8(weight, mult, bias, gain=None, weight2=None):
 
 
 def pack_bf16(weight, bias, weight2=None):
-    """bfloat16 (O, C, kh, kw), float32 (O), bfloat16 (O, C2, 1, 1) -> uint8 (bytes), as pack_int8, with AMX only."""
+    """bfloat16 (O, C, kh, kw), float32 (O), bfloat16 (O, C2, 1, 1) -> uint8 (bytes), as pack_int8, if has_bf16()."""
     return _native("pack_bf16", weight, bias, weight2)
 
 
@@ -394,7 +394,7 @@ def network_int8(pixels, plan, classes):
 
 
 def network_bf16(pixels, plan, classes):
-    """The same with a plan in bfloat16, on CPUs with AMX only."""
+    """The same with a plan in bfloat16, where has_bf16()."""
     return _native("network_bf16", pixels, plan, classes)
 
 
@@ -467,6 +467,14 @@ def isa():
         return "pytorch"
     one = torch.ones(1, dtype=torch.int32)
     return ISAS[int(pack_int8(one.to(torch.int8).view(1, 1, 1, 1), one, one)[4:8].view(torch.int32))]  # Packed.isa
+
+
+def has_bf16():
+    """Whether networks in bfloat16 run as one call: with AMX, or AVX-512 and its BF16 part."""
+    with contextlib.suppress(RuntimeError):
+        pack_bf16(torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.ones(1))
+        return True
+    return False
 
 
 def describe():

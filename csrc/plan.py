@@ -6,8 +6,9 @@ Steps are dicts in execution order; values name activations, the first reads "pi
   avgpool  x, out, mult              over H and W
   linear   x, weight, bias, scale    float32 logits
 
-Weights in bfloat16 make a network in bfloat16, for AMX: every convolution ends in a ReLU, biases are float32, the first
-reads pixels less the `centre` that its step names, uint8 (3), and nothing has mult, gain, scale or pad_value.
+Weights in bfloat16 make a network in bfloat16, where csrc.has_bf16(): every convolution ends in a ReLU, biases are
+float32, the first reads pixels less the `centre` that its step names, uint8 (3), and nothing has mult, gain, scale or
+pad_value.
 """
 import contextlib
 import hashlib

@@ -314,9 +314,11 @@ BF16 = dict(weight=torch.ones(8, 6, 3, 3).bfloat16().to(memory_format=NHWC), bia
             weight2=torch.ones(8, 5, 1, 1).bfloat16())  # tests/test_kernels.py has the values
 
 
-def test_bfloat16_networks_need_amx(native):
-    if csrc.isa() != "amx":
-        with pytest.raises(RuntimeError, match="pack_bf16: networks in bfloat16 need AMX"):
+def test_bfloat16_networks(native):
+    with open("/proc/cpuinfo") as f:
+        assert csrc.has_bf16() == (csrc.isa() in ("vnni", "amx") and " avx512_bf16" in f.read())
+    if not csrc.has_bf16():
+        with pytest.raises(RuntimeError, match="pack_bf16: networks in bfloat16 need AVX-512 BF16"):
             csrc.pack_bf16(*BF16.values())
         return
     torch.library.opcheck(operation("pack_bf16").default, tuple(BF16.values()))

@@ -443,11 +443,11 @@ def test_fused_equals_the_plain_network(pair, dtype, floor):
 
 @pytest.mark.parametrize("size", [(75, 50), (64, 64), (33, 47)])
 def test_fused_bfloat16_from_pixels(pair, size):
-    """float32 logits, with AMX by one call: at most twice the error of PyTorch's own bfloat16, and then the same bits
-    in batches of any size, by any number of threads."""
+    """float32 logits, by one call where the CPU can: at most twice the error of PyTorch's own bfloat16, and then the
+    same bits in batches of any size, by any number of threads."""
     model, _ = pair
     pixels, fused = photographs(9, *size, seed=5), resnet50.fuse(model, torch.bfloat16)
-    assert (fused.plan() is not None) == (csrc.isa() == "amx" and model.config["attention"] == "none")
+    assert (fused.plan() is not None) == (csrc.has_bf16() and model.config["attention"] == "none")
     x = resnet50.normalize(pixels, model.preprocess)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
@@ -467,7 +467,7 @@ def test_fused_bfloat16_from_pixels(pair, size):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_fused_weights_that_are_no_numbers_stay_where_they_are(value):
-    """What is packed for AMX has zeros behind a tap, and zero times infinity is no number: such weights are not."""
+    """What is packed for one call has zeros behind a tap, and zero times infinity is no number: these are not."""
     model = build("plain")
     with torch.no_grad():
         model.fc.weight[2, 5] = value

@@ -280,6 +280,7 @@ def narrow_bf16(pixels):
     return narrow(pixels, Bf16Network)
 
 
+BF16_ISAS = "vnni", "amx"
 NETWORKS = [(standard, 1, 45, 59), (standard, 11, 17, 23), (standard, 8, 8, 9), (narrow, 3, 13, 9), (narrow, 8, 5, 4),
             (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17), (standard_bf16, 1, 45, 59),
             (standard_bf16, 11, 17, 23), (narrow_bf16, 3, 13, 9), (narrow_bf16, 8, 5, 4)]
@@ -302,7 +303,7 @@ def networks(library, tmp_path_factory):
         pixels = np.random.default_rng(i).integers(0, 256, (n, h, w, 3), np.uint8)
         steps = make(pixels)
         plans = {}
-        for isa in ISAS if steps[0]["weight"].dtype == torch.int8 else ["amx"]:
+        for isa in ISAS if steps[0]["weight"].dtype == torch.int8 else BF16_ISAS:
             kernels.use(isa)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(csrc.plan, "load", lambda: True)
@@ -423,9 +424,10 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "float past 2^24": ("pack.cpp", "reach >= 1 << 24", "reach >= (1 << 24) + FAULT", "vnni,amx", "extremes"),
     "no clamp after double": ("epilogue512.h", "return _mm512_max_epi32",
                               "if (FAULT) return y; return _mm512_max_epi32", "vnni,amx", "extremes"),
-    "panel's last channels": ("epilogue512.h", "left >= 64 ?", "left >= (FAULT ? 0 : 64) ?", "vnni,amx", "odd"),
-    "rows of a pass": ("conv_vnni.cpp", "case 5: multiply<5>",
-                       "case 5: FAULT ? multiply<4>(conv, m, p, acc) : multiply<5>", "vnni", "odd"),
+    "panel's last channels": ("epilogue512.h", "valid = left >= 64", "valid = left >= (FAULT ? 0 : 64)", "vnni,amx",
+                              "odd"),
+    "rows of a pass": ("conv_vnni.cpp", "case 5: multiply<5, BYTES>",
+                       "case 5: FAULT ? multiply<4, BYTES>(conv, m, p, acc) : multiply<5, BYTES>", "vnni", "odd"),
     "second operand": ("conv_vnni.cpp", "in = conv.in[s];", "in = conv.in[FAULT ? 0 : s];", "vnni", "odd"),
     "dropped row stored": ("conv_amx.cpp", "if (offset >= 0) epi", "if (FAULT || offset >= 0) epi", "amx", "sweeps"),
     "tap": ("conv_amx.cpp", "a1 + *tap, lda", "a1 + (FAULT && tap > in.taps ? tap[-1] : *tap), lda", "amx", "odd"),
@@ -452,19 +454,21 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                             "plain", "network"),
     "window of the maximum": ("pooling.cpp", "clamp(2 * x - 1 + i,", "clamp(2 * x - 1 + i + FAULT,",
                               "plain", "network"),
-    "bf16: second half of a row": ("conv_amx.cpp", "half_row(acc + 32, from + 64",
-                                   "half_row(acc + 32, from + (FAULT ? 32 : 64)", "amx", "network"),
-    "bf16: last channels": ("conv_amx.cpp", "left > 32 ?", "left > (FAULT ? 64 : 32) ?", "amx", "network"),
-    "bf16: residual's other half": ("conv_amx.cpp", "extracti64x4_epi64(sum, 1)", "extracti64x4_epi64(sum, !FAULT)",
-                                    "amx", "network"),
-    "bf16: no ReLU": ("conv_amx.cpp", "_mm512_max_ps(zero, low)", "_mm512_max_ps(FAULT ? low : zero, low)", "amx",
+    "bf16: second half of a row": ("epilogue512.h", "half_row(acc + 32, from + 64",
+                                   "half_row(acc + 32, from + (FAULT ? 32 : 64)", "vnni,amx", "network"),
+    "bf16: last channels": ("epilogue512.h", "left > 32 ?", "left > (FAULT ? 64 : 32) ?", "vnni,amx", "network"),
+    "bf16: residual's other half": ("epilogue512.h", "extracti64x4_epi64(sum, 1)", "extracti64x4_epi64(sum, !FAULT)",
+                                    "vnni,amx", "network"),
+    "bf16: no ReLU": ("epilogue512.h", "_mm512_max_ps(zero, low)", "_mm512_max_ps(FAULT ? low : zero, low)", "amx",
                       "network"),
-    "bf16: logits of a panel": ("conv_amx.cpp", "4 * std::min(WIDTH,", "4 * std::min(FAULT ? 32 : WIDTH,", "amx",
-                                "network"),
-    "bf16: no centre": ("network.cpp", "type == Type::bf16 ?", "type == Type::bf16 && !FAULT ?", "amx", "network"),
-    "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "amx", "network"),
+    "bf16: logits of a panel": ("conv_plain.cpp", "size_t(std::min(w.width,", "size_t(std::min(FAULT ? 32 : w.width,",
+                                "vnni,amx", "network"),
+    "bf16: panel of a row": ("conv_vnni.cpp", "WIDTH * Epilogue::BYTES", "WIDTH * (FAULT ? 1 : Epilogue::BYTES)",
+                             "vnni", "network"),
+    "bf16: no centre": ("network.cpp", "type == Type::bf16 ?", "type == Type::bf16 && !FAULT ?", "vnni,amx", "network"),
+    "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "vnni,amx", "network"),
     "bf16: order of maxima": ("pooling.cpp", "max_pool_of<uint16_t>", "(FAULT ? max_pool_of<uint8_t> : "
-                              "max_pool_of<uint16_t>)", "amx", "network"),
+                              "max_pool_of<uint16_t>)", "vnni,amx", "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
 }
 
@@ -548,7 +552,7 @@ def loops(path):
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize("instruction, kernel, most, variants", [
-    ("vpdpbusd", "multiply", 24, 6),  # at most: 6 rows x 4 registers
+    ("vpdpbusd", "multiply", 24, 6), ("vdpbf16ps", "multiply", 24, 6),  # at most: 6 rows x 4 registers
     ("tdpbusd", "sweep", 4, 9), ("tdpbf16ps", "sweep", 4, 9)])  # 2 x 2 tiles
 def test_loops_stay_in_registers(builds, instruction, kernel, most, variants):
     """The loops around the multiplies, as -O3 compiles them: no vector goes to the stack or comes from it, no function

@@ -123,8 +123,8 @@ struct PackedShape {  // what packing needs to know; weights are (o, taps, k) el
 // int32.
 void pack_int8(Isa, const PackedShape&, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate);
-// Weights bfloat16, bias float32 (o), for AMX.
-void pack_bf16(const PackedShape&, const uint16_t* const weight[2], const float* bias,
+// Weights bfloat16, bias float32 (o), for Isa::vnni and amx.
+void pack_bf16(Isa, const PackedShape&, const uint16_t* const weight[2], const float* bias,
                const std::function<uint8_t*(int64_t)>& allocate);
 
 }  // namespace r50

@@ -29,43 +29,6 @@ constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panel
 constexpr int HEAVY_BYTES = 768 << 10;  // of weights that will not stay in L2
 constexpr int FEW = 8;  // units; with so few per panel the weights are used hardly faster than they arrive
 
-// What Epilogue512 is for int8, for bfloat16: the accumulators have bias and scale in them already.
-template <bool residual_>
-struct EpilogueBf16 {
-  static constexpr bool residual = residual_;
-  static constexpr int BYTES = 2;  // of a result
-  __mmask32 valid0, valid1;
-
-  EpilogueBf16(const Packed& w, int p) {
-    const int left = w.o - p * WIDTH;
-    valid0 = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-    valid1 = left >= 64 ? ~__mmask32(0) : left > 32 ? (__mmask32(1) << (left - 32)) - 1 : 0;
-  }
-
-  static R50_INLINE __m512 wide(__m256i half) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-
-  // 32 channels. A NaN stays one, as the maximum's second operand; cleared signs leave no -0, so that the order of
-  // results is that of their bits, as max_pool needs it.
-  static R50_INLINE void half_row(const int32_t* acc, const uint8_t* from, uint8_t* to, __mmask32 valid) {
-    __m512 low = _mm512_load_ps(acc), high = _mm512_load_ps(acc + 16);
-    if constexpr (residual) {
-      const __m512i sum = _mm512_maskz_loadu_epi16(valid, from);
-      low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(sum)));
-      high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(sum, 1)));
-    }
-    const __m512 zero = _mm512_castsi512_ps(_mm512_setzero_si512());
-    const __m512bh y = _mm512_cvtne2ps_pbh(_mm512_max_ps(zero, high), _mm512_max_ps(zero, low));
-    _mm512_mask_storeu_epi16(to, valid, _mm512_and_si512((__m512i)y, _mm512_set1_epi32(0x7fff7fff)));
-  }
-
-  R50_INLINE void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
-    half_row(acc, from, to, valid0);
-    half_row(acc + 32, from + 64, to + 64, valid1);
-  }
-};
-
 // A unit whose rows wait in the scratch, or, on the way there, is multiplied.
 struct Unit {
   int32_t* acc = nullptr;
@@ -245,12 +208,7 @@ void wide_rows(const Conv& conv, int m0, int m1, int p0, int p1) {
         store_half(acc + HALF * h);
       }
       for (int r = 0; r < unit.rows; r++)
-        if (const int64_t offset = conv.outs[m + r]; offset >= 0) {
-          if constexpr (BYTES == 1)
-            finish_row(conv, m + r, p, acc + r * WIDTH);
-          else
-            std::memcpy(conv.out + offset + p * WIDTH * 4, acc + r * WIDTH, 4 * std::min(WIDTH, conv.w->o - p * WIDTH));
-        }
+        if (conv.outs[m + r] >= 0) finish_row(conv, m + r, p, acc + r * WIDTH);
     }
 }
 
@@ -276,16 +234,12 @@ void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) {
     else
       sweep<Epilogue, 4>(conv, m0, m1, p0, p1, block);
   };
-  if (conv.kind == Out::u8)
+  if (conv.kind == Out::u8 || conv.kind == Out::bf16)
     with_epilogue(conv, run);
-  else if (conv.kind == Out::bf16 && conv.residual)
-    run.template operator()<EpilogueBf16<true>>();
-  else if (conv.kind == Out::bf16)
-    run.template operator()<EpilogueBf16<false>>();
-  else if (conv.w->type == Type::bf16)
-    wide_rows<2>(conv, m0, m1, p0, p1);
-  else
+  else if (conv.w->type == Type::int8)
     wide_rows<1>(conv, m0, m1, p0, p1);
+  else
+    wide_rows<2>(conv, m0, m1, p0, p1);
   tile_release();
 }
 

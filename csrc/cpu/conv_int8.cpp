@@ -67,9 +67,9 @@ void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weigh
 
 void pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,
                const uint16_t* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate) {
-  if (isa() != Isa::amx) throw std::runtime_error("pack_bf16: networks in bfloat16 need AMX");
+  if (!has_avx512_bf16()) throw std::runtime_error("pack_bf16: networks in bfloat16 need AVX-512 BF16");
   const uint16_t* const weights[2] = {weight, weight2};
-  pack_bf16(merged(o, kh, kw, c, c2), weights, bias, allocate);
+  pack_bf16(isa(), merged(o, kh, kw, c, c2), weights, bias, allocate);
 }
 
 void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {

@@ -1,4 +1,6 @@
 // The definition in plain loops; every other kernel gives these bits.
+#include <algorithm>
+#include <cstring>
 #include <new>
 
 #if defined(__linux__)
@@ -11,6 +13,10 @@ namespace r50 {
 
 void finish_row(const Conv& conv, int m, int p, const int32_t* acc) {
   const Packed& w = *conv.w;
+  if (w.type == Type::bf16) {  // logits, and acc holds floats
+    std::memcpy(conv.out + conv.outs[m] + p * w.width * 4, acc, size_t(std::min(w.width, w.o - p * w.width)) * 4);
+    return;
+  }
   const int32_t hidden = w.rounding == BIASED ? MAGIC_BITS : 0;  // what pack_int8 put into the start of the accumulator
   for (int c = 0, n = p * w.width; c < w.width && n < w.o; c++, n++) {
     const int at = panel_position(Isa(w.isa), c);

@@ -1,6 +1,7 @@
-// From 64 finished accumulators per row to 64 bytes, for the AVX-512 kernels. Included under their target pragma.
+// From 64 finished accumulators per row to 64 bytes or bfloat16, for the AVX-512 kernels. Included under their target
+// pragma.
 //
-// Register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low 16 bits
+// int8: register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low 16 bits
 // of each lane are the rounded value, registers 2h and 2h + 1 are merged into 16-bit words, and one packus puts all 64
 // channels in order. That is 4 fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a residual
 // adds a load, 2 unpacks and 4 vpdpwssd.
@@ -69,10 +70,49 @@ struct Epilogue512 {
   }
 };
 
-// run.template operator()<Epilogue512<...>>() for this convolution
+// What Epilogue512 is for int8, for bfloat16: the accumulators have bias and scale in them already.
+template <bool residual_>
+struct EpilogueBf16 {
+  static constexpr bool residual = residual_;
+  static constexpr int BYTES = 2;  // of a result
+  __mmask32 valid0, valid1;
+
+  EpilogueBf16(const Packed& w, int p) {
+    const int left = w.o - p * 64;
+    valid0 = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+    valid1 = left >= 64 ? ~__mmask32(0) : left > 32 ? (__mmask32(1) << (left - 32)) - 1 : 0;
+  }
+
+  static R50_INLINE __m512 wide(__m256i half) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  }
+
+  // 32 channels. A NaN stays one, as the maximum's second operand; cleared signs leave no -0, so that the order of
+  // results is that of their bits, as max_pool needs it.
+  static R50_INLINE void half_row(const int32_t* acc, const uint8_t* from, uint8_t* to, __mmask32 valid) {
+    __m512 low = _mm512_load_ps(acc), high = _mm512_load_ps(acc + 16);
+    if constexpr (residual) {
+      const __m512i sum = _mm512_maskz_loadu_epi16(valid, from);
+      low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(sum)));
+      high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(sum, 1)));
+    }
+    const __m512 zero = _mm512_castsi512_ps(_mm512_setzero_si512());
+    const __m512bh y = _mm512_cvtne2ps_pbh(_mm512_max_ps(zero, high), _mm512_max_ps(zero, low));
+    _mm512_mask_storeu_epi16(to, valid, _mm512_and_si512((__m512i)y, _mm512_set1_epi32(0x7fff7fff)));
+  }
+
+  R50_INLINE void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
+    half_row(acc, from, to, valid0);
+    half_row(acc + 32, from + 64, to + 64, valid1);
+  }
+};
+
+// run.template operator()<the epilogue>() for this convolution, of Out::u8 or Out::bf16
 template <class Run>
 void with_epilogue(const Conv& conv, Run&& run) {
   const bool residual = conv.residual != nullptr;
+  if (conv.kind == Out::bf16)
+    return residual ? run.template operator()<EpilogueBf16<true>>() : run.template operator()<EpilogueBf16<false>>();
   switch (conv.w->rounding) {
     case BIASED:
       return residual ? run.template operator()<Epilogue512<BIASED, true>>()

@@ -38,7 +38,7 @@ void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
                const int32_t* mult, const int32_t* bias, const int32_t* gain,
                const std::function<uint8_t*(int64_t)>& allocate);
-// The same in bfloat16, for AMX only; bias float32.
+// The same in bfloat16, where has_avx512_bf16(); bias float32.
 void pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,
                const uint16_t* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate);
 

@@ -190,9 +190,9 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
 }
 
 // The pairs of bytes of a bfloat16 lie where two int8 weights would.
-void pack_bf16(const PackedShape& s, const uint16_t* const weight[2], const float* bias,
+void pack_bf16(Isa isa, const PackedShape& s, const uint16_t* const weight[2], const float* bias,
                const std::function<uint8_t*(int64_t)>& allocate) {
-  const Packed h = header(Isa::amx, s, Type::bf16);
+  const Packed h = header(isa, s, Type::bf16);
   uint8_t* bytes = allocate(h.bytes);
   std::memset(bytes, 0, h.bytes);
   std::memcpy(bytes, &h, sizeof h);
@@ -205,7 +205,7 @@ void pack_bf16(const PackedShape& s, const uint16_t* const weight[2], const floa
       const uint16_t* w = weight[i] + int64_t(n) * s.taps[i] * s.k[i];
       for (int t = 0; t < s.taps[i]; t++, first += h.kpad[i])
         for (int k = 0; k < s.k[i]; k++)
-          std::memcpy(panel + panel_offset(Isa::amx, h.ktotal, first + 2 * k, at), w++, 2);
+          std::memcpy(panel + panel_offset(isa, h.ktotal, first + 2 * k, at), w++, 2);
     }
   }
 }

@@ -63,11 +63,14 @@ To saturate(From x) {
             : x > From(std::numeric_limits<To>::max()) ? std::numeric_limits<To>::max() : x);
 }
 
+inline float flushed(float x) {  // denormals are zeros
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
+
 // float32 -> bfloat16 as VCVTNE2PS2PBF16 does: half to even, a NaN quiet, denormals to zeros
 inline uint16_t half(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x), sign = bits & 0x80000000;
+  const uint32_t bits = std::bit_cast<uint32_t>(flushed(x));
   if (std::isnan(x)) return uint16_t(bits >> 16 | 0x40);
-  if (std::fabs(x) < std::numeric_limits<float>::min()) return uint16_t(sign >> 16);
   const uint32_t kept = bits >> 16, rest = bits & 0xffff;
   return uint16_t(kept + (rest > 0x8000 || (rest == 0x8000 && kept & 1)));
 }
@@ -205,6 +208,16 @@ inline __m512i _mm512_dpbusd_epi32(const __m512i& sum, const __m512i& a, const _
     int32_t dot = 0;
     for (int j = 4 * i; j < 4 * i + 4; j++) dot += x[j] * y[j];
     return int32_t(uint32_t(sum.lane[i]) + uint32_t(dot));
+  });
+}
+// Even and odd products are two steps of fma; denormals count as zeros whatever MXCSR says.
+inline __m512 _mm512_dpbf16_ps(const __m512& sum, const __m512bh& a, const __m512bh& b) {
+  const auto x = emulated::lanes<uint16_t>(a), y = emulated::lanes<uint16_t>(b);
+  const auto wide = [](uint16_t bits) { return emulated::flushed(std::bit_cast<float>(uint32_t(bits) << 16)); };
+  return emulated::each<__m512>([&](int i) {
+    const float odd = emulated::flushed(
+        std::fma(wide(x[2 * i + 1]), wide(y[2 * i + 1]), emulated::flushed(sum.lane[i])));
+    return emulated::flushed(std::fma(wide(x[2 * i]), wide(y[2 * i]), odd));
   });
 }
 inline __m512i _mm512_dpwssd_epi32(const __m512i& sum, const __m512i& a, const __m512i& b) {

@@ -57,6 +57,7 @@ Bytes filled(int64_t bytes, int value) {  // of exactly this size: AddressSaniti
 }  // namespace
 
 Isa isa() { return Isa(chosen.load()); }
+bool has_avx512_bf16() { return isa() >= Isa::vnni; }
 
 // A convolution in layouts that conv_int8 does not use, in parts as a network's threads would take them.
 struct Sweep {
