@@ -54,6 +54,13 @@ struct Packed {  // header of the blob; all offsets in bytes from its start
   }
 };
 
+struct Slice {  // k contiguous bytes of every row at this offset, which meet the weights from `at` on of a panel's k
+  int32_t operand, offset, k, at;
+};
+struct Segment {  // rows up to `end`, which read slices [first, last): others would read zeros around the image
+  int32_t end, first, last;
+};
+
 struct Operand {
   const uint8_t* a = nullptr;
   const int32_t* rows = nullptr;  // one per output row
@@ -69,6 +76,8 @@ struct Conv {
   uint8_t* out = nullptr;
   const uint8_t* residual = nullptr;  // at the same offsets as the output, and may be the output
   const int32_t* outs = nullptr;      // byte offset per row, or -1 for a row that is computed and dropped
+  const Segment* segments = nullptr;  // AVX2 and VNNI, in place of taps; the last one ends at m
+  const Slice* slices = nullptr;
   int m = 0;
   Out kind = Out::u8;
   const float* f32_scale = nullptr;  // (o), for Out::f32 of int8

@@ -85,11 +85,16 @@ struct Leaving {
         ahead_rows(std::max(0, std::min(next.m, conv.m - ROWS)) - unit.m),  // the last unit may be shorter
         left(unit.rows), fetches(conv.block & 1) {}
 
+  R50_INLINE void finish(const int32_t* sums, const uint8_t* from, uint8_t* to) const {
+    epilogue.row(_mm512_load_si512(sums), _mm512_load_si512(sums + 16), _mm512_load_si512(sums + 32),
+                 _mm512_load_si512(sums + 48), from, to);
+  }
+
   R50_INLINE void step() {
     if (left <= 0) return;
     for (int i = 0; i < RATE; i++) {
       const int64_t offset = outs[i];
-      if (offset >= 0) epilogue.row(acc + i * WIDTH, residual + offset, out + offset);
+      if (offset >= 0) finish(acc + i * WIDTH, residual + offset, out + offset);
       if (fetches)
         for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(ahead + outs[i + ahead_rows] + line, 1);
     }

@@ -81,15 +81,15 @@ inline __m256i load(const int8_t* b) { return _mm256_loadu_si256(reinterpret_cas
 // four u8 * s8 products per lane, where no pair saturates
 inline __m256i dot(__m256i a, __m256i b) { return _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)); }
 
-// acc (R x 16) = low parts by the weights of k0 <= k < k1, plus acc, or plus `start` (16) where k0 is 0
+// acc (R x 16) = low parts by the weights of k0 <= k < k1, plus `start` (16), or where this is null plus acc
 template <int R>
 inline void multiply_low(const uint8_t* low, int lda, const int8_t* b, int k0, int k1, const int32_t* start,
                          int32_t* acc) {
   __m256i sum[R][2];
   auto* sums = reinterpret_cast<__m256i*>(acc);
-  const auto* from = k0 ? sums : reinterpret_cast<const __m256i*>(start);
+  const auto* from = start ? reinterpret_cast<const __m256i*>(start) : sums;
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < 2; v++) sum[r][v] = _mm256_load_si256(from + (k0 ? 2 * r : 0) + v);
+    for (int v = 0; v < 2; v++) sum[r][v] = _mm256_load_si256(from + (start ? 0 : 2 * r) + v);
   b += k0 * WIDTH;
   for (int k = k0; k < k1; k += 8, b += 8 * WIDTH) {
     const __m256i b00 = load(b), b01 = load(b + 32), b10 = load(b + 64), b11 = load(b + 96);
@@ -278,6 +278,21 @@ void tiles(int rows, F&& f) {
   }
 }
 
+// body(k, end) for each run of k that a segment multiplies: slices side by side are one; an empty one where it has none
+template <class Body>
+void each_run(const Conv& conv, const Segment& segment, Body&& body) {
+  int k = 0, end = 0;
+  for (int i = segment.first; i < segment.last; i++) {
+    const Slice& slice = conv.slices[i];
+    if (slice.at != end) {
+      if (k < end) body(k, end);
+      k = slice.at;
+    }
+    end = slice.at + (slice.k + 7) / 8 * 8;
+  }
+  body(k, end);
+}
+
 // Convolutions with several short runs per row. The rows of a block lie in one region, which is copied with what a
 // rounded-up run reads behind it.
 void conv_words(const Conv& conv, int run, int m0, int m1, int p0, int p1) {
@@ -326,8 +341,10 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
   auto* const highs = reinterpret_cast<High*>(ones + plane);
   const Finish done = finish_function(conv);
   bool dense = false;  // once a block is, the others are taken to be
-  for (int m = m0; m < m1; m += block) {
-    const int rows = std::min(block, m1 - m);
+  const Segment* segment = conv.segments;
+  for (int m = m0, rows; m < m1; m += rows) {
+    while (segment->end <= m) segment++;
+    rows = std::min({block, m1 - m, segment->end - m});
     High* high = dense ? nullptr : highs;
     for (int r = 0; r < rows; r++) {
       int at = 0;
@@ -345,11 +362,16 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
     }
     for (int p = p0; p < p1; p++) {
       alignas(32) int32_t acc[TILES * ROWS * WIDTH];
-      for (int k = 0; k < w.ktotal; k += K_CHUNK)
-        tiles(rows, [&]<int R>(int r) {
-          multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(w.ktotal, k + K_CHUNK), w.start(p),
-                          acc + r * WIDTH);
-        });
+      const int32_t* start = w.start(p);
+      each_run(conv, *segment, [&](int k, int end) {
+        do {
+          tiles(rows, [&]<int R>(int r) {
+            multiply_low<R>(low + r * lda, lda, w.panel(p), k, std::min(end, k + K_CHUNK), start, acc + r * WIDTH);
+          });
+          start = nullptr;
+          k += K_CHUNK;
+        } while (k < end);
+      });
       if (dense || w.fix_start()[p] < w.fix_start()[p + 1])
         tiles(rows, [&]<int R>(int r) {
           multiply_rest<R>(w, p, raw + r * lda, dense ? ones + r * lda : nullptr, lda, acc + r * WIDTH);

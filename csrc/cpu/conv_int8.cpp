@@ -102,7 +102,7 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
                                       nullptr, padded(1));
       Tables tables;
       tables.build(of_group, window, Layout(images, oh, ow, int(a.o), 0), x2 ? &x2->layout : nullptr, int(a.stride2_h),
-                   int(a.stride2_w), 1, alignment(), w);
+                   int(a.stride2_w), 1, alignment(), w, !a.pad_value);
       conv.w = w;
       tables.attach(conv, w->operands);
       conv.in[0].a = x.data + g * cg;

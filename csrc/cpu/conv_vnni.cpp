@@ -2,6 +2,8 @@
 // Register tile: 6 rows x 64 channels = 24 accumulators, 4 registers of weights, 1 broadcast of 4 bytes.
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "conv.h"
 
@@ -24,77 +26,102 @@ R50_INLINE __m512i dot(__m512i sum, __m512i x, __m512i weights) {
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)x, (__m512bh)weights));
 }
 
-template <int R, int BYTES>
-void multiply(const Conv& conv, int m, int p, int32_t* acc) {
+// 32-bit results, for the last layer
+template <int BYTES_>
+struct Wide {
+  static constexpr int BYTES = BYTES_;
+  Wide(const Packed&, int) {}
+};
+
+// f(0) ... f(N - 1) with constants: an array that is indexed by nothing else is made of registers
+template <int N, class F>
+R50_INLINE void each(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I>()), ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
+// The rows m ... m + R of one panel, from the start of their accumulators to the output.
+template <int R, class Epilogue>
+void multiply(const Conv& conv, const Segment& segment, int m, int p) {
   const Packed& w = *conv.w;
   __m512i sum[R][4];
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < 4; v++) sum[r][v] = _mm512_load_si512(w.start(p) + 16 * v);
-  const int8_t* b = w.panel(p);
-  for (int s = 0; s < w.operands; s++) {
-    const Operand& in = conv.in[s];
-    const uint8_t* rows[R];
-    for (int r = 0; r < R; r++) rows[r] = in.a + in.rows[m + r];
-    for (int t = 0; t < in.ntaps; t++) {
-      const int32_t tap = in.taps[t];
-      for (int k = 0; k < in.k; k += 4, b += 4 * WIDTH) {
-        __m512i weights[4];
-        for (int v = 0; v < 4; v++) weights[v] = _mm512_load_si512(b + 64 * v);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-          int32_t four;
-          std::memcpy(&four, rows[r] + tap + k, 4);
-          const __m512i x = _mm512_set1_epi32(four);
-          for (int v = 0; v < 4; v++) sum[r][v] = dot<BYTES>(sum[r][v], x, weights[v]);
+  each<4 * R>([&](auto i) __attribute__((always_inline)) {
+    sum[i / 4][i % 4] = _mm512_load_si512(w.start(p) + 16 * (i % 4));
+  });
+  const uint8_t* rows[2][R];
+  for (int s = 0; s < w.operands; s++)
+    for (int r = 0; r < R; r++) rows[s][r] = conv.in[s].a + conv.in[s].rows[m + r];
+  for (int i = segment.first; i < segment.last; i++) {
+    const Slice& slice = conv.slices[i];
+    const int8_t* b = w.panel(p) + int64_t(slice.at) * WIDTH;
+    const uint8_t* x[R];
+    for (int r = 0; r < R; r++) x[r] = rows[slice.operand][r] + slice.offset;
+    for (int k = 0; k < slice.k; k += 4, b += 4 * WIDTH) {
+      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+      const __m512i b2 = _mm512_load_si512(b + 128), b3 = _mm512_load_si512(b + 192);
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        int32_t four;
+        std::memcpy(&four, x[r] + k, 4);
+        const __m512i values = _mm512_set1_epi32(four);
+        sum[r][0] = dot<Epilogue::BYTES>(sum[r][0], values, b0);
+        sum[r][1] = dot<Epilogue::BYTES>(sum[r][1], values, b1);
+        sum[r][2] = dot<Epilogue::BYTES>(sum[r][2], values, b2);
+        sum[r][3] = dot<Epilogue::BYTES>(sum[r][3], values, b3);
+      });
+    }
+  }
+  const Epilogue epilogue(w, p);
+  each<R>([&](auto r) __attribute__((always_inline)) {
+    const int32_t out = conv.outs[m + r];
+    if (out < 0) return;
+    if constexpr (std::is_same_v<Epilogue, Wide<Epilogue::BYTES>>) {
+      alignas(64) int32_t acc[WIDTH];
+      each<4>([&](auto v) __attribute__((always_inline)) { _mm512_store_si512(acc + 16 * v, sum[r][v]); });
+      finish_row(conv, m + r, p, acc);
+    } else {
+      const int64_t offset = out + int64_t(p) * WIDTH * Epilogue::BYTES;
+      epilogue.row(sum[r][0], sum[r][1], sum[r][2], sum[r][3], conv.residual + offset, conv.out + offset);
+    }
+  });
+}
+
+template <class Epilogue>
+void sweep(const Conv& conv, int m0, int m1, int p0, int p1) {
+  const int block =
+      conv.block ? conv.block : std::clamp(BLOCK_BYTES / conv.w->ktotal / ROWS * ROWS, 4 * ROWS, 128 * ROWS);
+  const Segment* segment = conv.segments;
+  for (int first = m0; first < m1; first += block) {
+    while (segment->end <= first) segment++;
+    const int end = std::min(m1, first + block);
+    for (int p = p0; p < p1; p++) {
+      const Segment* here = segment;
+      for (int m = first, rows; m < end; m += rows) {
+        here += here->end <= m;
+        rows = std::min({ROWS, end - m, here->end - m});
+        switch (rows) {
+          case 1: multiply<1, Epilogue>(conv, *here, m, p); break;
+          case 2: multiply<2, Epilogue>(conv, *here, m, p); break;
+          case 3: multiply<3, Epilogue>(conv, *here, m, p); break;
+          case 4: multiply<4, Epilogue>(conv, *here, m, p); break;
+          case 5: multiply<5, Epilogue>(conv, *here, m, p); break;
+          default: multiply<6, Epilogue>(conv, *here, m, p);
         }
       }
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int v = 0; v < 4; v++) _mm512_store_si512(acc + r * WIDTH + 16 * v, sum[r][v]);
-}
-
-template <int BYTES, class Finish>
-void sweep(const Conv& conv, int m0, int m1, int p0, int p1, Finish&& finish) {
-  const int block =
-      conv.block ? conv.block : std::clamp(BLOCK_BYTES / conv.w->ktotal / ROWS * ROWS, 4 * ROWS, 128 * ROWS);
-  for (int first = m0; first < m1; first += block)
-    for (int p = p0; p < p1; p++)
-      for (int m = first, end = std::min(m1, first + block); m < end; m += ROWS) {
-        alignas(64) int32_t acc[ROWS * WIDTH];
-        const int rows = std::min(ROWS, end - m);
-        switch (rows) {
-          case 1: multiply<1, BYTES>(conv, m, p, acc); break;
-          case 2: multiply<2, BYTES>(conv, m, p, acc); break;
-          case 3: multiply<3, BYTES>(conv, m, p, acc); break;
-          case 4: multiply<4, BYTES>(conv, m, p, acc); break;
-          case 5: multiply<5, BYTES>(conv, m, p, acc); break;
-          default: multiply<6, BYTES>(conv, m, p, acc);
-        }
-        finish(m, rows, p, acc);
-      }
 }
 
 }  // namespace
 
 void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) {
-  if (conv.kind != Out::u8 && conv.kind != Out::bf16) {
-    const auto finish = [&](int m, int rows, int p, const int32_t* acc) {
-      for (int r = 0; r < rows; r++)
-        if (conv.outs[m + r] >= 0) finish_row(conv, m + r, p, acc + r * WIDTH);
-    };
-    return conv.w->type == Type::int8 ? sweep<1>(conv, m0, m1, p0, p1, finish)
-                                      : sweep<2>(conv, m0, m1, p0, p1, finish);
-  }
-  with_epilogue(conv, [&]<class Epilogue>() {
-    sweep<Epilogue::BYTES>(conv, m0, m1, p0, p1, [&](int m, int rows, int p, const int32_t* acc) {
-      const Epilogue epilogue(*conv.w, p);
-      for (int r = 0; r < rows; r++) {
-        const int64_t offset = conv.outs[m + r] + int64_t(p) * WIDTH * Epilogue::BYTES;
-        if (conv.outs[m + r] >= 0) epilogue.row(acc + r * WIDTH, conv.residual + offset, conv.out + offset);
-      }
-    });
-  });
+  const auto run = [&]<class Epilogue>() { sweep<Epilogue>(conv, m0, m1, p0, p1); };
+  if (conv.kind == Out::u8 || conv.kind == Out::bf16)
+    with_epilogue(conv, run);
+  else if (conv.w->type == Type::int8)
+    run.template operator()<Wide<1>>();
+  else
+    run.template operator()<Wide<2>>();
 }
 
 }  // namespace r50

@@ -1,10 +1,9 @@
-// From 64 finished accumulators per row to 64 bytes or bfloat16, for the AVX-512 kernels. Included under their target
-// pragma.
+// From 64 finished accumulators per row to 64 results, for the AVX-512 kernels. Included under their target pragma.
 //
-// int8: register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low 16 bits
-// of each lane are the rounded value, registers 2h and 2h + 1 are merged into 16-bit words, and one packus puts all 64
-// channels in order. That is 4 fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a residual
-// adds a load, 2 unpacks and 4 vpdpwssd.
+// int8: register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low
+// 16 bits of each lane are the rounded value, registers 2h and 2h + 1 are merged into 16-bit words, and one packus puts
+// all 64 channels in order. That is 4 fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a
+// residual adds a load, 2 unpacks and 4 vpdpwssd.
 #pragma once
 #include "conv.h"
 #include "x86.h"
@@ -51,10 +50,8 @@ struct Epilogue512 {
     }
   }
 
-  // acc: 4 registers of 16 int32; the row's first byte of this panel, in the residual and in the output
-  R50_INLINE void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
-    __m512i sum0 = _mm512_load_si512(acc), sum1 = _mm512_load_si512(acc + 16);
-    __m512i sum2 = _mm512_load_si512(acc + 32), sum3 = _mm512_load_si512(acc + 48);
+  // 4 registers of 16 accumulators; the row's first byte of this panel, in the residual and in the output
+  R50_INLINE void row(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, const uint8_t* from, uint8_t* to) const {
     if constexpr (residual) {
       const __m512i bytes = _mm512_maskz_loadu_epi8(valid, from);
       const __m512i low = _mm512_unpacklo_epi8(bytes, _mm512_setzero_si512());
@@ -89,21 +86,21 @@ struct EpilogueBf16 {
 
   // 32 channels. A NaN stays one, as the maximum's second operand; cleared signs leave no -0, so that the order of
   // results is that of their bits, as max_pool needs it.
-  static R50_INLINE void half_row(const int32_t* acc, const uint8_t* from, uint8_t* to, __mmask32 valid) {
-    __m512 low = _mm512_load_ps(acc), high = _mm512_load_ps(acc + 16);
+  static R50_INLINE void half_row(__m512i sum0, __m512i sum1, const uint8_t* from, uint8_t* to, __mmask32 valid) {
+    __m512 low = _mm512_castsi512_ps(sum0), high = _mm512_castsi512_ps(sum1);
     if constexpr (residual) {
-      const __m512i sum = _mm512_maskz_loadu_epi16(valid, from);
-      low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(sum)));
-      high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(sum, 1)));
+      const __m512i other = _mm512_maskz_loadu_epi16(valid, from);
+      low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(other)));
+      high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(other, 1)));
     }
     const __m512 zero = _mm512_castsi512_ps(_mm512_setzero_si512());
     const __m512bh y = _mm512_cvtne2ps_pbh(_mm512_max_ps(zero, high), _mm512_max_ps(zero, low));
     _mm512_mask_storeu_epi16(to, valid, _mm512_and_si512((__m512i)y, _mm512_set1_epi32(0x7fff7fff)));
   }
 
-  R50_INLINE void row(const int32_t* acc, const uint8_t* from, uint8_t* to) const {
-    half_row(acc, from, to, valid0);
-    half_row(acc + 32, from + 64, to + 64, valid1);
+  R50_INLINE void row(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, const uint8_t* from, uint8_t* to) const {
+    half_row(sum0, sum1, from, to, valid0);
+    half_row(sum2, sum3, from + 64, to + 64, valid1);
   }
 };
 

@@ -21,8 +21,13 @@ Layout::Layout(int images, int h, int w, int c, int border, bool planes, bool in
 
 namespace {
 
+struct Part {  // of a window that lies inside the image
+  int top, bottom, left, right;
+  auto operator<=>(const Part&) const = default;
+};
 struct Row {
   int64_t in, in2, out;
+  Part part;
 };
 
 int32_t narrow(int64_t offset) {
@@ -34,15 +39,15 @@ int32_t narrow(int64_t offset) {
 }  // namespace
 
 void Tables::build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h,
-                   int stride2_w, int element, int align, const Packed* int8) {
+                   int stride2_w, int element, int align, const Packed* packed, bool zeros) {
   const bool merged = in.dense();
   const auto refuse = [](const char* what, int multiple, int got) {
     throw std::runtime_error(std::string("convolution: ") + what + " in multiples of " + std::to_string(multiple) +
                              ", got " + std::to_string(got));
   };
   // weights packed for whole runs of kw * c bytes have no padding between the taps of a run
-  if (int8 && !merged && int8->taps[0] < window.kh * window.kw)
-    if (const int multiple = tap_multiple(Isa(int8->isa)); in.c % multiple)
+  if (packed && !merged && packed->taps[0] < window.kh * window.kw)
+    if (const int multiple = tap_multiple(Isa(packed->isa)); in.c % multiple)
       refuse("a layout that takes runs of taps apart needs channels", multiple, in.c);
   // the distance from the pixel of a row to that of a tap must not depend on the pixel's parity
   for (const auto& [kernel, stride, pad] : {std::tuple(window.kh, window.stride_h, window.pad_h),
@@ -56,7 +61,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
     taps[1] = {0};
     k[1] = in2->c;
   }
-  if (int8 && Isa(int8->isa) == Isa::amx)  // one entry per tile of 64 bytes
+  if (packed && Isa(packed->isa) == Isa::amx)  // one entry per tile of 64 bytes
     for (int s = 0; s < 2; s++) {
       constexpr int STEP = 64;
       std::vector<int32_t> steps;
@@ -65,13 +70,42 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       taps[s] = std::move(steps);
       k[s] = STEP;
     }
+  // what a window has outside the image are zeros, which need not be multiplied; a run is cut between groups of k only
+  const bool cuts = zeros && align == 1, between = !merged || (packed && in.c % tap_multiple(Isa(packed->isa)) == 0);
+  const auto inside = [&](int y, int x) {
+    Part part{0, window.kh, 0, window.kw};
+    const int above = window.pad_h - y * window.stride_h, before = window.pad_w - x * window.stride_w;
+    if (cuts) part.top = std::max(0, above), part.bottom = std::min(window.kh, in.h + above);
+    if (cuts && between) part.left = std::max(0, before), part.right = std::min(window.kw, in.w + before);
+    return part;
+  };
   std::vector<Row> all;
   all.reserve(size_t(out.images) * out.h * out.w);
   for (int n = 0; n < out.images; n++)
     for (int y = 0; y < out.h; y++)
       for (int x = 0; x < out.w; x++)
         all.push_back({in.at(n, y * window.stride_h, x * window.stride_w),
-                       in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element});
+                       in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element, inside(y, x)});
+  if (packed && (Isa(packed->isa) == Isa::vnni || Isa(packed->isa) == Isa::avx2)) {
+    const int multiple = tap_multiple(Isa(packed->isa));
+    const auto whole = [&](int k) { return (k + multiple - 1) / multiple * multiple; };
+    std::stable_sort(all.begin(), all.end(), [](const Row& a, const Row& b) { return a.part < b.part; });
+    for (size_t i = 0; i < all.size(); i++) {
+      if (!i || all[i].part != all[i - 1].part) {
+        const Part& part = all[i].part;
+        const int first = int(slices.size());
+        for (int dy = part.top; dy < part.bottom; dy++)
+          for (int dx = part.left; dx < part.right; dx = merged ? part.right : dx + 1) {
+            const int64_t offset = in.at(0, dy - window.pad_h, dx - window.pad_w) - in.at(0, 0, 0);
+            const int of_row = dy * whole(window.kw * in.c) + dx * in.c, of_tap = (dy * window.kw + dx) * whole(in.c);
+            slices.push_back({0, narrow(offset), merged ? (part.right - dx) * in.c : in.c, merged ? of_row : of_tap});
+          }
+        if (in2) slices.push_back({1, 0, in2->c, packed->taps[0] * packed->kpad[0]});
+        segments.push_back({0, first, int(slices.size())});
+      }
+      segments.back().end = int(i) + 1;
+    }
+  }
   if (align == 1) {
     for (const Row& r : all) {
       rows[0].push_back(narrow(r.in));
@@ -107,6 +141,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       next += here;
     }
   }
+  if (!segments.empty()) segments.back().end = int(outs.size());  // the only one, with rows to drop
 }
 
 void Tables::attach(Conv& conv, int operands) const {
@@ -118,6 +153,8 @@ void Tables::attach(Conv& conv, int operands) const {
     conv.in[i].lda = lda[i];
   }
   conv.outs = outs.data();
+  conv.segments = segments.data();
+  conv.slices = slices.data();
   conv.m = int(outs.size());
 }
 

@@ -46,11 +46,14 @@ inline int outputs(int size, int kernel, int stride, int pad) { return (size + 2
 // groups of 16 at one distance, with rows to drop (outs -1) where a group has none left.
 struct Tables {
   std::vector<int32_t> rows[2], taps[2], outs;
+  std::vector<Slice> slices;
+  std::vector<Segment> segments;
   int lda[2] = {0, 0}, k[2] = {0, 0};
   // out: the layout of the results, whose offsets are scaled by `element` bytes; in2 may be null (1x1 with stride2).
-  // int8: the packed weights. Throws where these or the strides do not fit the layouts.
+  // packed: the weights of a network's kernel; zeros: the border of `in` is. Throws where weights or strides do not fit
+  // the layouts.
   void build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w,
-             int element, int align, const Packed* int8 = nullptr);
+             int element, int align, const Packed* packed = nullptr, bool zeros = false);
   void attach(Conv& conv, int operands) const;
 };
 

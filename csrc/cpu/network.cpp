@@ -163,7 +163,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     out.images = group[i];
     const Window window{int(s.kh), int(s.kw), int(s.stride), int(s.stride), int(s.pad), int(s.pad)};
     tables[i].build(layouts[s.in], window, out, s.in2 >= 0 ? &layouts[s.in2] : nullptr, int(s.stride2), int(s.stride2),
-                    linear ? 4 : 1, align, &w);
+                    linear ? 4 : 1, align, &w, plan.buffer(s.in).fill < 0);
     bytes += (tables[i].outs.size() * 3) * sizeof(int32_t);
   }
 }

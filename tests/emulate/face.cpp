@@ -121,7 +121,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   }
   Tables tables;
   tables.build(x.layout, window, out, x2 ? &x2->layout : nullptr, int(a.stride2_h), int(a.stride2_w), element,
-               int(s.align), &w);
+               int(s.align), &w, !a.pad_value);
   tables.attach(conv, w.operands);
   conv.in[0].a = x.data.get();
   if (x2) conv.in[1].a = x2->data.get();
