@@ -163,6 +163,7 @@ class Model:
         self.name, self.args, self.statistics = name, args, Statistics()
         self.network = self.load(path)
         self.waiting, self.images, self.coming, self.closed = deque(), 0, 0, False
+        self.pace = 0.0  # seconds that an image takes, lately
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self.work, name=f"batches of {name}", daemon=True)
         self.thread.start()
@@ -191,14 +192,18 @@ class Model:
         return True
 
     @contextlib.contextmanager
-    def expecting(self, images):
+    def expecting(self, images, deadline):
         """Around the reading of a request's images, to submit() within: the batcher knows that they come. Refuses what
-        the queue has no room for, before it costs anything."""
+        the queue has no room for, and what its turn would find expired, before it costs anything."""
         with self.changed:
             if self.closed:
                 raise Refusal(503, "the server is stopping", Retry_After="1")
-            if self.images + self.coming + images > self.args.max_queue:
-                raise Refusal(503, f"the queue is full: {self.images + self.coming} images wait", Retry_After="1")
+            ahead = self.images + self.coming
+            wait, later = ahead * self.pace, f"{math.ceil(max(ahead * self.pace, 1))}"
+            if ahead + images > self.args.max_queue:
+                raise Refusal(503, f"the queue is full: {ahead} images wait", Retry_After=later)
+            if time.monotonic() + wait > deadline:
+                raise Refusal(503, f"{ahead} images wait, which take longer than the request allows", Retry_After=later)
             self.coming += images
         try:
             yield
@@ -261,6 +266,7 @@ class Model:
                     ticket.fail(Refusal(500, "the network failed; the server's log says how"))
                 continue
             seconds = time.monotonic() - started
+            self.pace += (seconds / len(pixels) - self.pace) / 4 if self.pace else seconds / len(pixels)
             self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
             for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
                 ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
@@ -995,7 +1001,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
         deadline = self.started + min(int(timeout), self.args.timeout_ms) / 1e3
         begin = time.monotonic()
-        with model.expecting(len(encoded) if pixels is None else len(pixels)):
+        with model.expecting(len(encoded) if pixels is None else len(pixels), deadline):
             if pixels is None:
                 pixels = torch.stack([decode(network, e, self.args, self.server.gate) for e in encoded])
             self.decoded, self.images = time.monotonic() - begin, len(pixels)

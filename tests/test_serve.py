@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import pwd
 import re
 import shutil
 import signal
@@ -748,11 +749,39 @@ def test_keys_and_tls(networks, tmp_path):
     stop(process)
 
 
-def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
-    """Under load: nothing is lost but what the killed process had in work, one request of each client at most."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def test_behind_nginx_as_the_readme_has_it(server, net, tmp_path):
+    path = shutil.which("nginx") or "/usr/sbin/nginx"
+    if not os.path.exists(path):
+        pytest.skip("needs nginx")
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        block, front = re.search(r"```nginx\n(.*?)```", f.read(), re.S)[1], free_port()
+    block = block.replace("127.0.0.1:8000", f"127.0.0.1:{server}").replace("listen 8080", f"listen 127.0.0.1:{front}")
+    places = "".join(f"{kind}_temp_path {tmp_path};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (tmp_path / "nginx.conf").write_text(
+        f"user {pwd.getpwuid(os.getuid()).pw_name};\ndaemon off;\npid {tmp_path}/pid;\nerror_log {tmp_path}/log;\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{places}{block}}}\n")
+    nginx = subprocess.Popen([path, "-c", tmp_path / "nginx.conf", "-p", tmp_path, "-e", tmp_path / "log"])
+    try:
+        wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", front)) == 0)
+        for _ in range(3):
+            found = json.loads(ask(front, "POST", "/predict", picture())[2])
+            assert found["class_id"] == expected(net, picture()).argmax()
+        assert ask(front, "GET", "/metrics")[0] == 403 and ask(server, "GET", "/metrics")[0] == 200
+        assert ask(front, "POST", "/predict", bytes(400_000))[0] == 413  # the server's own limit in these tests
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
+    """Under load: nothing is lost but what the killed process had in work, one request of each client at most."""
+    port = free_port()
     process = start("--checkpoint", networks["float"], "--processes", 2, "--port", port, "--no-access-log", wait=False)
     children = [json.loads(process.stdout.readline())["pid"] for _ in range(2)]
     assert {json.loads(ask(port, "POST", "/predict", picture())[2])["model"] for _ in range(4)} == {"resnet50"}
@@ -806,6 +835,23 @@ def test_a_network_spread_over_devices(variant, precision):
     assert len(visited) == 3 and all(a is b for a, b in zip(visited, names))  # one after the other, each once
     one_call = precision == "bfloat16" and whole.plan() is not None  # which rounds batch-norms into the weights
     assert (got - wanted).abs().max() <= (0.03 * wanted.abs().max() if one_call else 0)
+
+
+def test_what_would_expire_in_the_queue_is_refused(networks):
+    args = serve.get_args_parser().parse_args(["--device", "cpu", "--checkpoint", networks["float"]])
+    model = serve.Model("float", args, networks["float"])
+    now, pixels = time.monotonic(), photographs(2, 32, 32)
+    with model.expecting(2, now + 100):
+        ticket = model.submit(model.network, pixels, now + 100, lambda: True)
+    assert ticket.done.wait(100) and model.pace > 0
+    model.pace = 10.0
+    with model.expecting(5, now + 1):  # nothing is ahead of these
+        with model.expecting(1, now + 100), pytest.raises(serve.Refusal, match="6 images wait, which") as refused:
+            with model.expecting(1, now + 55):
+                pass
+        assert refused.value.status == 503 and refused.value.headers["Retry-After"] == "60"
+    assert model.coming == 0
+    model.close()
 
 
 def test_large_jpegs_are_decoded_at_reduced_size(networks):
