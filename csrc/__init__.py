@@ -38,7 +38,7 @@ from . import reference
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 TARGET = "0x020b000000000000"  # PyTorch 2.11: its stable ABI is all that ops.cpp uses, and later ones run it
-FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}", f"-I{FOLDER}"]
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}", f"-I{FOLDER}"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{FOLDER}"]
 ISAS = ("plain", "avx2", "vnni", "amx")  # in the order of csrc/cpu/kernels.h
 
@@ -57,6 +57,13 @@ def sources():
 
 def cflags():
     return FLAGS + shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
+
+
+def openmp():
+    """What links OpenMP: PyTorch's own copy where it brings one, since two would have threads of their own each."""
+    root = os.path.dirname(torch.__file__)
+    found = glob.glob(os.path.join(root, "lib", "libgomp*.so*")) + glob.glob(f"{root}.libs/libgomp*.so*")
+    return found[:1] or ["-fopenmp"]
 
 
 def compilers():
@@ -187,7 +194,8 @@ def compile_into(folder, name, cuda):
         if cuda:
             cpp_extension.CUDA_HOME = cuda_home()
         with arch_list(gpus() if cuda else None):
-            cpp_extension.load("resnet50", wanted, extra_cflags=cflags() + ["-DUSE_CUDA"] * cuda, extra_ldflags=extra,
+            cpp_extension.load("resnet50", wanted, extra_cflags=cflags() + ["-DUSE_CUDA"] * cuda,
+                               extra_ldflags=openmp() + extra,
                                extra_cuda_cflags=CUDA_FLAGS, build_directory=temporary, with_cuda=cuda,
                                is_python_module=False)
         library, = glob.glob(os.path.join(temporary, "resnet50*.so"))

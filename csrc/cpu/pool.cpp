@@ -1,16 +1,19 @@
 #include "pool.h"
 
-#include <pthread.h>
-
 #include <exception>
 #include <mutex>
+
+#ifdef RESNET50_EMULATED
 #include <thread>
 #include <vector>
+#else
+#include <omp.h>
+#include <pthread.h>
+#endif
 
 namespace r50 {
 namespace {
 
-constexpr int ACTIVE = 1 << 10;  // a round's number times this, plus how many threads take part in it
 constexpr int SPINS =
     4000;  // some 50 to 100 us: longer than the gap between two layers, shorter than a scheduler's tick
 
@@ -28,60 +31,49 @@ void wait_while(std::atomic<int>& value, int old) {
   value.wait(old, std::memory_order_acquire);
 }
 
-struct Pool {
-  std::mutex busy;
-  std::vector<std::thread> workers;
-  std::atomic<int> round{0}, left{0};
-  const std::function<void(int, int)>* body = nullptr;
-  std::exception_ptr error;
-  std::mutex error_mutex;
+std::mutex busy;
+thread_local bool has_team = false, lost_team = false;
 
-  void call(int thread, int threads) {
-    try {
-      (*body)(thread, threads);
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(error_mutex);
-      if (!error) error = std::current_exception();
-    }
-  }
-  void work(int thread, int seen) {
-    for (;;) {
-      wait_while(round, seen);
-      seen = round.load(std::memory_order_acquire);
-      if (const int active = seen % ACTIVE; thread < active) {
-        call(thread, active);
-        if (left.fetch_sub(1, std::memory_order_acq_rel) == 1) left.notify_one();
-      }
-    }
-  }
-};
+#ifdef RESNET50_EMULATED  // threads that a sanitizer sees begin and end
+template <class Body>
+void team(int threads, Body&& body) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; i++) others.emplace_back([&, i] { body(i, threads); });
+  body(0, threads);
+  for (auto& other : others) other.join();
+}
+#else
+template <class Body>
+void team(int threads, Body&& body) {
+  has_team = true;
+#pragma omp parallel num_threads(threads)
+  if (omp_get_num_threads() == threads)
+    body(omp_get_thread_num(), threads);
+  else if (omp_get_thread_num() == 0)
+    body(0, 1);
+}
 
-Pool* pool = new Pool;  // never destroyed: workers may still wait when the process ends
-
-// A forked child has the memory but not the threads; it starts a pool of its own.
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+// A forked child has the memory but not the threads, and OpenMP would wait for those of the thread that forked.
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { lost_team = has_team; });
+#endif
 
 }  // namespace
 
 void parallel(int threads, const std::function<void(int, int)>& body) {
-  if (threads <= 1) return body(0, 1);  // also from within a body, whose thread may hold the lock
-  Pool& p = *pool;
-  std::unique_lock<std::mutex> lock(p.busy, std::try_to_lock);
-  threads = threads < ACTIVE ? threads : ACTIVE - 1;
-  if (!lock.owns_lock()) return body(0, 1);
-  while (int(p.workers.size()) < threads - 1) {
-    const int thread = int(p.workers.size()) + 1;
-    p.workers.emplace_back(&Pool::work, &p, thread, p.round.load());
-    p.workers.back().detach();
-  }
-  p.body = &body;
-  p.error = nullptr;
-  p.left.store(threads - 1, std::memory_order_relaxed);
-  p.round.store((p.round.load() / ACTIVE + 1) % ACTIVE * ACTIVE + threads, std::memory_order_release);
-  p.round.notify_all();
-  p.call(0, threads);
-  for (int left; (left = p.left.load(std::memory_order_acquire)) != 0;) wait_while(p.left, left);
-  if (p.error) std::rethrow_exception(p.error);
+  std::unique_lock<std::mutex> lock(busy, std::defer_lock);
+  // also from within a body, whose thread may hold the lock
+  if (threads <= 1 || lost_team || !lock.try_lock()) return body(0, 1);
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  team(threads, [&](int thread, int count) {
+    try {
+      body(thread, count);
+    } catch (...) {
+      std::lock_guard<std::mutex> guard(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 bool Barrier::wait() {

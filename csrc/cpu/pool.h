@@ -1,4 +1,5 @@
-// A few threads that wait for work by spinning briefly, so that handing a layer over costs about a microsecond.
+// The threads are OpenMP's, the same that PyTorch's operations use: others would have to share the cores with them,
+// since they go on spinning for milliseconds after an operation.
 #pragma once
 #include <atomic>
 #include <functional>
@@ -6,8 +7,8 @@
 namespace r50 {
 
 // Runs body(thread, threads) for thread = 0 ... threads - 1 at the same time, the caller being thread 0, and waits.
-// Where the pool is in use by another caller, body(0, 1) runs alone: bodies take the count that they are given. The
-// first exception is rethrown.
+// Where another caller is in it, or so many threads cannot be had, body(0, 1) runs alone: bodies take the count that
+// they are given. The first exception is rethrown.
 void parallel(int threads, const std::function<void(int thread, int threads)>& body);
 
 // All `threads` bodies of one parallel() meet here. A body that leaves by an exception calls abandon() on its way, or
