@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t SLACK = 64;              // kernels read whole vectors past the last pixel
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
 constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
-constexpr int FEWEST_APART = 4;            // images per thread, from which on threads share no image
+constexpr int FEWEST_APART = 4;            // images per thread, from which on threads never share one
 constexpr int CROWDED = 1024;              // bytes; a column of such pixels lies in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
@@ -277,7 +277,8 @@ void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, i
   if (plan.header().isa != int64_t(isa()))
     throw std::runtime_error("network: the plan was packed for another instruction set than this process uses");
   const PlanHeader& header = plan.header();
-  if (threads > 1 && n >= FEWEST_APART * threads) {  // each thread its own images: nobody waits, and no cache is shared
+  // each thread its own images: nobody waits, and no cache is shared. AMX is so fast that few images wait for weights
+  if (threads > 1 && (n >= FEWEST_APART * threads || (n % threads == 0 && isa() != Isa::amx))) {
     parallel(threads, [&](int thread, int count) {
       const Part mine = part(n, 1, thread, count);
       network(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,
