@@ -450,7 +450,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                             "std::min(window.kh, in.h + above - FAULT)", "vnni,avx2", "odd"),
     "a window's first column": ("layout.cpp", "dx * in.c, of_tap", "(FAULT ? 0 : dx * in.c), of_tap", "vnni,avx2",
                                 "odd"),
-    "values around left out": ("layout.cpp", "cuts = zeros &&", "cuts = (FAULT || zeros) &&", "vnni,avx2", "odd"),
+    "values around left out": ("layout.cpp", "slicing && zeros", "slicing && (FAULT || zeros)", "vnni,avx2", "odd"),
     "next part of the image": ("conv_vnni.cpp", "end - m, here->end - m}", "end - m, FAULT ? ROWS : here->end - m}",
                                "vnni", "odd"),
     "next part of the image, AVX2": ("conv_avx2.cpp", "m1 - m, segment->end - m}",

@@ -1,7 +1,9 @@
 #include "layout.h"
 
 #include <algorithm>
+#include <compare>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -27,7 +29,6 @@ struct Part {  // of a window that lies inside the image
 };
 struct Row {
   int64_t in, in2, out;
-  Part part;
 };
 
 int32_t narrow(int64_t offset) {
@@ -70,8 +71,11 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       taps[s] = std::move(steps);
       k[s] = STEP;
     }
+  const Isa isa = packed ? Isa(packed->isa) : Isa::plain;
+  const bool slicing = isa == Isa::vnni || isa == Isa::avx2;
+  const int multiple = tap_multiple(isa);
   // what a window has outside the image are zeros, which need not be multiplied; a run is cut between groups of k only
-  const bool cuts = zeros && align == 1, between = !merged || (packed && in.c % tap_multiple(Isa(packed->isa)) == 0);
+  const bool cuts = slicing && zeros && align == 1, between = !merged || in.c % multiple == 0;
   const auto inside = [&](int y, int x) {
     Part part{0, window.kh, 0, window.kw};
     const int above = window.pad_h - y * window.stride_h, before = window.pad_w - x * window.stride_w;
@@ -79,32 +83,31 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
     if (cuts && between) part.left = std::max(0, before), part.right = std::min(window.kw, in.w + before);
     return part;
   };
-  std::vector<Row> all;
-  all.reserve(size_t(out.images) * out.h * out.w);
+  std::map<Part, std::vector<Row>> parts;
+  auto here = parts.end();
   for (int n = 0; n < out.images; n++)
     for (int y = 0; y < out.h; y++)
-      for (int x = 0; x < out.w; x++)
-        all.push_back({in.at(n, y * window.stride_h, x * window.stride_w),
-                       in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element, inside(y, x)});
-  if (packed && (Isa(packed->isa) == Isa::vnni || Isa(packed->isa) == Isa::avx2)) {
-    const int multiple = tap_multiple(Isa(packed->isa));
-    const auto whole = [&](int k) { return (k + multiple - 1) / multiple * multiple; };
-    std::stable_sort(all.begin(), all.end(), [](const Row& a, const Row& b) { return a.part < b.part; });
-    for (size_t i = 0; i < all.size(); i++) {
-      if (!i || all[i].part != all[i - 1].part) {
-        const Part& part = all[i].part;
-        const int first = int(slices.size());
-        for (int dy = part.top; dy < part.bottom; dy++)
-          for (int dx = part.left; dx < part.right; dx = merged ? part.right : dx + 1) {
-            const int64_t offset = in.at(0, dy - window.pad_h, dx - window.pad_w) - in.at(0, 0, 0);
-            const int of_row = dy * whole(window.kw * in.c) + dx * in.c, of_tap = (dy * window.kw + dx) * whole(in.c);
-            slices.push_back({0, narrow(offset), merged ? (part.right - dx) * in.c : in.c, merged ? of_row : of_tap});
-          }
-        if (in2) slices.push_back({1, 0, in2->c, packed->taps[0] * packed->kpad[0]});
-        segments.push_back({0, first, int(slices.size())});
+      for (int x = 0; x < out.w; x++) {
+        const Part part = inside(y, x);
+        if (here == parts.end() || here->first != part) here = parts.try_emplace(part).first;
+        here->second.push_back({in.at(n, y * window.stride_h, x * window.stride_w),
+                                in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element});
       }
-      segments.back().end = int(i) + 1;
-    }
+  std::vector<Row> all;
+  all.reserve(size_t(out.images) * out.h * out.w);
+  const auto whole = [&](int k) { return (k + multiple - 1) / multiple * multiple; };
+  for (const auto& [part, of_part] : parts) {
+    all.insert(all.end(), of_part.begin(), of_part.end());
+    if (!slicing) continue;
+    const int first = int(slices.size());
+    for (int dy = part.top; dy < part.bottom; dy++)
+      for (int dx = part.left; dx < part.right; dx = merged ? part.right : dx + 1) {
+        const int64_t offset = in.at(0, dy - window.pad_h, dx - window.pad_w) - in.at(0, 0, 0);
+        const int of_row = dy * whole(window.kw * in.c) + dx * in.c, of_tap = (dy * window.kw + dx) * whole(in.c);
+        slices.push_back({0, narrow(offset), merged ? (part.right - dx) * in.c : in.c, merged ? of_row : of_tap});
+      }
+    if (in2) slices.push_back({1, 0, in2->c, packed->taps[0] * packed->kpad[0]});
+    segments.push_back({int(all.size()), first, int(slices.size())});
   }
   if (align == 1) {
     for (const Row& r : all) {
