@@ -548,7 +548,7 @@ def test_what_waits_while_a_batch_runs_makes_the_next(slow):
     wait_until(lambda: model.images == 0)
     tickets += [submit(model, images(n, n), later, lambda: True) for n in (2, 1, 1, 2)]
     with pytest.raises(serve.Refusal, match="full") as caught:
-        with model.expecting(1):
+        with model.expecting(1, later):
             raise AssertionError("nothing may be decoded")
     assert caught.value.status == 503 and caught.value.headers["Retry-After"]
     for _ in range(3):
@@ -604,7 +604,7 @@ def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
     later, began = time.monotonic() + 60, time.monotonic()
     net.go.release()
     assert submit(model, images(1, 1), later, lambda: True).done.wait(10) and time.monotonic() - began < 2
-    with model.expecting(1):
+    with model.expecting(1, later):
         first = submit(model, images(1, 1), later, lambda: True)
         second = submit(model, images(3, 2), later, lambda: True)  # full: the third is not waited for
         net.go.release()
@@ -780,7 +780,7 @@ def test_behind_nginx_as_the_readme_has_it(server, net, tmp_path):
 
 
 def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
-    """Under load: nothing is lost but what the killed process had in work, one request of each client at most."""
+    """Under load: nothing is lost but what the killed process had in work or in its queue."""
     port = free_port()
     process = start("--checkpoint", networks["float"], "--processes", 2, "--port", port, "--no-access-log", wait=False)
     children = [json.loads(process.stdout.readline())["pid"] for _ in range(2)]
@@ -799,12 +799,16 @@ def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
     wait_until(lambda: len(answered) >= 8)
     os.kill(children[0], signal.SIGKILL)
     assert json.loads(process.stdout.readline())["pid"] not in children
-    enough = len(answered) + 8
-    wait_until(lambda: len(answered) >= enough)
+    def go_on_for(count):
+        enough = len(answered) + count
+        wait_until(lambda: len(answered) >= enough)
+    go_on_for(8)
+    by_then = len(lost)  # of each client what was in work, and what came to its queue while the system took that down
+    go_on_for(16)
     over.set()
     for client in clients:
         client.join()
-    assert set(answered) == {200} and len(lost) <= len(clients)
+    assert set(answered) == {200} and by_then == len(lost) <= 2 * len(clients)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0 and "another takes its place" in process.stderr.read()
 
