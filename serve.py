@@ -1203,6 +1203,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.lock.wait_for(lambda: self.begun == 0, self.args.drain_timeout)
         for model in self.models.values():
             model.close()
+            model.thread.join(self.args.drain_timeout)
         self.server_close()
 
     def count(self, status):
@@ -1459,3 +1460,6 @@ def main(args):
 
 if __name__ == "__main__":
     run_script(main, get_args_parser().parse_args(), "serve.py")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the interpreter's own end would unwind threads that are inside PyTorch, and C++ aborts at that
