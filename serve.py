@@ -1203,7 +1203,6 @@ class Server(http.server.ThreadingHTTPServer):
             self.lock.wait_for(lambda: self.begun == 0, self.args.drain_timeout)
         for model in self.models.values():
             model.close()
-            model.thread.join(self.args.drain_timeout)
         self.server_close()
 
     def count(self, status):

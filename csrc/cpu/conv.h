@@ -76,7 +76,7 @@ struct Conv {
   uint8_t* out = nullptr;
   const uint8_t* residual = nullptr;  // at the same offsets as the output, and may be the output
   const int32_t* outs = nullptr;      // byte offset per row, or -1 for a row that is computed and dropped
-  const Segment* segments = nullptr;  // AVX2 and VNNI, in place of taps; the last one ends at m
+  const Segment* segments = nullptr;  // AVX2 and VNNI: what of a row is multiplied; the last ends at m
   const Slice* slices = nullptr;
   int m = 0;
   Out kind = Out::u8;
