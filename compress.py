@@ -385,23 +385,6 @@ def greedy(model, importance, cost, ends, budget, round_to):
     return {name: order[name].indices[:left[name]].sort().values for name in importance}
 
 
-@torch.no_grad()
-def recalibrate(model, batches):
-    """Batch-norm statistics anew, as plain means over the batches of pixels; nothing else changes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative
-    model.train()
-    for pixels in batches:
-        if len(pixels) > 1:
-            model(normalize(pixels, model.preprocess))
-    model.eval()
-    for m, momentum in zip(norms, momenta):
-        m.momentum = momentum
-
-
 # ------------------------------------------------------------------------------------------------ distillation
 
 class Teacher:
@@ -973,14 +956,15 @@ class Report:
 
     def score(self, model):
         """-> dict(top1, top5, agreement with the first network scored; percent; images)"""
-        predictions = []
+        outputs = []
         images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess))
         score = train.evaluate(model.to(self.world.device), images, self.args.eval_batch_size, self.world,
-                               workers=self.args.workers, on_corrupt=self.args.on_corrupt, predictions=predictions,
+                               workers=self.args.workers, on_corrupt=self.args.on_corrupt, outputs=outputs,
                                poll=self.stop.poll)
         if score is None:
             raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
                             f"{self.args.out}, and the same command with --resume goes on", code=75)
+        predictions = torch.cat(outputs).argmax(1).tolist() if outputs else []
         self.original = predictions if self.original is None else self.original
         same, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), len(predictions))
         return dict(**{k: score[k] if self.sets.labelled else None for k in ("top1", "top5")},
@@ -1068,6 +1052,22 @@ def training_args(args, checkpoint, root, out, epochs, lr_share):
     return run
 
 
+class Training(train.Plan):
+    """Of a pipeline's network, which knows its classes and may have a teacher"""
+
+    def __init__(self, pipeline, teacher):
+        self.pipeline, self.teacher = pipeline, teacher
+
+    def open(self, args, world):
+        return train.open_data(args, world, *(self.pipeline.checkpoint[k] for k in ("classes", "wnids")))
+
+    def model(self, args, classes):
+        return self.pipeline.model
+
+    def teach(self, loss_fn):
+        return self.teacher(loss_fn) if self.teacher else loss_fn
+
+
 class Pipeline:
     """The network between stages, and what stages share. A stage is a method that replaces `model`."""
 
@@ -1116,8 +1116,7 @@ class Pipeline:
         for name, parameter in model.named_parameters():
             if name in self.masks:  # a weight that is zero and has no gradient stays zero under every optimizer here
                 parameter.register_hook(lambda gradient, mask=self.masks[name]: gradient * mask)
-        names = self.checkpoint["classes"], self.checkpoint["wnids"]
-        result = train.train(run, self.world, self.stop, model, names, teach or (lambda loss: loss))
+        result = train.train(run, self.world, self.stop, Training(self, teach))
         if teach:
             teach.close()
         self.world.barrier()
@@ -1168,7 +1167,7 @@ class Pipeline:
         if args.sensitivity:
             self.say_sensitivity(model, importance)
         if args.recalibrate:
-            recalibrate(self.model, self.calibration()[0].split(32))
+            train.recalibrate(self.model, self.calibration()[0].split(32))
         say(widths_line(model, self.model))
 
     def say_sensitivity(self, model, importance):
@@ -1514,6 +1513,9 @@ def open_model(args):
     model, checkpoint, source = load_some_model(args, DEFAULTS, trains=True)
     if not isinstance(model, ResNet50):
         raise UserError(f"{source}: is no ResNet-50 of ours; such a network can teach (--distill) or be a --student")
+    if model.config.get("adapter"):
+        raise UserError(f"{source}: has adapters, which are neither pruned nor quantized; finetune.py --strategy lora "
+                        "leaves a plain network")
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not finite")

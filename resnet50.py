@@ -121,6 +121,18 @@ def norm_relu(bn, x, residual=None):
     return F.relu(x if residual is None else x + residual, inplace=True)
 
 
+class Adapter(nn.Module):
+    """x + up(relu(down(x))), two 1x1 convolutions with few channels between them (Houlsby et al., arXiv 1902.00751).
+    Starts as the identity."""
+
+    def __init__(self, channels, inner):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(channels, inner, 1), nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x):  # (N, C, H, W) -> same
+        return x + self.up(F.relu(self.down(x)))
+
+
 class Bottleneck(nn.Module):
     """1x1 -> 3x3 -> 1x1 with a residual, which a stage's first block projects, also where pruning has left as many
     channels before as behind it. Widths come in as numbers, so a pruned block is built like any other."""
@@ -141,6 +153,7 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(cout)
         self.split, self.drop_rate = split, drop_rate
         self.se = SqueezeExcite(cout) if config["attention"] == "se" else None
+        self.adapter = Adapter(cout, config["adapter"]) if config.get("adapter") else None
         self.downsample = None
         if split and projects:
             self.downsample = nn.Sequential(
@@ -155,11 +168,13 @@ class Bottleneck(nn.Module):
         x = self.pool(self.conv2(x)) if self.split else norm_relu(self.bn2, self.conv2(x))
         x = self.conv3(x)
         if self.se is None and self.drop_rate == 0:
-            return norm_relu(self.bn3, x, identity)
-        x = self.bn3(x)
-        if self.se is not None:
-            x = self.se(x)
-        return F.relu(drop_path(x, self.drop_rate, self.training) + identity, inplace=True)
+            x = norm_relu(self.bn3, x, identity)
+        else:
+            x = self.bn3(x)
+            if self.se is not None:
+                x = self.se(x)
+            x = F.relu(drop_path(x, self.drop_rate, self.training) + identity, inplace=True)
+        return x if self.adapter is None else self.adapter(x)
 
 
 class DynamicLinear(nn.Module):
@@ -199,11 +214,12 @@ class ResNet50(nn.Module):
     widths       {convolution name: output channels} where they differ from the full network, as pruning leaves them;
                  "layer1" ... "layer4" name the stream that all blocks of a stage add to
     classifier   "float", or "int8" for a DynamicLinear, which cannot be trained
+    adapter      channels inside an Adapter behind every block; 0: none (finetune.py --strategy adapter)
     """
     precision = "float"
 
     def __init__(self, num_classes=1000, stem=None, stride_on="3x3", attention="none", drop_path=0.0, dropout=0.0,
-                 widths=None, classifier="float"):
+                 widths=None, classifier="float", adapter=0):
         super().__init__()
         stem = stem or ("deep" if attention == "split" else "standard")
         for name, value, known in (("stem", stem, ("standard", "deep", "small")),
@@ -217,7 +233,7 @@ class ResNet50(nn.Module):
                              "stride_on='1x1' has no meaning there")
         self.config = config = dict(num_classes=num_classes, stem=stem, stride_on=stride_on, attention=attention,
                                     drop_path=drop_path, dropout=dropout, widths=dict(widths or {}),
-                                    classifier=classifier)
+                                    classifier=classifier, **({"adapter": adapter} if adapter else {}))
         self.preprocess = dict(PREPROCESS)
         self.grad_checkpointing = False
         unused = dict(config["widths"])
@@ -256,6 +272,8 @@ class ResNet50(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)  # every block starts as the identity (arXiv 1706.02677, 5.1)
+                if module.adapter is not None:
+                    nn.init.zeros_(module.adapter.up.weight)
 
     def blocks(self):
         for i in range(1, len(STAGES) + 1):
@@ -291,7 +309,10 @@ def statistics_kept(block):
 
 
 def normalize(pixels, preprocess):
-    """uint8 (N, 3, H, W), any memory format -> float32, same shape and format: (pixels / 255 - mean) / std."""
+    """uint8 (N, 3, H, W), any memory format -> float32, same shape and format: (pixels / 255 - mean) / std. What is
+    floating point has been normalised already and stays."""
+    if pixels.is_floating_point():
+        return pixels
     mean, std = (torch.tensor(preprocess[k], device=pixels.device).view(3, 1, 1) * 255 for k in ("mean", "std"))
     return pixels.float().sub_(mean).div_(std)
 
@@ -362,6 +383,8 @@ class Step(NamedTuple):
 
 def flatten(model):
     """ResNet50 -> its Steps in order. A downsampling convolution is a step of its own, whose buffer is the residual."""
+    if model.config.get("adapter"):
+        raise UserError("a network with adapters runs as it is: neither fused nor pruned nor quantized")
     steps, x = [], "pixels"
 
     def add(kind, name, x, residual=None, bn=None, relu=True):

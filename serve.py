@@ -173,7 +173,8 @@ class Model:
         stamp = stamp_of(path)
         where = argparse.Namespace(**{**vars(self.args), "checkpoint": path})
         net, checkpoint, source = load_some_model(where, DEFAULTS)
-        net = fuse(net, getattr(torch, self.args.amp_dtype)) if isinstance(net, ResNet50) else net
+        fuses = isinstance(net, ResNet50) and not net.config.get("adapter")
+        net = fuse(net, getattr(torch, self.args.amp_dtype)) if fuses else net
         net, size = spread(net, self.args.devices), net.preprocess["crop"]
         with torch.inference_mode():
             for batch in sorted({1, self.args.max_batch}):

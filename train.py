@@ -84,35 +84,41 @@ RECIPES = dict(
         lr_warmup_epochs=2.0, lr_warmup_decay=1e-4, label_smoothing=0.1, image_size=192, progressive=[160, 0.74, 0.86],
         val_size=224, val_resize=256, tta=True),
 )
+SWA_BATCHES = 64  # of training images, from which the averaged weights' batch-norm statistics come
 NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
 
 class Parser(argparse.ArgumentParser):
     """Defaults come from the recipe, then from --config or the resumed run's args.json; flags win over both."""
+    recipes = RECIPES
+
+    def usual(self, args):  # recipe where none is named
+        return "v1" if args.data else "demo"
 
     def parse_known_args(self, args=None, namespace=None):
         first, _ = super().parse_known_args(args, argparse.Namespace())
-        saved = {}
+        saved, known = {}, {a.dest for a in self._actions}
         try:
             path = first.config or (first.resume and resumed_args_path(first))
             if path:
                 with open(path, encoding="utf-8") as f:
                     saved = json.load(f)
-                unknown = sorted(set(saved) - {a.dest for a in self._actions})
+                unknown = sorted(set(saved) - known)
                 if unknown:
                     self.error(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
         except (OSError, ValueError, TypeError) as error:
             self.error(f"{path}: {error}")
-        name = first.recipe or saved.get("recipe") or ("v1" if first.data or saved.get("data") else "demo")
-        if name not in RECIPES:
-            self.error(f"{path}: recipe {name!r} is none of {', '.join(RECIPES)}")
-        recipe = dict(RECIPES[name])
+        given = argparse.Namespace(**{k: v if v is not None else saved.get(k) for k, v in vars(first).items()})
+        name = getattr(given, "recipe", None) or self.usual(given)
+        if name not in self.recipes:
+            self.error(f"{path}: recipe {name!r} is none of {', '.join(self.recipes)}")
+        recipe = dict(self.recipes[name])
         if (first.image_size or saved.get("image_size") or recipe["image_size"]) != recipe["image_size"]:
             for key in ("val_size", "val_resize", "progressive"):  # these belong to the recipe's own image size
                 recipe.pop(key, None)
         if first.eval_only:  # the checkpoint says how it wants its images, unless the command line does
             recipe.update(image_size=None, val_size=None, val_resize=None, interpolation=None)
-        self.set_defaults(**{**recipe, **saved, "recipe": name})
+        self.set_defaults(**{**recipe, **saved, **({"recipe": name} if "recipe" in known else {})})
         return super().parse_known_args(args, namespace)
 
 
@@ -134,16 +140,21 @@ def batch_size(text):
 
 
 def get_args_parser():
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     p = Parser(prog="train.py", description="Train ResNet-50 on a folder of images.",
                epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".",
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--recipe", choices=RECIPES, help="set of defaults; demo without --data, else v1")
+    return add_training_args(p)
+
+
+def add_training_args(p):
+    """The flags that train() reads, into a Parser"""
+    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     g = p.add_argument_group("run")
     g.add_argument("--data", metavar="FOLDER",
                    help="train/ and val/ with a folder per class, or one folder of them; none: the demo set")
     g.add_argument("--out", default="runs/train", metavar="FOLDER",
                    help="checkpoints, metrics.jsonl, args.json, curves.svg")
-    g.add_argument("--recipe", choices=RECIPES, help="set of defaults; demo without --data, else v1")
     g.add_argument("--config", metavar="FILE", help="JSON of flags, such as an earlier run's args.json")
     g.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
                    help="go on from PATH, or with 'auto' from OUT/last.pt if it is there")
@@ -177,7 +188,9 @@ def get_args_parser():
     g.add_argument("--max-skips", type=int, default=10, metavar="N",
                    help="steps with a non-finite gradient skipped in a row before giving up")
     g.add_argument("--patience", type=int, default=0, metavar="N",
-                   help="stop after so many epochs without a better top-1")
+                   help="stop after so many epochs without a better one")
+    g.add_argument("--best-by", choices=("top1", "loss"), default="top1",
+                   help="what makes an epoch better, on validation: best.pt and --patience go by it")
     g.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
     g.add_argument("--tensorboard", action="store_true", help="log to OUT/tensorboard too")
     g.add_argument("--mlflow", action="store_true", help="log to MLflow too")
@@ -217,6 +230,8 @@ def get_args_parser():
     g.add_argument("--model-ema-decay", type=float, default=0.0, metavar="D",
                    help="moving average of the weights: share kept per update")
     g.add_argument("--model-ema-steps", type=positive, default=1, metavar="STEPS", help="steps per update")
+    g.add_argument("--swa-start", type=float, metavar="F",
+                   help="from this share of the epochs on evaluate and save the mean of their weights")
     g = add_model_args(p)
     g.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth at the last block, growing from 0")
     g.add_argument("--dropout", type=float, metavar="P", help="before the classifier")
@@ -356,12 +371,16 @@ class LAMB(torch.optim.Optimizer):
                 p.sub_(update, alpha=group["lr"])
 
 
-def make_optimizer(model, name, weight_decay, momentum):
-    """Weight decay on what has more than one dimension: not on batch-norm, not on biases.
-    The rate is set at every step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in parameters if p.ndim <= 1], weight_decay=0.0)]
+def make_optimizer(model, name, weight_decay, momentum, share=lambda name: 1.0):
+    """Weight decay on what has more than one dimension: not on batch-norm, not on biases. The rate is set at every
+    step, in each group to `lr_share` of the schedule's, which is share(parameter's name)."""
+    found = {}
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            found.setdefault((share(key), p.ndim > 1), []).append(p)
+    # always both groups, the decayed one first: what last.pt holds
+    groups = [dict(params=found.get((part, decays), []), weight_decay=weight_decay if decays else 0.0, lr_share=part)
+              for part in sorted({part for part, _ in found}, reverse=True) for decays in (True, False)]
     if name in ("sgd", "nesterov"):
         return torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=name == "nesterov", fused=True)
     if name == "adamw":
@@ -413,7 +432,8 @@ def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
 
 class EMA:
     """Exponential moving average of weights and batch-norm statistics; integer buffers are copied. The decay grows as
-    (1 + t) / (10 + t) at first, so that short runs are not held back by the initial weights."""
+    (1 + t) / (10 + t) at first, so that short runs are not held back by the initial weights. With decay None it is the
+    plain mean of all updates (SWA, arXiv 1803.05407)."""
 
     def __init__(self, model, decay):
         self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
@@ -423,7 +443,8 @@ class EMA:
         self.updates += 1
         mine, theirs = list(self.model.state_dict().values()), list(model.state_dict().values())
         floats = [i for i, t in enumerate(mine) if t.is_floating_point()]
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = (1 - 1 / self.updates if self.decay is None
+                 else min(self.decay, (1 + self.updates) / (10 + self.updates)))
         torch._foreach_lerp_([mine[i] for i in floats], [theirs[i] for i in floats], 1 - decay)
         for i in set(range(len(mine))) - set(floats):
             mine[i].copy_(theirs[i])
@@ -446,6 +467,23 @@ def average_statistics(world, models):
     dist.all_reduce(flat)
     for buffer, values in zip(buffers, (flat / world.size).split([b.numel() for b in buffers])):
         buffer.copy_(values.view_as(buffer))
+
+
+@torch.no_grad()
+def recalibrate(model, batches):
+    """Batch-norm statistics anew, as plain means over the batches of pixels; nothing else changes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not isinstance(m, FrozenNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # cumulative
+    model.train()
+    for pixels in batches:
+        if len(pixels) > 1:
+            model(normalize(pixels, model.preprocess))
+    model.eval()
+    for m, momentum in zip(norms, momenta):
+        m.momentum = momentum
 
 
 def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=None, amp=None, clip=0.0):
@@ -485,10 +523,10 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
 
 @torch.no_grad()
 def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=False, loader=None,
-             poll=lambda: False, on_corrupt="error", predictions=None):
+             poll=lambda: False, on_corrupt="error", outputs=None):
     """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in
     percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict(). A list
-    `predictions` receives the arg-max of this process's images, in order; a label of -100 is none."""
+    `outputs` receives the logits of this process's images, in order, on the CPU; a label of -100 is none."""
     device = world.device
     loader = loader or data.make_loader(dataset,
                                         data.eval_batches(len(dataset.files), batch_size, world.rank, world.size),
@@ -512,8 +550,8 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
                 logits = predict(model, pixels)
                 if tta:
                     logits = (logits + predict(model, pixels.flip(3))) / 2
-            if predictions is not None:
-                predictions += logits.argmax(1).tolist()
+            if outputs is not None:
+                outputs.append(logits.cpu())
             hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
                                  torch.tensor(len(labels), device=device)]).double()
@@ -672,7 +710,7 @@ class FlatConv(nn.Conv2d):
     Without gradients the convolution is faster and runs."""
 
     def _conv_forward(self, x, weight, bias):  # (N, C, H, W) channels_last -> same
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
             return super()._conv_forward(x, weight, bias)
         x = x[:, :, ::self.stride[0], ::self.stride[1]] if self.stride[0] > 1 else x
         # the gradient then has the weight's own strides, as DDP's buckets want
@@ -686,6 +724,22 @@ def flatten_1x1(model):
         if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1:
             module.__class__ = FlatConv
     return model
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    """Batch-norm that keeps its statistics in training too."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def freeze(module, frozen=True):
+    """Stops training of a part of a network, in place: no gradients, batch-norm keeps its statistics; or undoes it.
+    Names in the state dict stay."""
+    module.requires_grad_(not frozen)
+    for m in module.modules():
+        if type(m) in (nn.BatchNorm2d, FrozenNorm):
+            m.__class__ = FrozenNorm if frozen else nn.BatchNorm2d
 
 
 def amp_dtype(args, device):
@@ -828,7 +882,7 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: another optimizer's state ({error})") from error
     for key in progress:
-        progress[key] = checkpoint[key]
+        progress[key] = checkpoint.get(key, progress[key])
     if world.rank:  # totals over all processes: rank 0 carries them on
         progress.update(loss_sum=0.0, correct=0.0, count=0.0, skipped=0)
 
@@ -899,6 +953,11 @@ def make_model(args, classes):
         except ValueError as error:
             raise UserError(error, code=2) from error
     model.preprocess = preprocess_of(args)
+    return prepare(model, args)
+
+
+def prepare(model, args):
+    """What the flags ask of a network in training -> the network"""
     model.grad_checkpointing = args.grad_checkpointing
     for module in model.modules() if args.fused_bn else ():
         if isinstance(module, nn.BatchNorm2d):
@@ -934,6 +993,8 @@ def check_args(args):
         raise UserError(text, code=2)
     if not 0 <= args.model_ema_decay < 1:
         refuse(f"--model-ema-decay {args.model_ema_decay}: must lie in [0, 1)")
+    if args.swa_start is not None and (args.model_ema_decay or not 0 <= args.swa_start < 1):
+        refuse(f"--swa-start {args.swa_start:g}: must lie in [0, 1), and goes without --model-ema-decay")
     if args.compile and args.grad_checkpointing:
         refuse("--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)")
     if args.loss == "bce" and args.class_weights != "none":
@@ -954,14 +1015,47 @@ def check_args(args):
 
 # --------------------------------------------------------------------------------------------------- the loop
 
-def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_fn):
-    """A run from start to end, as the flags say. The later scripts give a `model` of their own, the (classes, wnids) it
-    knows, and may wrap the loss: teach(loss_fn) -> loss_fn."""
+class Plan:
+    """What a later script decides about a run; here everything is as train.py has it."""
+
+    def describe(self, args, model):
+        """-> lines of text for the start of a run"""
+        return [f"recipe {args.recipe}: " + ", ".join(f"{k}={getattr(args, k)}" for k in RECIPES[args.recipe])]
+
+    def open(self, args, world):
+        """-> train Files, val Files, classes, wnids, notes"""
+        return open_data(args, world, *(read_classes(args.classes) if args.classes else (None, None)))
+
+    def model(self, args, classes):
+        return make_model(args, classes)
+
+    def images(self, files, transform_at, args, training):
+        """-> data set of what the model reads, and the number of processes that load it"""
+        return data.Images(files, transform_at, args.seed, args.exif, replace=training), args.workers
+
+    def teach(self, loss_fn):
+        """-> what stands for loss_fn in training"""
+        return loss_fn
+
+    def share(self, name):
+        """Of the learning rate, for the parameter of that name"""
+        return 1.0
+
+    def begin(self, model, epoch):
+        """Before an epoch, also a resumed one. -> True if other parameters are trained than before"""
+        return False
+
+    def plain(self, model):
+        """-> the network as best.pt holds it"""
+        return model
+
+
+def train(args, world, stop, plan=Plan()):
+    """A run from start to end, as the flags say and a later script's `plan`."""
     device = world.device
     resume = open_run(args, world)
-    names = names or (read_classes(args.classes) if args.classes else (None, None))
-    files, val_files, classes, wnids, notes = open_data(args, world, *names)
-    model, amp = model or make_model(args, classes), amp_dtype(args, device)
+    files, val_files, classes, wnids, notes = plan.open(args, world)
+    model, amp = plan.model(args, classes), amp_dtype(args, device)
     if device.type == "cpu" and not args.compile:
         flatten_1x1(model)
     model = model.to(device, memory_format=torch.channels_last).train()
@@ -974,16 +1068,18 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
     if args.class_weights == "balanced":
         counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
         weights = (counts.sum() / counts / len(classes)).to(device)
-    loss_fn = teach(make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights))
+    loss_fn = plan.teach(make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights))
     mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
-    optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum)
+    optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
     scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
-    ema = EMA(model, args.model_ema_decay) if args.model_ema_decay else None
-    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-1.0, best_epoch=0,
+    averages = args.model_ema_decay or args.swa_start is not None
+    ema = EMA(model, args.model_ema_decay or None) if averages else None
+    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0,
                     skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
     if resume:
         restore_training(resume, model, ema, optimizer, scaler, progress, world, classes)
     log = RunLog(args.out, args, world, progress["step"] if resume else None)
+    plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
     fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
     last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
@@ -998,7 +1094,7 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
     log.say("\n".join(notes + [
         f"{len(files)} training and {len(val_files)} validation images, {len(classes)} classes; "
         f"{world.size} process{'es' * (world.size > 1)} on {device.type}, {amp or torch.float32}".replace("torch.", ""),
-        f"recipe {args.recipe}: " + ", ".join(f"{k}={getattr(args, k)}" for k in RECIPES[args.recipe]),
+        *plan.describe(args, model),
         f"global batch {args.batch_size} x {world.size} x {args.accumulate} = {order.global_batch}, "
         f"{order.steps} steps per epoch, learning rate "
         f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {peak:g}"]
@@ -1006,13 +1102,13 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
     if args.image_size <= 40 and model.config.get("stem") == "standard":
         log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
 
-    images = data.Images(files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args),
-                         args.seed, args.exif, replace=True)
-    val_images = data.Images(val_files, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
-    loader = data.make_loader(images, order, args.workers, device.type == "cuda")
+    images, workers = plan.images(
+        files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args), args, True)
+    val_images, _ = plan.images(val_files, lambda _: data.eval_transform(model.preprocess), args, False)
+    loader = data.make_loader(images, order, workers, device.type == "cuda")
     val_batch = args.batch_size * 2
     val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
-                                  args.workers, device.type == "cuda")
+                                  workers, device.type == "cuda")
     result, stopped, corrupt = None, stop.poll(), set()
     begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
     window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
@@ -1020,13 +1116,15 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
     while progress["epoch"] < args.epochs and not stopped:
         epoch, epoch_start = progress["epoch"], time.perf_counter()
         window["time"] = time.perf_counter()  # evaluating and saving are not part of the rate
+        if plan.begin(model, epoch):
+            net = wrap(model, args, world, amp)
         order.epoch, order.start = epoch, progress["seen"]
         batches = iter(loader) if len(order) else iter(())
         for _ in range(len(order) // args.accumulate):
             at = epoch + progress["seen"] / (order.steps * order.global_batch)
             lr = lr_at(at, args, peak)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_share", 1.0)  # absent in last.pt from before it was there
             waiting = time.perf_counter()
             micro = [next(batches) for _ in range(args.accumulate)]
             window["wait"] += time.perf_counter() - waiting
@@ -1044,7 +1142,7 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
             progress["samples_seen"] += order.global_batch
             if applied:
                 progress["skips"] = 0
-                if ema and progress["step"] % args.model_ema_steps == 0:
+                if args.model_ema_decay and progress["step"] % args.model_ema_steps == 0:
                     ema.update(model)
             else:
                 progress["skips"] += 1
@@ -1070,6 +1168,15 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
         worked += time.perf_counter() - epoch_start
         if stopped:
             break
+        if args.swa_start is not None:
+            if progress["averaged"] == epoch:  # not again by a run that was stopped while it evaluated
+                ema.updates *= epoch >= args.swa_start * args.epochs  # before that it is the network itself
+                ema.update(model)
+                progress["averaged"] += 1
+            if ema.updates > 1:
+                order.start = 0
+                torch.manual_seed(data.seed_for(args.seed, 3, epoch, world.rank))  # dropout, drop-path
+                recalibrate(ema.model, (p.to(device) for p, _, _ in itertools.islice(loader, SWA_BATCHES)))
         average_statistics(world, [model] + ([ema.model] if ema else []))
         score = evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
                          loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
@@ -1083,19 +1190,20 @@ def train(args, world, stop, model=None, names=None, teach=lambda loss_fn: loss_
                       train_loss=round(loss_sum / max(count, 1), 5), train_top1=round(100 * correct / max(count, 1), 3),
                       lr=lr_at(epoch + 1, args, peak),
                       seconds=round(time.perf_counter() - epoch_start, 2), skipped=int(skipped))
-        better = score["top1"] > progress["best"]
+        value = score["top1"] if args.best_by == "top1" else -score["loss"]
+        better = value > progress["best"]
         if better:
-            progress.update(best=score["top1"], best_epoch=epoch + 1)
+            progress.update(best=value, best_epoch=epoch + 1)
         result = dict(score, epoch=epoch + 1)
         if better and world.rank == 0:
-            save_checkpoint(best, ema.model if ema else model, metrics=result, **fields)
+            save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
         save(metrics=result)
         log.write("epoch", **record)
         log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} top-1 {score['top1']:.2f} "
                 f"top-5 {score['top5']:.2f} on validation; {record['train_loss']:.4f} "
                 f"{record['train_top1']:.2f} in training; {record['seconds']:.0f} s{' *' * better}")
         if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
-            log.say(f"no better top-1 for {args.patience} epochs: stopped early")
+            log.say(f"no better {args.best_by} for {args.patience} epochs: stopped early")
             break
     if stopped:
         save()

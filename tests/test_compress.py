@@ -168,7 +168,7 @@ def test_latency_table_names_every_layer(int8):
 def test_recalibration_is_the_mean_over_the_batches():
     model, batches = build("plain"), photographs(6, 48, 48).split(2)
     seen = []
-    compress.recalibrate(model, batches)
+    train.recalibrate(model, batches)
     assert not model.training and model.bn1.momentum == 0.1
     with torch.no_grad():
         for pixels in batches:
@@ -331,7 +331,7 @@ def trained(tmp_path_factory, tiny):
     for block in model.blocks():
         nn.init.constant_(block.bn3.weight, 0.3)
     path = str(tmp_path_factory.mktemp("trained") / "best.pt")
-    compress.recalibrate(model, photographs(8, 32, 32).split(4))
+    train.recalibrate(model, photographs(8, 32, 32).split(4))
     resnet50.save_checkpoint(path, model, classes=sorted(data.DEMO_CLASSES),
                              args=dict(data=tiny, recipe="demo", image_size=32, batch_size=16, model_ema_decay=0.0))
     return path
