@@ -1247,8 +1247,9 @@ def flush_window(window, progress, log, order, epoch, lr, device, world, args):
     window.update(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
 
 
-def main(args):
-    check_args(args)
+def run_processes(args, work):
+    """work(world, stop) -> dict, as one of the processes that --device and torchrun's environment ask for; what the
+    first one returns"""
     if args.device == "cpu":
         keep_freed_memory()
     elif not args.deterministic:
@@ -1259,11 +1260,8 @@ def main(args):
     world = World(args.device, args.dist_timeout)
     stop = None
     try:
-        if args.eval_only:
-            result = eval_only(args, world)
-        else:
-            stop = Stop(world)
-            result = train(args, world, stop)
+        stop = None if args.eval_only else Stop(world)
+        result = work(world, stop)
         return result if world.rank == 0 else None
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # killed: almost always shared memory
@@ -1274,6 +1272,12 @@ def main(args):
         if stop:
             stop.close()
         world.close()
+
+
+def main(args):
+    check_args(args)
+    return run_processes(args, lambda world, stop: eval_only(args, world) if args.eval_only
+                         else train(args, world, stop))
 
 
 if __name__ == "__main__":

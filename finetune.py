@@ -1,0 +1,873 @@
+"""Fine-tune a pretrained network on a user's own classes.
+
+  python finetune.py --data FOLDER                                   # from runs/train/best.pt, else torchvision's weights
+  python finetune.py --data FOLDER --checkpoint FILE --strategy gradual
+  python finetune.py --data FOLDER --model efficientnet_b4 --weights DEFAULT
+  python finetune.py --data FOLDER --target-domain OTHER             # images without labels that it shall also work on
+  torchrun --nproc_per_node=8 finetune.py --data FOLDER --strategy full
+
+FOLDER is what train.py takes. The head is new, for the folder's classes; how much of the rest is trained is --strategy:
+
+  head       nothing: the head learns from features that are computed once, in --views augmented views of each image
+  gradual    the head, then stage after stage from the top
+  layers:N   the head and the N stages below it
+  full       everything
+  lora       low-rank additions to the convolutions, merged into plain weights at the end (arXiv 2106.09685)
+  adapter    small bottlenecks behind the blocks, which stay in the network
+  auto       head, gradual or full, by the number of images
+
+--lr is the network's rate; what is new (head, LoRA, adapters) learns --head-lr-mult times as fast, and each stage below
+the top one --layer-decay times as fast as the one above. What is frozen keeps its batch-norm statistics too. The loop,
+its files, resuming and exit statuses are train.py's; beside them a run leaves confusion.csv, confusion.svg, mistakes.png.
+"""
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import hashlib
+import html
+import io
+import itertools
+import json
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+import data
+import train
+from resnet50 import (
+    ResNet50,
+    UserError,
+    build_model,
+    fetch_weights,
+    fuse,
+    load_checkpoint,
+    load_some_model,
+    normalize,
+    predict,
+    read_classes,
+    run_script,
+    torchvision_model,
+    write_atomic,
+)
+
+RECIPES = dict(classify=dict(
+    batch_size=32, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5, label_smoothing=0.1,
+    crop_scale=0.25, image_size=None, interpolation=None))
+# What a strategy sets where the command line does not
+STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
+                  gradual=dict(epochs=8, lr=1e-4, layer_decay=0.5),
+                  layers=dict(epochs=8, lr=1e-4, layer_decay=0.5),
+                  full=dict(epochs=8, lr=1e-4, layer_decay=1.0),
+                  lora=dict(epochs=8, lr=1e-4, layer_decay=1.0),
+                  adapter=dict(epochs=8, lr=1e-4, layer_decay=1.0))
+DEFAULTS = ["runs/train/best.pt"]
+STAGES = 5  # that a network is divided into below its head, at most
+FEW, MANY = 1000, 20000  # images: below, --strategy auto trains the head; from there on everything
+TINY = 5  # images of a class, below which it is named
+CHECKED = 50000  # files; larger sets are not decoded beforehand
+AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
+SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times the strategy's learning rate
+
+
+def strategy(text):
+    kind, _, number = text.partition(":")
+    if kind not in ("auto", *STRATEGIES) or (kind == "layers") != number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, {', '.join(STRATEGIES)} (layers:N)")
+    return text
+
+
+def share(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1]")
+    return value
+
+
+class Parser(train.Parser):
+    recipes = RECIPES
+
+    def usual(self, args):
+        return args.task
+
+
+def get_args_parser():
+    p = Parser(prog="finetune.py", description="Fine-tune a pretrained network on a folder of images.",
+               epilog="Defaults shown as None come from --strategy or from the checkpoint.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    g = p.add_argument_group("fine-tuning")
+    g.add_argument("--task", choices=RECIPES, default="classify")
+    g.add_argument("--model", metavar="NAME", help="another classifier of torchvision's, with --weights or --checkpoint")
+    g.add_argument("--list-models", action="store_true", help="what --model takes")
+    g.add_argument("--strategy", type=strategy, default="auto", metavar="NAME", help="auto, head, gradual, layers:N, "
+                   "full, lora or adapter")
+    g.add_argument("--head-lr-mult", type=float, default=10.0, metavar="F", help="what is new learns so much faster")
+    g.add_argument("--layer-decay", type=share, metavar="F", help="rate of a stage by that of the stage above it")
+    g.add_argument("--unfreeze-every", type=train.positive, default=1, metavar="N", help="gradual: epochs per stage")
+    g.add_argument("--views", type=train.positive, default=4, metavar="N", help="head: augmented views of each image")
+    g.add_argument("--lora-rank", type=train.positive, default=8, metavar="R")
+    g.add_argument("--lora-alpha", type=float, default=16.0, metavar="A", help="additions count A/R times")
+    g.add_argument("--adapter-channels", type=train.positive, default=32, metavar="N")
+    g.add_argument("--ohem", type=share, default=1.0, metavar="F", help="learn from this share of each batch, the "
+                   "hardest images (arXiv 1604.03540)")
+    g.add_argument("--l2-sp", type=float, default=0.0, metavar="A",
+                   help="pull towards the weights it started from (arXiv 1802.01483)")
+    g.add_argument("--then", metavar="FOLDER", help="go on from the result on this data set: --data is only a step")
+    g.add_argument("--lr-find", action="store_true", help="take --lr from a range test; leaves lr.svg")
+    g.add_argument("--search", type=train.positive, metavar="N",
+                   help="compare N settings of strategy and rate by successive halving, then train the best")
+    g = p.add_argument_group("domain shift")
+    g.add_argument("--target-domain", metavar="FOLDER", help="images without labels; class folders in its val/ are scored")
+    g.add_argument("--align", choices=("coral", "mmd", "none"), default="coral",
+                   help="what makes features of both alike: second moments (arXiv 1607.01719) or the kernel mean "
+                   "discrepancy (arXiv 1502.02791)")
+    g.add_argument("--align-weight", type=float, default=1.0, metavar="A")
+    train.add_training_args(p)
+    p.set_defaults(out="runs/finetune")
+    return p
+
+
+def check_args(args):
+    def refuse(text):
+        raise UserError(text, code=2)
+    train.check_args(args)
+    kind = args.strategy.partition(":")[0]
+    if args.fused_bn and kind not in ("full", "auto"):
+        refuse("--fused-bn goes with --strategy full: frozen batch-norm has no statistics to compute")
+    if args.sync_bn and kind != "full":
+        refuse("--sync-bn goes with --strategy full")
+    if args.model and (args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"):
+        refuse(f"--model {args.model}: --grad-checkpointing, --stem, --attention, --stride-on and --strategy adapter "
+               "are ResNet-50's")
+    if kind == "head" and args.cutmix_alpha:
+        refuse("--cutmix-alpha: --strategy head sees features, not images")
+    if kind == "head" and args.align == "mmd" and args.target_domain:
+        refuse("--align mmd trains features: give a --strategy that does, not head")
+    if args.ohem < 1 and (args.mixup_alpha or args.cutmix_alpha):
+        refuse("--ohem: a mixed image is neither hard nor easy; give it without --mixup-alpha and --cutmix-alpha")
+    if args.search and (args.then or args.lr_find):
+        refuse("--search decides the rate by itself, for one data set: no --then, no --lr-find")
+    if args.target_domain and args.align != "none" and args.compile:
+        refuse("--compile: alignment watches the features, which a compiled network does not show")
+    if args.tta and kind in ("auto", "head"):
+        refuse("--tta: cached features have no mirror image; name another --strategy")
+
+
+# ----------------------------------------------------------------------------------------------------- the network
+
+def load_source(args):
+    """-> model in eval mode, its checkpoint dict and where it came from; --classes and --num-classes speak of the data"""
+    if not args.model:
+        return load_some_model(argparse.Namespace(**{**vars(args), "classes": None, "num_classes": None}), DEFAULTS, True)
+    torchvision_model(args.model)  # refuses the name
+    if args.checkpoint:
+        checkpoint, source = load_checkpoint(args.checkpoint), args.checkpoint
+        if not checkpoint["config"]:
+            last = [v for v in checkpoint["model"].values() if v.ndim > 1][-1:]
+            checkpoint["config"] = dict(arch=args.model, num_classes=len(last[0]) if last else 0)
+        elif checkpoint["config"].get("arch") != args.model:
+            raise UserError(f"{source}: holds {checkpoint['config'].get('arch', 'ResNet-50')}, not {args.model}")
+    else:
+        source = f"{args.model} {args.weights or 'DEFAULT'}"
+        checkpoint = fetch_weights(args.weights or "DEFAULT", args.model)
+    return build_model(checkpoint, source), checkpoint, source
+
+
+def head_of(model):
+    """-> name of the layer whose outputs are the classes: the last linear one or convolution"""
+    name, module = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
+    if module.weight.shape[0] != model.config["num_classes"]:
+        raise UserError(f"{model.config.get('arch')}: found no head: {name} has {module.weight.shape[0]} outputs")
+    return name
+
+
+def rebuilt(model, seed, new_head, **changes):
+    """-> a copy of the network with some of its config changed; adapters are new, and the head if new_head"""
+    torch.manual_seed(seed)
+    config = {**model.config, **changes}
+    new = torchvision_model(**config) if "arch" in config else ResNet50(**config)
+    head = head_of(new)
+    new.load_state_dict({k: v for k, v in model.state_dict().items()
+                         if not (new_head and k.startswith(head + "."))}, strict=False)
+    if new_head:
+        layer = new.get_submodule(head)
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.zeros_(layer.bias)
+    new.preprocess = dict(model.preprocess)
+    return new.to(memory_format=torch.channels_last).eval()
+
+
+def stages_of(model):
+    """-> lists of names of submodules, from the top down; the first is the head's. A part that holds most of the
+    parameters is divided further, and no more than STAGES are left below the head."""
+    head = head_of(model)
+
+    def size(name):
+        return sum(p.numel() for n, p in model.named_parameters()
+                   if n.startswith(name + ".") and not n.startswith(head + "."))
+
+    def inside(module, prefix=""):
+        return [prefix + n for n, m in module.named_children() if size(prefix + n)]
+    parts = inside(model)
+    while True:
+        largest = max(parts, key=size)
+        inner = inside(model.get_submodule(largest), largest + ".")
+        if not inner or size(largest) <= 0.8 * sum(map(size, parts)) or largest == head:
+            break
+        at = parts.index(largest)
+        parts[at:at + 1] = inner
+    groups = []
+    for part in parts:  # a batch-norm belongs to the convolution before it
+        if groups and all(p.ndim < 2 for p in model.get_submodule(part).parameters()):
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    chunks = np.array_split(np.arange(len(groups)), min(STAGES, len(groups)))
+    return [[head]] + [[n for i in chunk for n in groups[i]] for chunk in reversed(chunks)]
+
+
+class LowRank(nn.Module):
+    """weight -> weight + alpha / rank * B A, of a convolution (O, I, h, w): A (rank, I h w) starts at random, B (O, rank)
+    at zero, so that the network starts as it was (Hu et al., arXiv 2106.09685)"""
+
+    def __init__(self, weight, rank, alpha):
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, weight[0].numel()))
+        self.b = nn.Parameter(torch.zeros(len(weight), rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.a, math.sqrt(5))
+
+    def forward(self, weight):
+        return weight + (self.scale * self.b @ self.a).view_as(weight)
+
+
+def add_lora(model, rank, alpha, seed):
+    """A LowRank on every convolution but grouped ones; all else but the head is frozen"""
+    torch.manual_seed(seed)
+    train.freeze(model)
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
+    train.freeze(model.get_submodule(head_of(model)), False)
+
+
+def merged(model):
+    """-> a copy in which LowRanks are plain weights"""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    return model
+
+
+def on_features(model):
+    """Makes the model, in place, take what its head reads, (N, C, 1, 1), as well as images. The head's dropout stays."""
+    name = head_of(model)
+
+    class OnFeatures(type(model)):
+        def forward(self, x):
+            if x.shape[-1] > 1:
+                return super().forward(x)
+            head = self.get_submodule(name)
+            x = F.dropout(x, self.config.get("dropout", 0.0), self.training)
+            return head(x if isinstance(head, nn.Conv2d) else x.flatten(1)).flatten(1)
+    model.__class__ = OnFeatures
+    return model
+
+
+def reader(model, amp):
+    """-> callable: uint8 pixels (N, 3, H, W) -> what the head reads, float32 (N, C). On the CPU a ResNet-50 runs on the
+    fused kernels, with the identity for its classifier."""
+    head = head_of(model)
+    layer = model.get_submodule(head)
+    if isinstance(model, ResNet50) and not model.config.get("adapter") and not layer.weight.is_cuda:
+        probe = rebuilt(model, 0, True, num_classes=layer.in_features)
+        nn.init.eye_(probe.fc.weight)
+        net = fuse(probe, amp if amp == torch.bfloat16 else torch.float32)
+        return lambda pixels: predict(net, pixels)
+
+    def read(pixels):
+        seen = []
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
+                predict(model, pixels)
+        finally:
+            hook.remove()
+        return seen[0].float().flatten(1)
+    return read
+
+
+# ---------------------------------------------------------------------------------------------------- before training
+
+def examine(path):
+    """-> (format, digest of the file) or (None, complaint)"""
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+        data.decode(content)
+        return Image.open(io.BytesIO(content)).format, hashlib.blake2b(content, digest_size=16).digest()
+    except (OSError, ValueError) as error:
+        return None, f"{path}: {error}"
+
+
+def some(items, most=3):
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def check_data(sets, args):
+    """(train Files, val Files, classes, wnids, notes) -> the same without what does not decode (an error unless
+    --on-corrupt skip) and without training images that are validation images too; the notes say so, and what else a
+    person should look at before training."""
+    files, val, classes, wnids, notes = sets
+    if len(files) + len(val) > CHECKED:
+        return *sets[:4], notes + [f"data check: more than {CHECKED} files are not read beforehand"]
+    notes, kept, found = list(notes), [], []
+    for name, part in (("training", files), ("validation", val)):
+        paths = [part.path(i) for i in range(len(part))]
+        with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
+            seen = list(pool.map(examine, paths))
+        bad = [complaint for kind, complaint in seen if not kind]
+        train.check_corrupt(bad, args.on_corrupt)
+        if bad:
+            notes.append(f"data check: {len(bad)} {name} files are left out, as they do not decode: {some(bad)}")
+        kept.append(np.array([bool(kind) for kind, _ in seen]))
+        found.append([(kind, digest, path) for (kind, digest), path in zip(seen, paths)])
+    labels = dict()
+    for (kind, digest, path), label in zip(found[0], files.labels):
+        if kind and labels.setdefault(digest, (label, path))[0] != label:
+            notes.append(f"data check: {path} and {labels[digest][1]} are the same image in two classes")
+    held = {digest: path for kind, digest, path in found[1] if kind}
+    twice = [i for i, (kind, digest, _) in enumerate(found[0]) if kind and digest in held]
+    if twice:
+        notes.append(f"data check: {len(twice)} training images are validation images too and left out of training: "
+                     + some([f"{found[0][i][2]} is {held[found[0][i][1]]}" for i in twice]))
+        kept[0][twice] = False
+    formats = collections.Counter(kind for part in found for kind, _, _ in part if kind)
+    odd = [f"{path} is the only {kind}" for part in found for kind, _, path in part
+           if kind and formats[kind] == 1 and len(formats) > 1]
+    notes += [f"data check: {some(odd)}, see whether it belongs there"] if odd else []
+    files, val = (part.select(np.flatnonzero(keep)) for part, keep in zip((files, val), kept))
+    counts = [np.bincount(part.labels, minlength=len(classes)) for part in (files, val)]
+    for name, part, count in zip(("training", "validation"), (files, val), counts):
+        if not len(part):
+            raise UserError(f"{args.data}: no {name} image is left")
+    if missing := [c for c, n in zip(classes, counts[0]) if not n]:
+        raise UserError(f"{args.data}: no training image is left of {some(missing)}")
+    if tiny := [f"{c} ({n})" for c, n in zip(classes, counts[0]) if n < TINY]:
+        notes.append(f"data check: classes of very few training images: {some(tiny, 10)}")
+    table = [f"{c[:40]}: {a} and {b}" for c, a, b in zip(classes, *counts)]
+    return files, val, classes, wnids, notes + ["training and validation images by class: " + some(table, 20)]
+
+
+def resolve(args, model, images):
+    """Fills in what --strategy decides. -> a line of text"""
+    kind, _, number = args.strategy.partition(":")
+    why = ""
+    if kind == "auto":
+        kind = "head" if images < FEW and not args.tta and not args.cutmix_alpha else "gradual" if images < MANY else "full"
+        why = f", for {images} images " + {
+            "head": "are too few to move a whole network: --strategy gradual may gain a little more, in more time",
+            "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]
+        args.strategy = kind
+    for key, value in STRATEGIES[kind].items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.image_size = args.image_size or model.preprocess["crop"]
+    args.interpolation = args.interpolation or model.preprocess["interpolation"]
+    if args.image_size == model.preprocess["crop"] and not args.val_size and not args.val_resize:
+        args.val_size, args.val_resize = model.preprocess["crop"], model.preprocess["resize"]
+    if kind == "layers" and not 0 < int(number) < len(stages_of(model)):
+        raise UserError(f"--strategy {args.strategy}: this network has {len(stages_of(model)) - 1} stages", code=2)
+    return f"strategy {args.strategy}{why}"
+
+
+# ----------------------------------------------------------------------------------------------------- the strategies
+
+class Features(torch.utils.data.Dataset):
+    """What the head reads of every image in every view: key (epoch, index, repeat) -> (float32 (1, 1, C), label, None)"""
+
+    def __init__(self, files, values):
+        self.files, self.values = files, values  # float32 (views, N, C)
+
+    def __getitem__(self, key):
+        epoch, index, repeat = key
+        value = self.values[(epoch + repeat) % len(self.values), index]
+        return value.view(1, 1, -1), int(self.files.labels[index]), None
+
+
+class FineTuning(train.Plan):
+    """A run on the sets of `source`, the network that it starts from"""
+
+    def __init__(self, args, world, stop, source, sets, notes, new_head, cache):
+        self.args, self.world, self.stop, self.sets, self.cache = args, world, stop, sets, cache
+        self.source, self.notes, self.new_head, self.opened = source, notes, new_head, None
+        self.kind, _, number = args.strategy.partition(":")
+        self.number = int(number or 0)
+        self.amp = train.amp_dtype(args, world.device)
+        self.target = data.scan_unlabelled(args.target_domain) if args.target_domain and args.align != "none" else None
+
+    def open(self, args, world):
+        return self.sets[:4] + (self.sets[4] + self.notes,)
+
+    def model(self, args, classes):
+        if args.num_classes not in (None, len(classes)):
+            raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
+        changes = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
+        if self.kind == "adapter":
+            changes["adapter"] = args.adapter_channels
+        model = rebuilt(self.source, args.seed, self.new_head, num_classes=len(classes), **changes)
+        model.preprocess = dict(self.source.preprocess, **{
+            k: train.preprocess_of(args)[k] for k in ("crop", "resize", "interpolation")})
+        self.net, self.stages = train.prepare(model, args), stages_of(model)
+        if self.kind == "head":
+            on_features(model)
+        elif self.world.device.type == "cpu" and not args.compile:
+            train.flatten_1x1(model)  # before LoRA, which makes classes of its own of these
+        if self.kind == "lora":
+            add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
+        elif self.kind == "adapter":
+            train.freeze(model)
+            for name, p in model.named_parameters():
+                p.requires_grad_(".adapter." in name or name.startswith(self.stages[0][0] + "."))
+        if self.target is not None and self.kind != "head":
+            model.get_submodule(self.stages[0][0]).register_forward_pre_hook(
+                lambda _, inputs: setattr(self, "seen", inputs[0].flatten(1)))  # no method: copies would copy the plan
+        self.start = {n: p.detach().clone() for n, p in model.named_parameters() if self.depth(n)} if args.l2_sp else {}
+        return model
+
+    def depth(self, name):
+        """Of a parameter: 0 in the head, then the stage's number from the top; None for what LoRA and adapters add"""
+        if "parametrizations.weight.0" in name or ".adapter." in name:
+            return None
+        return next(i for i, stage in enumerate(self.stages) if any(name.startswith(part + ".") for part in stage))
+
+    def share(self, name):
+        depth = self.depth(name)
+        return self.args.layer_decay ** (depth - 1) if depth else self.args.head_lr_mult
+
+    def begin(self, model, epoch):
+        """The stages that an epoch trains; LoRA and adapters have chosen"""
+        if self.kind in ("lora", "adapter"):
+            return False
+        count = {"head": 1, "layers": 1 + self.number, "full": len(self.stages),
+                 "gradual": 1 + epoch // self.args.unfreeze_every}[self.kind]
+        count = min(count, len(self.stages))
+        if count == self.opened:
+            return False
+        self.opened = count
+        for i, stage in reversed(list(enumerate(self.stages))):
+            for part in stage:
+                train.freeze(model.get_submodule(part), i >= count)
+        for part in self.stages[0]:  # which may lie inside another stage's part
+            train.freeze(model.get_submodule(part), False)
+        return True
+
+    def plain(self, model):
+        return merged(model) if self.kind == "lora" else model
+
+    def describe(self, args, model):
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        shown = ("opt", "weight_decay", "layer_decay", "head_lr_mult", "label_smoothing", "loss", "image_size")
+        return [f"strategy {args.strategy}: " + ", ".join(f"{k}={getattr(args, k)}" for k in shown),
+                f"{trained:,} of {total:,} parameters are trained{' in this epoch' * (self.kind == 'gradual')} "
+                f"({100 * trained / total:.2f} %)"]
+
+    def images(self, files, transform_at, args, training):
+        images, workers = super().images(files, transform_at, args, training)
+        if self.kind != "head":
+            return images, workers
+        values = self.features(images, args.views if training else 1)
+        if self.target is not None and training:
+            target = data.Images(self.target, lambda _: data.eval_transform(self.net.preprocess), exif=args.exif)
+            self.recolour = recolouring(values.flatten(0, 1), self.features(target, 1)[0])
+        if self.target is not None:
+            values = values.lerp(self.recolour(values), args.align_weight)
+        return Features(files, values), 0
+
+    def features(self, images, views):
+        """What the head reads of all images, in as many epochs' augmentations -> float32 (views, N, C), from the file
+        `cache` where another run, or this one before it was stopped, has left them"""
+        args, world, path = self.args, self.world, self.cache
+        shown = [(k, v) for k, v in sorted(vars(args).items()) if k in AUGMENTATION + ("seed", "exif", "image_size")]
+        key = hashlib.blake2b(repr((shown, views, self.net.preprocess, str(self.amp))).encode())
+        for value in (images.files.blob, *(v.numpy() for v in self.source.state_dict().values())):
+            key.update(np.ascontiguousarray(value))
+        known = {}
+        if os.path.exists(path):
+            with contextlib.suppress(Exception):  # a cache: whatever is wrong with it, it is computed again
+                known = torch.load(path, weights_only=True)
+        if key.hexdigest() in known:
+            return known[key.hexdigest()]
+        self.net.eval()
+        read, parts, n = reader(self.net, self.amp), [], len(images.files)
+        batches = [[(epoch, i, 0) for _, i, _ in batch] for epoch in range(views)
+                   for batch in data.eval_batches(n, 32, world.rank, world.size)]
+        loader = data.make_loader(images, batches, args.workers, world.device.type == "cuda")
+        with torch.no_grad():
+            for batch, (pixels, labels, bad) in zip(batches, loader):
+                train.check_corrupt(bad, "error" if len(labels) < len(batch) else args.on_corrupt)
+                parts.append(read(pixels.to(world.device, non_blocking=True)).cpu())
+                if self.stop.poll():
+                    raise UserError(f"stopped by {self.stop.requested or 'a signal'} while it computed features; the same "
+                                    "command starts anew", code=75)
+        mine = torch.cat(parts).view(views, -1, parts[0].shape[1]) if parts else torch.zeros(views, 0, 1)
+        values = torch.empty(views, n, self.net.get_submodule(self.stages[0][0]).weight.shape[1])
+        for rank, theirs in enumerate(world.gather(mine)):
+            values[:, rank::world.size] = theirs
+        self.net.train()
+        if world.rank == 0:
+            buffer = io.BytesIO()
+            torch.save({**known, key.hexdigest(): values}, buffer)
+            write_atomic(path, buffer.getbuffer())
+        world.barrier()
+        return values
+
+    def teach(self, loss_fn):
+        args, aligns = self.args, self.target is not None and self.kind != "head"
+        start = {name: value.to(self.world.device) for name, value in self.start.items()}
+        if aligns:
+            images = data.Images(self.target, lambda _: data.train_transform(args.image_size, self.net.preprocess, args),
+                                 args.seed, args.exif, replace=True)
+            match = coral if args.align == "coral" else mmd
+
+        def loss(logits, target, pixels=None):
+            if args.ohem < 1:
+                hardness = F.cross_entropy(logits.detach(), target, reduction="none")
+                hard = hardness.topk(max(1, round(args.ohem * len(target)))).indices
+                total = loss_fn(logits[hard], target[hard], pixels)
+            else:
+                total = loss_fn(logits, target, pixels)
+            if start:
+                pull = sum(((p - start[n]) ** 2).sum() for n, p in self.net.named_parameters()
+                           if n in start and p.requires_grad)
+                total = total + args.l2_sp / 2 * pull
+            if aligns:
+                source = self.seen
+                # the step's generator: a resumed run draws the same images
+                keys = [(int(draw), int(i), 0) for draw, i in zip(torch.randint(2 ** 31, (len(target),)),
+                                                                  torch.randint(len(self.target), (len(target),)))]
+                # one after the other: their augmentations share torch's generator
+                batch, _, bad = data.collate([images[key] for key in keys])
+                train.check_corrupt(bad, args.on_corrupt)
+                with torch.autocast(self.world.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                    self.net(normalize(batch.to(self.world.device), self.net.preprocess))
+                total = total + args.align_weight * match(source.float(), self.seen.float())
+            return total
+        return loss
+
+
+# ---------------------------------------------------------------------------------------------------------- alignment
+
+def covariance(x):
+    x = x - x.mean(0)
+    return x.T @ x / max(len(x) - 1, 1)
+
+
+def coral(source, target):
+    """float (N, C), (M, C) -> squared distance of the covariances / 4 C^2 (Deep CORAL, arXiv 1607.01719), in units of
+    the source's mean variance, so that its weight does not depend on the scale of the features; and of the means"""
+    a, b = covariance(source), covariance(target)
+    unit = a.diagonal().mean().detach().clamp(min=1e-12)
+    shift = (source.mean(0) - target.mean(0)).square().mean() / unit
+    return (a - b).square().sum() / (4 * len(a) * unit ** 2) + shift
+
+
+def mmd(source, target):
+    """float (N, C), (M, C) -> squared maximum mean discrepancy under a sum of five Gaussian kernels around the mean
+    squared distance (arXiv 1502.02791); biased, so never negative"""
+    x = torch.cat([source, target])
+    squares = torch.cdist(x, x).square()
+    width = squares.detach().sum() / (len(x) * (len(x) - 1))
+    kernel = sum(torch.exp(-squares / (width * 2.0 ** k)) for k in range(-2, 3))
+    n = len(source)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+def recolouring(source, target, ridge=0.1):
+    """float (N, C), (M, C) -> callable that gives features of the source the mean and covariance of the target's (CORAL,
+    arXiv 1511.05547): (x - mean_s) Cs^-1/2 Ct^1/2 + mean_t, where `ridge` times the mean variance is added to both
+    diagonals. In float64."""
+    means, roots = [], []
+    for x, power in ((source.double(), -0.5), (target.double(), 0.5)):
+        c = covariance(x)
+        c.diagonal().add_(ridge * c.diagonal().mean().clamp(min=1e-12))
+        values, vectors = torch.linalg.eigh(c)
+        means.append(x.mean(0))
+        roots.append(vectors * values.clamp(min=1e-12) ** power @ vectors.T)
+    turn = roots[0] @ roots[1]
+    return lambda x: ((x.double() - means[0]) @ turn + means[1]).float()
+
+
+# ------------------------------------------------------------------------------------------------- rates and searches
+
+def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
+    """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate at which the smoothed
+    loss falls fastest per factor of it; leaves OUT/lr.svg. The rates are --lr's; new parts learn faster as ever."""
+    files, classes = plan.sets[0], plan.sets[2]
+    model = plan.model(args, classes).to(world.device, memory_format=torch.channels_last).train()
+    optimizer = train.make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
+    plan.begin(model, 0)
+    loss_fn = plan.teach(train.make_loss(args.loss, args.label_smoothing, args.focal_gamma))
+    images, workers = plan.images(
+        files, lambda _: data.train_transform(args.image_size, model.preprocess, args), args, True)
+    order = data.Order(files.labels, min(args.batch_size, len(files)), seed=args.seed)
+    loader, rates, losses, smooth = data.make_loader(images, order, workers, False), [], [], 0.0
+    epochs = -(-steps // order.steps)
+    for epoch in range(epochs):
+        order.epoch = epoch
+        for pixels, labels, _ in loader:
+            rate = low * (high / low) ** (len(rates) / (steps - 1))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_share"]
+            torch.manual_seed(data.seed_for(args.seed, 4, len(rates)))
+            loss, _, applied = train.train_step(model, model, [(pixels.to(world.device), labels.to(world.device))],
+                                                optimizer, loss_fn, amp=plan.amp)
+            smooth = 0.9 * smooth + 0.1 * loss.item()
+            rates.append(rate)
+            losses.append(smooth / (1 - 0.9 ** len(rates)))
+            if not applied or losses[-1] > 3 * min(losses) or len(rates) == steps:
+                break
+        else:
+            continue
+        break
+    plan.opened = None
+    upto = int(np.argmin(losses)) + 1  # what comes after the lowest loss is on the way up
+    slopes = np.gradient(np.array(losses[:upto])) if upto > 2 else np.zeros(1)
+    chosen = float(rates[int(np.argmin(slopes))])
+    if world.rank == 0:
+        write_atomic(os.path.join(args.out, "lr.svg"), rates_svg(rates, losses, chosen).encode())
+    return chosen
+
+
+def rates_svg(rates, losses, chosen):
+    """Loss over the logarithm of the rate, and the rate that was taken"""
+    left, top, width, height = 60, 30, 560, 260
+    x = lambda r: left + width * math.log(r / rates[0]) / math.log(max(rates[-1] / rates[0], 1.001))  # noqa: E731
+    low, high = min(losses), max(losses)
+    y = lambda v: top + height * (high - v) / (high - low or 1)  # noqa: E731
+    ticks = [10.0 ** e for e in range(math.ceil(math.log10(rates[0])), math.floor(math.log10(rates[-1])) + 1)]
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {top + height + 45}" '
+        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>',
+        *(f'<path d="M{x(t):.1f} {top}V{top + height}" stroke="#ddd"/><text x="{x(t):.1f}" y="{top + height + 17}" '
+          f'text-anchor="middle">{t:g}</text>' for t in ticks),
+        *(f'<text x="{left - 8}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.3g}</text>' for v in (low, high)),
+        f'<path d="M{x(chosen):.1f} {top}V{top + height}" stroke="#c05020"/><text x="{x(chosen):.1f}" y="{top - 8}" '
+        f'text-anchor="middle" fill="#c05020">{chosen:.2g}</text>',
+        f'<polyline points="{" ".join(f"{x(r):.1f},{y(v):.1f}" for r, v in zip(rates, losses))}" fill="none" '
+        'stroke="#4878a8" stroke-width="1.6"/>',
+        f'<text x="{left + width}" y="{top + height + 34}" text-anchor="end" fill="#666">learning rate (--lr); '
+        'smoothed training loss above</text></svg>'])
+
+
+def search(args, run):
+    """Successive halving (arXiv 1502.07943) over strategy and learning rate: all of N settings for one epoch, then the
+    better half for two, and so on. run(args) is a run's result. -> (rows of a table, the best setting)"""
+    kinds = [args.strategy] if args.strategy != "auto" else ["head", "gradual", "full"]
+    if args.strategy == "auto" and (args.tta or args.cutmix_alpha):
+        kinds.remove("head")
+    settings = [dict(strategy=kind, lr=(args.lr or STRATEGIES[kind.partition(":")[0]]["lr"]) * factor)
+                for factor in SEARCHED for kind in kinds][:args.search]
+    rows, alive, epochs = [], settings, 1
+    while True:
+        scores = []
+        for setting in alive:
+            name = f"{setting['strategy']}-{setting['lr']:.2g}-{epochs}".replace(":", "")
+            result = run(argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "resume": "auto", "patience": 0,
+                                               "out": os.path.join(args.out, "search", name)}))
+            rows.append(dict(setting, epochs=epochs, top1=result["top1"], loss=result["loss"], seconds=result["seconds"]))
+            scores.append((-result["top1"], result["loss"]))
+        ranked = sorted(range(len(alive)), key=scores.__getitem__)
+        alive = [alive[i] for i in ranked[:max(1, len(alive) // 2)]]
+        if len(alive) == 1:
+            return rows, alive[0]
+        epochs *= 2
+
+
+# ----------------------------------------------------------------------------------------------- what a person looks at
+
+def logits_of(model, files, args, world):
+    """-> float32 (N, classes) of all files, by evaluate()'s way, on every process"""
+    images = data.Images(files, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
+    fast = isinstance(model, ResNet50) and not model.config.get("adapter") and world.device.type == "cpu"
+    outputs, classes = [], model.config["num_classes"]
+    train.evaluate(fuse(model) if fast else model, images, 32, world, workers=args.workers, outputs=outputs)
+    mine, logits = torch.cat(outputs) if outputs else torch.zeros(0, classes), torch.empty(len(files), classes)
+    for rank, theirs in enumerate(world.gather(mine)):
+        logits[rank::world.size] = theirs
+    return logits
+
+
+def confusion(labels, predicted, n):
+    """-> int (n, n): images of class row that were taken for class column"""
+    return np.bincount(np.asarray(labels) * n + np.asarray(predicted), minlength=n * n).reshape(n, n)
+
+
+def confusion_svg(matrix, classes):
+    """The matrix by its rows' shares; with numbers and names as long as they can be read"""
+    n, named = len(classes), len(classes) <= 60
+    cell = max(4, min(48, 900 // n))
+    left = 12 + (min(max(map(len, classes)), 24) * 7 if named else 0)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + n * cell + 20} {left + n * cell + 30}" '
+           'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>',
+           f'<text x="{left}" y="{left + n * cell + 20}">rows: what it is; columns: what it was taken for</text>']
+    for i, j in itertools.product(range(n), range(n)):
+        if not matrix[i, j] and i != j:
+            continue
+        red, x, y = i != j, left + j * cell, left + i * cell
+        svg.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{"#c05020" if red else "#4878a8"}" '
+                   f'fill-opacity="{0.08 + 0.92 * shares[i, j]:.3f}"><title>{html.escape(classes[i])} as '
+                   f'{html.escape(classes[j])}: {matrix[i, j]}</title></rect>')
+        if cell >= 24:
+            svg.append(f'<text x="{x + cell / 2 - 0.5}" y="{y + cell / 2 + 4}" text-anchor="middle" '
+                       f'fill="{"white" if shares[i, j] > 0.5 else "black"}">{matrix[i, j]}</text>')
+    for i, name in enumerate(classes if named else ()):
+        name, at = html.escape(name[:24]), left + i * cell + cell / 2
+        svg.append(f'<text x="{left - 6}" y="{at + 4}" text-anchor="end">{name}</text>'
+                   f'<text transform="translate({at + 4} {left - 6}) rotate(-90)">{name}</text>')
+    return "\n".join(svg + ["</svg>"])
+
+
+def contact_sheet(tiles, columns=4, side=220):
+    """[(PIL RGB image, caption)] -> PNG bytes: the images in a grid, each within side x side pixels over its caption"""
+    rows, line, gap = -(-len(tiles) // columns), 13, 8
+    height = side + 3 * line + gap
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, rows * height + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(tiles):
+        x, y = gap + i % columns * (side + gap), gap + i // columns * height
+        small = image.copy()
+        small.thumbnail((side, side))
+        sheet.paste(small, (x + (side - small.width) // 2, y + side - small.height))
+        for k, text in enumerate(caption.split("\n")[:3]):
+            text = text.encode("latin-1", "replace").decode("latin-1")  # what PIL's own font has
+            pen.text((x, y + side + 2 + k * line), text[:side // 6], fill="black")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def report(model, val, classes, args, world, most=24):
+    """Scores the finished network on `val`; the first process writes confusion.csv, confusion.svg and, of up to `most`
+    mistakes, the worst first, mistakes.png. -> dict(top1, per_class, mistakes)"""
+    logits, labels = logits_of(model, val, args, world), torch.from_numpy(val.labels).long()
+    predicted = logits.argmax(1)
+    matrix = confusion(labels, predicted, len(classes))
+    counts = matrix.sum(1)
+    per_class = {c: round(100 * matrix[i, i] / counts[i], 3) if counts[i] else None for i, c in enumerate(classes)}
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    wrong = [i for i in loss.argsort(descending=True, stable=True).tolist() if predicted[i] != labels[i]]
+    if world.rank == 0:
+        quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
+        lines = [",".join(["true \\ predicted", *quoted, "accuracy"])] + [
+            ",".join([quoted[i], *map(str, matrix[i]), "" if per_class[c] is None else str(per_class[c])])
+            for i, c in enumerate(classes)]
+        write_atomic(os.path.join(args.out, "confusion.csv"), ("\n".join(lines) + "\n").encode())
+        write_atomic(os.path.join(args.out, "confusion.svg"), confusion_svg(matrix, classes).encode())
+        tiles = []
+        for i in wrong[:most]:
+            with open(val.path(i), "rb") as f:
+                image = data.decode(f.read(), exif=args.exif)
+            p = logits[i].softmax(0)[predicted[i]].item()
+            tiles.append((image, f"{os.path.basename(val.path(i))}\nis {classes[labels[i]]}\n"
+                          f"taken for {classes[predicted[i]]}, {100 * p:.0f} %"))
+        if tiles:
+            write_atomic(os.path.join(args.out, "mistakes.png"), contact_sheet(tiles))
+        worst = sorted((a, c) for c, a in per_class.items() if a is not None)
+        print("accuracy by class, worst first: " + some([f"{c} {a:.1f} %" for a, c in worst], 20), file=sys.stderr)
+    return dict(top1=round(100 * (predicted == labels).double().mean().item(), 4), per_class=per_class,
+                mistakes=len(wrong))
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+def classify(args, world, stop):
+    """One fine-tuning run, from the flags to the report"""
+    resume = train.open_run(args, world)
+    model, checkpoint, source = load_source(args)
+    names = read_classes(args.classes) if args.classes else (None, None)
+    sets = check_data(train.open_data(args, world, *names), args)
+    classes = list(sets[2])
+    known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
+    notes = [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
+             f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
+
+    def run(args):
+        note = resolve(args, model, len(sets[0]))
+        plan = FineTuning(args, world, stop, model, sets, notes + [note], not known, cache)
+        if args.lr_find and not resume:
+            args.lr = find_lr(plan, args, world)
+            plan.notes.append(f"learning rate {args.lr:.3g} by the range test, see {args.out}/lr.svg")
+        return train.train(args, world, stop, plan)
+
+    cache, extra = os.path.join(args.out, "features.pt"), {}
+    if args.search:
+        rows, best = search(args, run)
+        extra["search"] = rows
+        if world.rank == 0:
+            print("\n".join([f"{'strategy':12}{'lr':>10}{'epochs':>8}{'top-1':>8}{'loss':>9}{'s':>7}"] + [
+                f"{r['strategy']:12}{r['lr']:>10.2g}{r['epochs']:>8}{r['top1']:>8.2f}{r['loss']:>9.4f}{r['seconds']:>7.0f}"
+                for r in rows] + [f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
+        vars(args).update(best)
+    args.overwrite = True  # open_run has looked; now the folder holds what this run put there
+    result = run(args)
+    world.barrier()
+    with contextlib.suppress(FileNotFoundError):
+        if world.rank == 0:
+            os.unlink(cache)
+    best = build_model(load_checkpoint(result["checkpoint"]), result["checkpoint"]).to(world.device)
+    found = report(best, sets[1], classes, args, world)
+    if args.target_domain:
+        extra.update(score_target(best, classes, sets[3], args, world))
+    return dict(result, **found, strategy=args.strategy, **extra)
+
+
+def score_target(model, classes, wnids, args, world):
+    """-> dict(target_top1) where the target domain's val/ has class folders, which only score"""
+    try:
+        _, val, _, _, _ = data.open_folder(args.target_domain, classes, wnids, eval_only=True)
+    except UserError as error:
+        return dict(target_top1=None, target_note=str(error))
+    logits = logits_of(model, val, args, world)
+    right = logits.argmax(1) == torch.from_numpy(val.labels).long()
+    return dict(target_top1=round(100 * right.double().mean().item(), 4))
+
+
+def main(args):
+    if args.list_models:
+        from torchvision import models
+        names = [n for n in models.list_models(module=models) if n not in ("googlenet", "inception_v3")]
+        print(", ".join(names), file=sys.stderr)
+        return dict(models=names)
+    check_args(args)
+    return train.run_processes(args, lambda world, stop: fine_tune(args, world, stop))
+
+
+def fine_tune(args, world, stop):
+    """--data alone, or as a step on the way to --then"""
+    if args.eval_only:
+        return train.eval_only(args, world)
+    if not args.then:
+        return classify(args, world, stop)
+    final, step = args.out, os.path.join(args.out, "step")
+    train.open_run(args, world)
+    first = classify(argparse.Namespace(**{**vars(args), "out": step, "then": None, "resume": args.resume and "auto"}),
+                     world, stop)
+    args.overwrite, args.data, args.then, args.out = True, args.then, None, final
+    args.checkpoint, args.weights, args.model = first["checkpoint"], None, None
+    return dict(classify(args, world, stop), step=first["top1"])
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args(), "finetune.py")
