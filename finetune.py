@@ -1,9 +1,9 @@
 """Fine-tune a pretrained network on a user's own classes.
 
-  python finetune.py --data FOLDER                                   # from runs/train/best.pt, else torchvision's weights
+  python finetune.py --data FOLDER                           # from runs/train/best.pt, else torchvision's weights
   python finetune.py --data FOLDER --checkpoint FILE --strategy gradual
   python finetune.py --data FOLDER --model efficientnet_b4 --weights DEFAULT
-  python finetune.py --data FOLDER --target-domain OTHER             # images without labels that it shall also work on
+  python finetune.py --data FOLDER --target-domain OTHER     # images without labels that it shall work on too
   torchrun --nproc_per_node=8 finetune.py --data FOLDER --strategy full
 
 FOLDER is what train.py takes. The head is new, for the folder's classes; how much of the rest is trained is --strategy:
@@ -18,7 +18,8 @@ FOLDER is what train.py takes. The head is new, for the folder's classes; how mu
 
 --lr is the network's rate; what is new (head, LoRA, adapters) learns --head-lr-mult times as fast, and each stage below
 the top one --layer-decay times as fast as the one above. What is frozen keeps its batch-norm statistics too. The loop,
-its files, resuming and exit statuses are train.py's; beside them a run leaves confusion.csv, confusion.svg, mistakes.png.
+its files, resuming and exit statuses are train.py's; beside them a run leaves confusion.csv, confusion.svg and
+mistakes.png.
 """
 import argparse
 import collections
@@ -29,10 +30,10 @@ import hashlib
 import html
 import io
 import itertools
-import json
 import math
 import os
 import sys
+import time
 
 import numpy as np
 import torch
@@ -105,7 +106,7 @@ def get_args_parser():
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--task", choices=RECIPES, default="classify")
-    g.add_argument("--model", metavar="NAME", help="another classifier of torchvision's, with --weights or --checkpoint")
+    g.add_argument("--model", metavar="NAME", help="a classifier of torchvision's, with --weights or --checkpoint")
     g.add_argument("--list-models", action="store_true", help="what --model takes")
     g.add_argument("--strategy", type=strategy, default="auto", metavar="NAME", help="auto, head, gradual, layers:N, "
                    "full, lora or adapter")
@@ -125,7 +126,8 @@ def get_args_parser():
     g.add_argument("--search", type=train.positive, metavar="N",
                    help="compare N settings of strategy and rate by successive halving, then train the best")
     g = p.add_argument_group("domain shift")
-    g.add_argument("--target-domain", metavar="FOLDER", help="images without labels; class folders in its val/ are scored")
+    g.add_argument("--target-domain", metavar="FOLDER", 
+                   help="images without labels; class folders in its val/ are scored")
     g.add_argument("--align", choices=("coral", "mmd", "none"), default="coral",
                    help="what makes features of both alike: second moments (arXiv 1607.01719) or the kernel mean "
                    "discrepancy (arXiv 1502.02791)")
@@ -164,9 +166,10 @@ def check_args(args):
 # ----------------------------------------------------------------------------------------------------- the network
 
 def load_source(args):
-    """-> model in eval mode, its checkpoint dict and where it came from; --classes and --num-classes speak of the data"""
+    """-> model in eval mode, its checkpoint dict, where it came from. --classes and --num-classes speak of the data."""
     if not args.model:
-        return load_some_model(argparse.Namespace(**{**vars(args), "classes": None, "num_classes": None}), DEFAULTS, True)
+        own = argparse.Namespace(**{**vars(args), "classes": None, "num_classes": None})
+        return load_some_model(own, DEFAULTS, trains=True)
     torchvision_model(args.model)  # refuses the name
     if args.checkpoint:
         checkpoint, source = load_checkpoint(args.checkpoint), args.checkpoint
@@ -235,8 +238,8 @@ def stages_of(model):
 
 
 class LowRank(nn.Module):
-    """weight -> weight + alpha / rank * B A, of a convolution (O, I, h, w): A (rank, I h w) starts at random, B (O, rank)
-    at zero, so that the network starts as it was (Hu et al., arXiv 2106.09685)"""
+    """weight -> weight + alpha / rank * B A, of a convolution (O, I, h, w): A (rank, I h w) starts at random, B
+    (O, rank) at zero, so that the network starts as it was (Hu et al., arXiv 2106.09685)"""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -269,7 +272,7 @@ def merged(model):
 
 
 def on_features(model):
-    """Makes the model, in place, take what its head reads, (N, C, 1, 1), as well as images. The head's dropout stays."""
+    """Makes the model, in place, take what its head reads, (N, C, 1, 1), as well as images."""
     name = head_of(model)
 
     class OnFeatures(type(model)):
@@ -373,7 +376,8 @@ def resolve(args, model, images):
     kind, _, number = args.strategy.partition(":")
     why = ""
     if kind == "auto":
-        kind = "head" if images < FEW and not args.tta and not args.cutmix_alpha else "gradual" if images < MANY else "full"
+        trains = args.tta or args.cutmix_alpha or args.target_domain and args.align == "mmd"  # more than a head
+        kind = "head" if images < FEW and not trains else "gradual" if images < MANY else "full"
         why = f", for {images} images " + {
             "head": "are too few to move a whole network: --strategy gradual may gain a little more, in more time",
             "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]
@@ -385,6 +389,8 @@ def resolve(args, model, images):
     args.interpolation = args.interpolation or model.preprocess["interpolation"]
     if args.image_size == model.preprocess["crop"] and not args.val_size and not args.val_resize:
         args.val_size, args.val_resize = model.preprocess["crop"], model.preprocess["resize"]
+    if kind == "adapter" and "arch" in model.config:
+        raise UserError(f"--strategy adapter: {model.config['arch']} has no place for them, ResNet-50 does", code=2)
     if kind == "layers" and not 0 < int(number) < len(stages_of(model)):
         raise UserError(f"--strategy {args.strategy}: this network has {len(stages_of(model)) - 1} stages", code=2)
     return f"strategy {args.strategy}{why}"
@@ -393,7 +399,8 @@ def resolve(args, model, images):
 # ----------------------------------------------------------------------------------------------------- the strategies
 
 class Features(torch.utils.data.Dataset):
-    """What the head reads of every image in every view: key (epoch, index, repeat) -> (float32 (1, 1, C), label, None)"""
+    """What the head reads of every image: key (epoch, index, repeat) -> (float32 (1, 1, C), label, None), in turn from
+    all views"""
 
     def __init__(self, files, values):
         self.files, self.values = files, values  # float32 (views, N, C)
@@ -422,12 +429,19 @@ class FineTuning(train.Plan):
         if args.num_classes not in (None, len(classes)):
             raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
         changes = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
+        if changes and "arch" in self.source.config:
+            raise UserError("--drop-path and --dropout are ResNet-50's", code=2)
         if self.kind == "adapter":
             changes["adapter"] = args.adapter_channels
         model = rebuilt(self.source, args.seed, self.new_head, num_classes=len(classes), **changes)
         model.preprocess = dict(self.source.preprocess, **{
             k: train.preprocess_of(args)[k] for k in ("crop", "resize", "interpolation")})
         self.net, self.stages = train.prepare(model, args), stages_of(model)
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 3, args.image_size, args.image_size))
+        except (AssertionError, RuntimeError, ValueError) as error:  # vision transformers take one size
+            raise UserError(f"--image-size {args.image_size}: {error}", code=2) from error
         if self.kind == "head":
             on_features(model)
         elif self.world.device.type == "cpu" and not args.compile:
@@ -512,14 +526,16 @@ class FineTuning(train.Plan):
         read, parts, n = reader(self.net, self.amp), [], len(images.files)
         batches = [[(epoch, i, 0) for _, i, _ in batch] for epoch in range(views)
                    for batch in data.eval_batches(n, 32, world.rank, world.size)]
-        loader = data.make_loader(images, batches, args.workers, world.device.type == "cuda")
+        loader = iter(data.make_loader(images, batches, args.workers, world.device.type == "cuda"))
         with torch.no_grad():
-            for batch, (pixels, labels, bad) in zip(batches, loader):
-                train.check_corrupt(bad, "error" if len(labels) < len(batch) else args.on_corrupt)
-                parts.append(read(pixels.to(world.device, non_blocking=True)).cpu())
-                if self.stop.poll():
-                    raise UserError(f"stopped by {self.stop.requested or 'a signal'} while it computed features; the same "
-                                    "command starts anew", code=75)
+            for at in range(views * len(data.eval_batches(n, 32, 0, world.size))):
+                if self.stop.poll():  # collective: as often in every process
+                    raise UserError(f"stopped by {self.stop.requested or 'a signal'} while it computed features; the "
+                                    "same command with --resume auto goes on", code=75)
+                if at < len(batches):
+                    pixels, labels, bad = next(loader)
+                    train.check_corrupt(bad, "error" if len(labels) < len(batches[at]) else args.on_corrupt)
+                    parts.append(read(pixels.to(world.device, non_blocking=True)).cpu())
         mine = torch.cat(parts).view(views, -1, parts[0].shape[1]) if parts else torch.zeros(views, 0, 1)
         values = torch.empty(views, n, self.net.get_submodule(self.stages[0][0]).weight.shape[1])
         for rank, theirs in enumerate(world.gather(mine)):
@@ -536,8 +552,9 @@ class FineTuning(train.Plan):
         args, aligns = self.args, self.target is not None and self.kind != "head"
         start = {name: value.to(self.world.device) for name, value in self.start.items()}
         if aligns:
-            images = data.Images(self.target, lambda _: data.train_transform(args.image_size, self.net.preprocess, args),
-                                 args.seed, args.exif, replace=True)
+            images = data.Images(
+                self.target, lambda _: data.train_transform(args.image_size, self.net.preprocess, args),
+                args.seed, args.exif, replace=True)
             match = coral if args.align == "coral" else mmd
 
         def loss(logits, target, pixels=None):
@@ -559,7 +576,8 @@ class FineTuning(train.Plan):
                 # one after the other: their augmentations share torch's generator
                 batch, _, bad = data.collate([images[key] for key in keys])
                 train.check_corrupt(bad, args.on_corrupt)
-                with torch.autocast(self.world.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+                amp = dict(dtype=self.amp or torch.bfloat16, enabled=self.amp is not None)
+                with torch.autocast(self.world.device.type, **amp):
                     self.net(normalize(batch.to(self.world.device), self.net.preprocess))
                 total = total + args.align_weight * match(source.float(), self.seen.float())
             return total
@@ -594,9 +612,9 @@ def mmd(source, target):
 
 
 def recolouring(source, target, ridge=0.1):
-    """float (N, C), (M, C) -> callable that gives features of the source the mean and covariance of the target's (CORAL,
-    arXiv 1511.05547): (x - mean_s) Cs^-1/2 Ct^1/2 + mean_t, where `ridge` times the mean variance is added to both
-    diagonals. In float64."""
+    """float (N, C), (M, C) -> callable that gives features of the source the mean and covariance of the target's
+    (CORAL, arXiv 1511.05547): (x - mean_s) Cs^-1/2 Ct^1/2 + mean_t, where `ridge` times the mean variance is added to
+    both diagonals. In float64."""
     means, roots = [], []
     for x, power in ((source.double(), -0.5), (target.double(), 0.5)):
         c = covariance(x)
@@ -611,8 +629,8 @@ def recolouring(source, target, ridge=0.1):
 # ------------------------------------------------------------------------------------------------- rates and searches
 
 def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
-    """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate at which the smoothed
-    loss falls fastest per factor of it; leaves OUT/lr.svg. The rates are --lr's; new parts learn faster as ever."""
+    """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate at which the
+    smoothed loss falls fastest per factor of it; leaves OUT/lr.svg. It is --lr's: new parts learn faster as ever."""
     files, classes = plan.sets[0], plan.sets[2]
     model = plan.model(args, classes).to(world.device, memory_format=torch.channels_last).train()
     optimizer = train.make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
@@ -683,9 +701,9 @@ def search(args, run):
         scores = []
         for setting in alive:
             name = f"{setting['strategy']}-{setting['lr']:.2g}-{epochs}".replace(":", "")
-            result = run(argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "resume": "auto", "patience": 0,
-                                               "out": os.path.join(args.out, "search", name)}))
-            rows.append(dict(setting, epochs=epochs, top1=result["top1"], loss=result["loss"], seconds=result["seconds"]))
+            result = run(argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "resume": "auto",
+                                               "patience": 0, "out": os.path.join(args.out, "search", name)}))
+            rows.append(dict(setting, epochs=epochs, **{k: result[k] for k in ("top1", "loss", "seconds")}))
             scores.append((-result["top1"], result["loss"]))
         ranked = sorted(range(len(alive)), key=scores.__getitem__)
         alive = [alive[i] for i in ranked[:max(1, len(alive) // 2)]]
@@ -726,9 +744,9 @@ def confusion_svg(matrix, classes):
         if not matrix[i, j] and i != j:
             continue
         red, x, y = i != j, left + j * cell, left + i * cell
-        svg.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" fill="{"#c05020" if red else "#4878a8"}" '
-                   f'fill-opacity="{0.08 + 0.92 * shares[i, j]:.3f}"><title>{html.escape(classes[i])} as '
-                   f'{html.escape(classes[j])}: {matrix[i, j]}</title></rect>')
+        svg.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
+                   f'fill="{"#c05020" if red else "#4878a8"}" fill-opacity="{0.08 + 0.92 * shares[i, j]:.3f}"><title>'
+                   f'{html.escape(classes[i])} as {html.escape(classes[j])}: {matrix[i, j]}</title></rect>')
         if cell >= 24:
             svg.append(f'<text x="{x + cell / 2 - 0.5}" y="{y + cell / 2 + 4}" text-anchor="middle" '
                        f'fill="{"white" if shares[i, j] > 0.5 else "black"}">{matrix[i, j]}</text>')
@@ -794,7 +812,7 @@ def report(model, val, classes, args, world, most=24):
 
 def classify(args, world, stop):
     """One fine-tuning run, from the flags to the report"""
-    resume = train.open_run(args, world)
+    begin, resume = time.perf_counter(), train.open_run(args, world)
     model, checkpoint, source = load_source(args)
     names = read_classes(args.classes) if args.classes else (None, None)
     sets = check_data(train.open_data(args, world, *names), args)
@@ -816,9 +834,9 @@ def classify(args, world, stop):
         rows, best = search(args, run)
         extra["search"] = rows
         if world.rank == 0:
-            print("\n".join([f"{'strategy':12}{'lr':>10}{'epochs':>8}{'top-1':>8}{'loss':>9}{'s':>7}"] + [
-                f"{r['strategy']:12}{r['lr']:>10.2g}{r['epochs']:>8}{r['top1']:>8.2f}{r['loss']:>9.4f}{r['seconds']:>7.0f}"
-                for r in rows] + [f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
+            lines = ["{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows]
+            print("\n".join(["{:12}{:>10}{:>8}{:>8}{:>9}{:>7}".format("strategy", "lr", "epochs", "top-1", "loss", "s"),
+                             *lines, f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
         vars(args).update(best)
     args.overwrite = True  # open_run has looked; now the folder holds what this run put there
     result = run(args)
@@ -830,7 +848,7 @@ def classify(args, world, stop):
     found = report(best, sets[1], classes, args, world)
     if args.target_domain:
         extra.update(score_target(best, classes, sets[3], args, world))
-    return dict(result, **found, strategy=args.strategy, **extra)
+    return dict(result, **found, strategy=args.strategy, seconds=round(time.perf_counter() - begin, 1), **extra)
 
 
 def score_target(model, classes, wnids, args, world):

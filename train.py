@@ -1117,6 +1117,7 @@ def train(args, world, stop, plan=Plan()):
         epoch, epoch_start = progress["epoch"], time.perf_counter()
         window["time"] = time.perf_counter()  # evaluating and saving are not part of the rate
         if plan.begin(model, epoch):
+            net = None  # DDP's hooks go with it
             net = wrap(model, args, world, amp)
         order.epoch, order.start = epoch, progress["seen"]
         batches = iter(loader) if len(order) else iter(())
