@@ -25,7 +25,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import hashlib
 import html
 import io
@@ -192,11 +191,14 @@ def head_of(model):
     return name
 
 
+def network(config):
+    return torchvision_model(**config) if "arch" in config else ResNet50(**config)
+
+
 def rebuilt(model, seed, new_head, **changes):
     """-> a copy of the network with some of its config changed; adapters are new, and the head if new_head"""
     torch.manual_seed(seed)
-    config = {**model.config, **changes}
-    new = torchvision_model(**config) if "arch" in config else ResNet50(**config)
+    new = network({**model.config, **changes})
     head = head_of(new)
     new.load_state_dict({k: v for k, v in model.state_dict().items()
                          if not (new_head and k.startswith(head + "."))}, strict=False)
@@ -263,12 +265,17 @@ def add_lora(model, rank, alpha, seed):
 
 
 def merged(model):
-    """-> a copy in which LowRanks are plain weights"""
-    model = copy.deepcopy(model)
-    for module in model.modules():
+    """-> a network in which LowRanks have become plain weights. (Not by remove_parametrizations on a copy: the copy
+    shares its classes with the original, which would lose them.)"""
+    state = {k.replace("parametrizations.weight.original", "weight"): v for k, v in model.state_dict().items()
+             if ".parametrizations.weight.0." not in k}
+    for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    return model
+            state[name + ".weight"] = module.weight.detach()
+    plain = network(model.config)
+    plain.load_state_dict(state)
+    plain.preprocess = dict(model.preprocess)
+    return plain.to(memory_format=torch.channels_last).eval()
 
 
 def on_features(model):
@@ -597,7 +604,7 @@ def coral(source, target):
     a, b = covariance(source), covariance(target)
     unit = a.diagonal().mean().detach().clamp(min=1e-12)
     shift = (source.mean(0) - target.mean(0)).square().mean() / unit
-    return (a - b).square().sum() / (4 * len(a) * unit ** 2) + shift
+    return (a - b).square().sum() / (4 * len(a) ** 2 * unit ** 2) + shift
 
 
 def mmd(source, target):

@@ -272,8 +272,8 @@ class ResNet50(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Bottleneck):
                 nn.init.zeros_(module.bn3.weight)  # every block starts as the identity (arXiv 1706.02677, 5.1)
-                if module.adapter is not None:
-                    nn.init.zeros_(module.adapter.up.weight)
+        for block in self.blocks() if adapter else ():
+            nn.init.zeros_(block.adapter.up.weight)
 
     def blocks(self):
         for i in range(1, len(STAGES) + 1):

@@ -1,0 +1,571 @@
+"""finetune.py against naive loops, float64 and the network it started from: what is trained, at which rate, what is
+kept, the losses, alignment, the data check, the report; every strategy stopped and resumed."""
+import csv
+import itertools
+import json
+import os
+import shutil
+import signal
+import xml.dom.minidom
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import finetune
+import train
+from resnet50 import (
+    ResNet50,
+    UserError,
+    build_model,
+    fuse,
+    load_checkpoint,
+    normalize,
+    predict,
+    save_checkpoint,
+    torchvision_model,
+)
+from tests.conftest import equal_state
+
+SHAPES = ("disk", "ring", "square")
+
+
+def parse(*flags):
+    return finetune.get_args_parser().parse_args([str(f) for f in flags])
+
+
+def new_network(classes=5, seed=0, size=32, **config):
+    torch.manual_seed(seed)
+    model = ResNet50(num_classes=classes, **config)
+    for module in model.modules():  # as trained ones are: no branch is silent, statistics are not 0 and 1
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 0.8)
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    model.preprocess.update(crop=size, resize=size)
+    return model.to(memory_format=torch.channels_last).eval()
+
+
+WIDTHS = {"conv1": 8, **{f"layer{i}": 8 * 2 ** i for i in range(1, 5)},
+          **{f"layer{i}.{j}.conv{k}": 4 * 2 ** i for i, n in enumerate((3, 4, 6, 3), 1) for j in range(n)
+             for k in (1, 2)}}  # so that a step takes milliseconds
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A narrow network's checkpoint with five classes that nothing here has, for images of 32 pixels"""
+    path = str(tmp_path_factory.mktemp("source") / "source.pt")
+    save_checkpoint(path, new_network(widths=WIDTHS), classes=list("abcde"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shapes(tiny, tmp_path_factory):
+    """Three classes of the tiny set: 15 training and 9 validation images"""
+    root = tmp_path_factory.mktemp("shapes") / "set"
+    for split, name in itertools.product(("train", "val"), SHAPES):
+        shutil.copytree(os.path.join(tiny, split, name), root / split / name)
+    return str(root)
+
+
+@pytest.fixture
+def tune(source, shapes, tmp_path):
+    """tune(flags...) -> result of a short run in this process, OUT being tmp_path / `out`"""
+    def call(*flags, out="run", root=shapes, checkpoint=source):
+        return finetune.main(parse("--data", root, "--checkpoint", checkpoint, "--out", tmp_path / out,
+                                   "--batch-size", 4, "--workers", 0, "--amp-dtype", "float32", *flags))
+    return call
+
+
+def plan_of(source, shapes, *flags):
+    args = parse("--data", shapes, "--checkpoint", source, "--batch-size", 4, "--workers", 0, "--amp-dtype", "float32",
+                 *flags)
+    model, _, _ = finetune.load_source(args)
+    finetune.resolve(args, model, 15)
+    sets = data.open_folder(shapes)
+    plan = finetune.FineTuning(args, train.World(), None, model, sets, [], True, "none")
+    return plan, plan.model(args, sets[2]), args
+
+
+# ------------------------------------------------------------------------------------------------------ the network
+
+@pytest.mark.parametrize("name", ["ours", "mobilenet_v2", "efficientnet_b4", "vit_b_16", "vgg11", "squeezenet1_1",
+                                  "densenet121"])
+def test_stages_hold_every_parameter_once_from_the_head_down(name):
+    with torch.device("meta"):
+        model = ResNet50() if name == "ours" else None
+    model = model or torchvision_model(name, 7)
+    stages = finetune.stages_of(model)
+    assert stages[0] == [{"ours": "fc", "mobilenet_v2": "classifier.1", "efficientnet_b4": "classifier.1",
+                          "vit_b_16": "heads.head", "vgg11": "classifier.6", "squeezenet1_1": "classifier.1",
+                          "densenet121": "classifier"}[name]]
+    assert 4 <= len(stages) <= 6
+    if name == "ours":
+        assert stages[1:] == [["layer4"], ["layer3"], ["layer2"], ["layer1"], ["conv1", "bn1"]]
+    order = [n for n, _ in model.named_parameters()]
+    if name == "vit_b_16":
+        order.remove("class_token")
+        order.remove("encoder.pos_embedding")
+    depth = {n: [i for i, parts in enumerate(stages) if any(n.startswith(p + ".") for p in parts)] for n in order}
+    assert all(len(d) == 1 for d in depth.values()), [n for n, d in depth.items() if len(d) != 1]
+    below = [depth[n][0] for n in order if depth[n] != [0]]
+    assert below == sorted(below, reverse=True)
+
+
+@pytest.mark.parametrize("config", [{}, dict(attention="se"), dict(widths={"layer3.1.conv2": 40}), "mobilenet_v2"])
+def test_a_new_head_and_nothing_else_changes(config):
+    model = torchvision_model(config, 5) if isinstance(config, str) else new_network(**config)
+    new, again, other = (finetune.rebuilt(model, seed, True, num_classes=3) for seed in (0, 0, 1))
+    head = finetune.head_of(new)
+    for key, value in model.state_dict().items():
+        assert key.startswith(head + ".") or torch.equal(value, new.state_dict()[key])
+    weight, bias = new.get_submodule(head).weight, new.get_submodule(head).bias
+    assert weight.shape[0] == 3 and weight.std() < 0.02 and not bias.any() and new.config["num_classes"] == 3
+    assert torch.equal(weight, again.get_submodule(head).weight)
+    assert not torch.equal(weight, other.get_submodule(head).weight)
+
+
+def test_lora_is_a_low_rank_sum_and_merges_into_plain_weights(source, shapes):
+    plan, model, _ = plan_of(source, shapes, "--strategy", "lora", "--lora-rank", 3, "--lora-alpha", 6)
+    before = build_model(load_checkpoint(source), source).state_dict()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        first = model.eval()(x)
+        assert torch.allclose(first, finetune.merged(model)(x), atol=1e-6)
+        for name, p in model.named_parameters():
+            if name.endswith(".0.b"):
+                nn.init.normal_(p, std=0.5)
+        moved, plain = model(x), finetune.merged(model)
+        assert (moved - first).abs().max() > 0.1 * first.abs().max() and (plain.eval()(x) - moved).abs().max() <= 1e-5
+    assert {k: v.shape for k, v in plain.state_dict().items() if "fc" not in k} \
+        == {k: v.shape for k, v in before.items() if "fc" not in k}
+    low = model.layer2[1].conv2.parametrizations.weight[0]
+    a, b, expected = low.a.detach().double(), low.b.detach().double(), before["layer2.1.conv2.weight"].double().clone()
+    for o, i in itertools.product((0, 7, 15), (0, 5, 15)):
+        for y, z in itertools.product(range(3), range(3)):
+            expected[o, i, y, z] += 6 / 3 * sum(b[o, r] * a[r, i * 9 + y * 3 + z] for r in range(3))
+    for o, i in itertools.product((0, 7, 15), (0, 5, 15)):
+        assert torch.allclose(plain.layer2[1].conv2.weight[o, i].double(), expected[o, i], atol=1e-7)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("parametrizations.weight.0" in n or n.startswith("fc.") for n in trained) and len(trained) == 2 * 53 + 2
+    assert all(type(m) is train.FrozenNorm for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_default_lora_trains_less_than_a_twentieth():
+    args, model = parse(), new_network()
+    finetune.add_lora(model, args.lora_rank, args.lora_alpha, 0)
+    count = [sum(p.numel() for p in model.parameters() if p.requires_grad or everything) for everything in (0, 1)]
+    assert count[0] < 0.05 * count[1]
+
+
+def test_adapters_start_as_the_identity_and_stay_in_the_checkpoint(source, shapes, tmp_path):
+    _, model, _ = plan_of(source, shapes, "--strategy", "adapter", "--adapter-channels", 6)
+    x, old = torch.rand(2, 3, 32, 32), build_model(load_checkpoint(source), source)
+    old.fc = model.fc
+    model.eval()
+    assert torch.allclose(model(x), old(x), atol=1e-6)
+    nn.init.normal_(model.layer3[2].adapter.up.weight)
+    y = torch.rand(2, 64, 2, 2)
+    adapter = model.layer3[2].adapter
+    inner = F.relu(F.conv2d(y, adapter.down.weight, adapter.down.bias))
+    assert inner.shape[1] == 6 and torch.allclose(adapter(y), y + F.conv2d(inner, adapter.up.weight, adapter.up.bias))
+    path = str(tmp_path / "a.pt")
+    save_checkpoint(path, model, classes=SHAPES)
+    assert torch.allclose(build_model(load_checkpoint(path), path)(x), model(x), atol=1e-4 * model(x).abs().max())
+    with pytest.raises(UserError, match="adapters"):
+        fuse(model)
+    import compress
+    with pytest.raises(UserError, match="adapters"):
+        compress.open_model(compress.get_args_parser().parse_args(["--checkpoint", path, "--int8"]))
+
+
+@pytest.mark.parametrize("name", ["ours", "mobilenet_v2", "squeezenet1_1"])
+def test_features_are_what_the_head_reads(name):
+    torch.manual_seed(1)
+    model = new_network() if name == "ours" else torchvision_model(name, 5)
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits = predict(model, pixels)
+        features = finetune.reader(model, None)(pixels)
+        finetune.on_features(model)
+        if name != "squeezenet1_1":  # its head is convolution before the pooling
+            assert torch.allclose(model(features[:, :, None, None]), logits, atol=1e-4 * logits.abs().max())
+        assert torch.equal(predict(model, pixels), logits)
+
+
+def test_copies_of_a_feature_network_use_their_own_head():
+    import copy
+    model = finetune.on_features(new_network())
+    twin = copy.deepcopy(model)
+    nn.init.zeros_(twin.fc.weight)
+    x = torch.rand(2, 2048, 1, 1)
+    assert torch.equal(twin(x), twin.fc.bias.expand(2, 5)) and not torch.equal(model(x), twin(x))
+
+
+# ------------------------------------------------------------------------------------------- what is trained, and how
+
+def trained_stages(plan, model):
+    return sorted({plan.depth(n) for n, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.mark.parametrize("flags, by_epoch", [
+    (["--strategy", "head"], [[0]] * 7), (["--strategy", "layers:2"], [[0, 1, 2]] * 7),
+    (["--strategy", "full"], [[0, 1, 2, 3, 4, 5]] * 7),
+    (["--strategy", "gradual"], [list(range(min(e, 5) + 1)) for e in range(7)]),
+    (["--strategy", "gradual", "--unfreeze-every", 2], [list(range(e // 2 + 1)) for e in range(7)])])
+def test_what_an_epoch_trains(flags, by_epoch, source, shapes):
+    plan, model, _ = plan_of(source, shapes, *flags)
+    for epoch, expected in enumerate(by_epoch):
+        changed = plan.begin(model, epoch)
+        assert changed == (epoch == 0 or by_epoch[epoch - 1] != expected)
+        assert trained_stages(plan, model) == expected
+        norms = {n: type(m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        assert all((kind is nn.BatchNorm2d) == (plan.depth(n + ".weight") in expected) for n, kind in norms.items())
+    plan, model, _ = plan_of(source, shapes, *flags)  # a run resumed in a later epoch
+    plan.begin(model, 3)
+    assert trained_stages(plan, model) == by_epoch[3]
+
+
+def test_frozen_stages_keep_weights_and_statistics_and_others_move(source, tune):
+    result = tune("--strategy", "layers:1", "--epochs", 1, "--lr", 1e-2)
+    before, after = (load_checkpoint(path)["model"] for path in (source, result["checkpoint"]))
+    for name, value in before.items():
+        moves = name.startswith(("layer4", "fc"))
+        assert torch.equal(value, after[name]) if not moves else value.shape != after[name].shape \
+            or not torch.equal(value, after[name]), name
+
+
+def test_rates_fall_from_stage_to_stage(source, shapes):
+    plan, model, args = plan_of(source, shapes, "--strategy", "full", "--layer-decay", 0.5, "--head-lr-mult", 8)
+    optimizer = train.make_optimizer(model, "adamw", 0.1, 0.9, plan.share)
+    shares = {id(p): g["lr_share"] for g in optimizer.param_groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    expected = {"fc": 8, "layer4": 1, "layer3": 0.5, "layer2": 0.25, "layer1": 0.125, "conv1": 0.0625, "bn1": 0.0625}
+    for name, p in model.named_parameters():
+        assert shares[id(p)] == expected[name.split(".")[0]] and decays[id(p)] == (0.1 if p.ndim > 1 else 0)
+    assert len(shares) == len(list(model.parameters()))
+
+
+def test_l2_sp_pulls_to_the_start_and_ohem_takes_the_hardest(source, shapes):
+    plan, model, _ = plan_of(source, shapes, "--strategy", "full", "--l2-sp", 0.3, "--ohem", 0.5)
+    start = {n: p.detach().clone().double() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.01)
+    pull = sum(((p.detach().double() - start[n]) ** 2).sum() for n, p in model.named_parameters()
+               if not n.startswith("fc."))
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    losses = sorted((-torch.log_softmax(row, 0)[y].item() for row, y in zip(logits, labels)), reverse=True)
+    value = plan.teach(train.make_loss("ce"))(logits, labels)
+    assert value.item() == pytest.approx(sum(losses[:3]) / 3 + 0.15 * pull.item(), rel=1e-5)
+
+
+def test_strategy_by_the_number_of_images(source):
+    model, _, _ = finetune.load_source(parse("--checkpoint", source))
+
+    def chosen(images, *flags):
+        args = parse("--checkpoint", source, *flags)
+        assert "images" in finetune.resolve(args, model, images)
+        return args
+    assert [chosen(n).strategy for n in (10, 999, 1000, 19999, 20000)] == ["head", "head", "gradual", "gradual", "full"]
+    assert chosen(10, "--cutmix-alpha", 1).strategy == "gradual"  # what a head on cached features cannot do
+    args = chosen(10, "--epochs", 3)
+    assert args.epochs == 3 and args.lr == finetune.STRATEGIES["head"]["lr"] and args.image_size == 32
+    assert train.preprocess_of(args)["resize"] == 32
+    args = chosen(10, "--image-size", 224)
+    assert (train.preprocess_of(args)["crop"], train.preprocess_of(args)["resize"]) == (224, 256)
+
+
+# ---------------------------------------------------------------------------------------------------------- alignment
+
+def test_coral_and_mmd_against_loops():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(5, 3)), rng.normal(1, 2, size=(4, 3))
+    cov = [np.cov(x, rowvar=False) for x in (a, b)]
+    unit = np.trace(cov[0]) / 3
+    expected = ((cov[0] - cov[1]) ** 2).sum() / 36 / unit ** 2 + ((a.mean(0) - b.mean(0)) ** 2).mean() / unit
+    ta, tb = torch.from_numpy(a), torch.from_numpy(b)
+    assert finetune.coral(ta, tb).item() == pytest.approx(expected)
+    assert finetune.coral(ta, ta).item() == pytest.approx(0)
+    both = np.concatenate([a, b])
+    distance = np.array([[((p - q) ** 2).sum() for q in both] for p in both])
+    width = distance.sum() / (9 * 8)
+    kernel = sum(np.exp(-distance / (width * w)) for w in (0.25, 0.5, 1, 2, 4))
+    total = sum(kernel[i, j] * (1 / 5 if i < 5 else -1 / 4) * (1 / 5 if j < 5 else -1 / 4)
+                for i in range(9) for j in range(9))
+    assert finetune.mmd(ta, tb).item() == pytest.approx(total)
+    assert torch.autograd.gradcheck(lambda x: finetune.coral(ta, x), tb.clone().requires_grad_())
+    for loss in (finetune.coral, finetune.mmd):  # units and widths are constants to the gradient
+        x = ta.clone().requires_grad_()
+        loss(x, tb).backward()
+        assert loss(ta - 0.01 * x.grad, tb) < loss(ta, tb) - 0.005 * x.grad.square().sum()
+
+
+def test_recoloured_features_have_the_target_s_moments():
+    rng = np.random.default_rng(1)
+    source = torch.from_numpy(rng.normal(size=(400, 6)) @ rng.normal(size=(6, 6)) + 3)
+    target = torch.from_numpy(rng.normal(size=(300, 6)) @ rng.normal(size=(6, 6)) - 1)
+    turned = finetune.recolouring(source, target, ridge=1e-9)(source).numpy()
+    assert np.allclose(turned.mean(0), target.numpy().mean(0), atol=1e-4)
+    assert np.allclose(np.cov(turned, rowvar=False), np.cov(target.numpy(), rowvar=False), atol=1e-3)
+    few = torch.from_numpy(rng.normal(size=(4, 6)))  # fewer images than channels
+    assert finetune.recolouring(few, target)(few).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------- the data check
+
+def checked(root, *flags):
+    args = parse("--data", root, "--workers", 0, *flags)
+    return finetune.check_data(data.open_folder(str(root)), args)
+
+
+def test_data_check_names_what_is_odd(shapes, tmp_path):
+    root = tmp_path / "odd"
+    shutil.copytree(shapes, root)
+    for other in sorted((root / "train" / "ring").iterdir())[1:]:
+        other.unlink()  # a class of one image
+    shutil.copy(root / "val" / "disk" / "0001.jpg", root / "train" / "disk" / "again.jpg")
+    shutil.copy(root / "train" / "disk" / "0000.jpg", root / "train" / "square" / "twin.jpg")
+    Image.new("RGB", (20, 20)).save(root / "train" / "disk" / "odd.jpg", "GIF")  # the name lies
+    files, val, classes, _, notes = checked(root)
+    text = "\n".join(notes)
+    assert [os.path.basename(files.path(i)) for i in range(len(files)) if "again" in files.path(i)] == []
+    assert "1 training images are validation images too" in text and "disk/again.jpg is" in text
+    assert "square/twin.jpg and" in text and "the same image in two classes" in text
+    assert "disk/odd.jpg is the only GIF" in text and "ring (1)" in text
+    assert "disk: 6 and 3, ring: 1 and 3, square: 6 and 3" in text
+    assert len(files) == 13 and len(val) == 9 and list(classes) == ["disk", "ring", "square"]
+
+
+def test_data_check_of_damaged_files(shapes, tmp_path):
+    root = tmp_path / "bad"
+    shutil.copytree(shapes, root)
+    (root / "train" / "ring" / "0002.jpg").write_bytes((root / "train" / "ring" / "0002.jpg").read_bytes()[:300])
+    (root / "val" / "disk" / "notes.png").write_bytes(b"hello")
+    with pytest.raises(UserError, match="ring/0002.jpg: damaged"):
+        checked(root)
+    files, val, _, _, notes = checked(root, "--on-corrupt", "skip")
+    assert (len(files), len(val)) == (14, 9)
+    assert any("1 training files are left out" in n and "0002.jpg" in n for n in notes)
+    assert any("1 validation files" in n and "notes.png: not an image" in n for n in notes)
+    for path in (root / "train" / "square").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no training image is left of square"):
+        checked(root, "--on-corrupt", "skip")
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+STOPPED = ["--strategy", "gradual", "--epochs", 3, "--model-ema-decay", 0.9, "--mixup-alpha", 0.2, "--dropout", 0.1]
+RUNS = {"head": ["--strategy", "head", "--epochs", 3, "--views", 2, "--opt", "nesterov", "--dropout", 0.2],
+        "gradual": STOPPED, "layers": ["--strategy", "layers:2", "--epochs", 2, "--swa-start", 0.4, "--l2-sp", 0.01],
+        "full": ["--strategy", "full", "--epochs", 2, "--drop-path", 0.2, "--ohem", 0.5, "--balanced"],
+        "lora": ["--strategy", "lora", "--epochs", 2, "--model-ema-decay", 0.9],
+        "adapter": ["--strategy", "adapter", "--epochs", 2, "--opt", "sgd", "--loss", "focal"],
+        "coral": ["--strategy", "layers:1", "--epochs", 2, "--target-domain", "SHAPES"],
+        "mmd": ["--strategy", "full", "--epochs", 2, "--target-domain", "SHAPES", "--align", "mmd"]}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, monkeypatch):
+    flags = [shapes if f == "SHAPES" else f for f in RUNS[name]]
+    result = tune(*flags, out="straight")
+    step, count = train.train_step, itertools.count(1)
+
+    def signalled(*args, **options):
+        done = step(*args, **options)
+        if next(count) in (2, 5):  # in mid-epoch twice: the first and the second run
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return done
+    monkeypatch.setattr(train, "train_step", signalled)
+    for _ in range(2):
+        with pytest.raises(UserError, match="stopped by SIGUSR1") as caught:
+            tune(*flags, "--resume", out="stopped")
+        assert caught.value.code == 75
+    resumed = tune(*flags, "--resume", out="stopped")
+    assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
+    for key in ("top1", "loss", "per_class", "best_epoch"):
+        assert resumed[key] == result[key]
+    best = load_checkpoint(result["checkpoint"])
+    assert best["classes"] == list(SHAPES) and best["config"]["num_classes"] == 3
+    model = build_model(best, "best")  # LoRA is merged, nothing else is special about the file
+    assert ("adapter" in model.config) == (name == "adapter")
+    assert not (tmp_path / "straight" / "features.pt").exists()
+
+
+def test_cached_features_are_computed_once_and_again_where_the_images_differ(tune, tmp_path, monkeypatch):
+    reads, reader = [], finetune.reader
+    monkeypatch.setattr(finetune, "reader", lambda *a: reads.append(1) or reader(*a))
+    real = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM) or real(*a, **k))
+    for flags, expected in ((["--views", 2], 2), (["--views", 2], 2), (["--views", 2, "--crop-scale", 0.9], 4)):
+        with pytest.raises(UserError, match="stopped by SIGTERM"):
+            tune("--strategy", "head", "--epochs", 2, "--resume", *flags)
+        os.unlink(tmp_path / "run" / "last.pt")
+        assert len(reads) == expected
+
+
+def test_the_report_counts_every_image(tune, shapes, tmp_path):
+    result = tune("--strategy", "full", "--epochs", 1, "--lr", 1e-3)
+    model = build_model(load_checkpoint(result["checkpoint"]), "best")
+    _, val, _, _, _ = data.open_folder(shapes)
+    right, matrix = 0, np.zeros((3, 3), int)
+    for i in range(len(val)):
+        with open(val.path(i), "rb") as f:
+            pixels = data.eval_transform(model.preprocess)(data.decode(f.read()))
+        with torch.no_grad():
+            said = model(normalize(pixels.permute(2, 0, 1)[None], model.preprocess)).argmax().item()
+        matrix[val.labels[i], said] += 1
+        right += said == val.labels[i]
+    assert result["top1"] == pytest.approx(100 * right / 9, abs=1e-3) and result["mistakes"] == 9 - right
+    with open(tmp_path / "run" / "confusion.csv", newline="") as f:
+        rows = list(csv.reader(f))
+    assert rows[0] == ["true \\ predicted", *SHAPES, "accuracy"]
+    for i, row in enumerate(rows[1:]):
+        assert row[0] == SHAPES[i] and list(map(int, row[1:4])) == matrix[i].tolist()
+        assert float(row[4]) == pytest.approx(100 * matrix[i, i] / 3, abs=1e-3)
+        assert result["per_class"][SHAPES[i]] == pytest.approx(100 * matrix[i, i] / 3, abs=1e-3)
+    xml.dom.minidom.parse(str(tmp_path / "run" / "confusion.svg"))
+    with Image.open(tmp_path / "run" / "mistakes.png") as sheet:
+        assert sheet.width == 4 * 228 + 8
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["strategy"] == "full"
+
+
+def test_confusion_picture_with_odd_and_many_names():
+    names = ['a "b" <c> & d', "x" * 60] + [f"class {i}" for i in range(98)]
+    for n in (1, 2, 61, 100):
+        matrix = np.arange(n * n).reshape(n, n) % 7
+        xml.dom.minidom.parseString(finetune.confusion_svg(matrix, names[:n]))
+
+
+def test_contact_sheet_places_every_tile():
+    tiles = [(Image.new("RGB", size, colour), "one\ntwo\nthree")
+             for size, colour in (((300, 100), "red"), ((10, 50), "lime"), ((220, 220), "blue"))]
+    import io
+    sheet = np.asarray(Image.open(io.BytesIO(finetune.contact_sheet(tiles, columns=2, side=100))))
+    for colour, share in (((255, 0, 0), 100 * 33), ((0, 255, 0), 10 * 50), ((0, 0, 255), 100 * 100)):
+        assert (sheet == colour).all(2).sum() == share
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "efficientnet_b4"])
+def test_torchvision_s_classifiers(name, tune, tmp_path):
+    torch.manual_seed(0)
+    model = torchvision_model(name, 11)
+    path = str(tmp_path / "foreign.pth")
+    torch.save({"module." + k: v for k, v in model.state_dict().items()}, path)
+    result = tune("--model", name, "--strategy", "layers:1", "--epochs", 1, "--image-size", 32, checkpoint=path)
+    after = build_model(load_checkpoint(result["checkpoint"]), "best")
+    assert after.config == dict(arch=name, num_classes=3)
+    assert torch.equal(after.features[0][0].weight, model.features[0][0].weight)
+    assert not torch.equal(after.features[-1][0].weight, model.features[-1][0].weight)
+    again = tune("--strategy", "head", "--epochs", 1, "--views", 1, checkpoint=result["checkpoint"], out="again")
+    assert again["checkpoint"] and load_checkpoint(again["checkpoint"])["config"]["arch"] == name
+
+
+def test_range_test_finds_a_rate_and_draws_it(tune, tmp_path):
+    results = [tune("--strategy", "head", "--views", 1, "--epochs", 1, "--lr-find", out=out) for out in "ab"]
+    rates = [json.loads((tmp_path / out / "args.json").read_text())["lr"] for out in "ab"]
+    assert rates[0] == rates[1] and 1e-6 < rates[0] < 1e-1 and results[0]["loss"] == results[1]["loss"]
+    assert f"{rates[0]:.2g}" in (tmp_path / "a" / "lr.svg").read_text()
+    xml.dom.minidom.parse(str(tmp_path / "a" / "lr.svg"))
+
+
+def test_search_halves():
+    runs = []
+
+    def run(args):
+        runs.append((args.strategy, args.lr, args.epochs))
+        return dict(top1=90.0 if args.strategy == "full" else 10.0, loss=args.lr, seconds=0.0)
+    rows, best = finetune.search(parse("--search", 7), run)
+    assert len(rows) == len(runs) == 7 + 3 and [r[2] for r in runs] == [1] * 7 + [2] * 3
+    assert len(set(runs[:7])) == 7 and best == dict(strategy="full", lr=pytest.approx(3e-5))
+    rows, best = finetune.search(parse("--search", 1, "--strategy", "lora", "--lr", 0.5), run)
+    assert best == dict(strategy="lora", lr=0.5) and len(rows) == 1
+
+
+def test_search_then_train(tune, tmp_path):
+    result = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2)
+    assert [r["epochs"] for r in result["search"]] == [1, 1, 1] and result["epochs"] == 2
+    assert result["search"][0].keys() == {"strategy", "lr", "epochs", "top1", "loss", "seconds"}
+    best = min(result["search"], key=lambda r: (-r["top1"], r["loss"]))
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == best["lr"]
+
+
+def test_two_steps(tune, tiny, shapes, tmp_path):
+    result = tune("--then", shapes, "--strategy", "layers:1", "--epochs", 1, root=tiny)
+    step = load_checkpoint(str(tmp_path / "run" / "step" / "best.pt"))
+    best = load_checkpoint(result["checkpoint"])
+    assert len(step["classes"]) == 10 and best["classes"] == list(SHAPES) and result["step"] == step["metrics"]["top1"]
+    assert torch.equal(step["model"]["layer3.0.conv1.weight"], best["model"]["layer3.0.conv1.weight"])
+    again = tune("--then", shapes, "--strategy", "layers:1", "--epochs", 1, "--resume", root=tiny)
+    assert again["loss"] == result["loss"]
+
+
+def test_a_head_that_knows_the_classes_is_kept(tune, tmp_path):
+    first = tune("--strategy", "full", "--epochs", 1, "--lr", 1e-3)
+    second = tune("--strategy", "head", "--epochs", 1, "--lr", 1e-12, "--views", 1, checkpoint=first["checkpoint"],
+                  out="second")
+    assert second["per_class"] == first["per_class"]
+
+
+def test_target_domain_is_scored(tune, shapes, tmp_path):
+    target = tmp_path / "target"
+    for dirpath, _, names in os.walk(shapes):
+        for name in names:
+            folder = target / os.path.relpath(dirpath, shapes)
+            folder.mkdir(parents=True, exist_ok=True)
+            with Image.open(os.path.join(dirpath, name)) as image:
+                image.point(lambda v: 255 - v).save(folder / name, quality=95)
+    result = tune("--strategy", "head", "--epochs", 2, "--views", 1, "--target-domain", target)
+    model = build_model(load_checkpoint(result["checkpoint"]), "best")
+    _, val, _, _, _ = data.open_folder(str(target))
+    logits = finetune.logits_of(model, val, parse("--workers", 0), train.World())
+    right = (logits.argmax(1).numpy() == val.labels).mean() * 100
+    assert result["target_top1"] == pytest.approx(right, abs=1e-3)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    shutil.copy(os.path.join(shapes, "val", "disk", "0000.jpg"), plain / "x.jpg")
+    result = tune("--strategy", "layers:1", "--epochs", 1, "--target-domain", plain, out="unlabelled")
+    assert result["target_top1"] is None
+
+
+def test_two_processes_train_the_same_stages(run, source, shapes, tmp_path):
+    flags = ("--data", shapes, "--checkpoint", source, "--batch-size", 2, "--workers", 0, "--amp-dtype", "float32")
+    done = run(*flags, "--out", tmp_path / "two", "--strategy", "gradual", "--epochs", 3, script="finetune.py",
+               processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = (load_checkpoint(p)["model"] for p in (source, str(tmp_path / "two" / "last.pt")))
+    moved = {n.split(".")[0] for n in before if n != "fc.weight" and before[n].shape == after[n].shape
+             and not torch.equal(before[n], after[n])}
+    assert moved == {"layer4", "layer3"}
+    done = run(*flags, "--out", tmp_path / "head", "--strategy", "head", "--epochs", 2, "--views", 2,
+               script="finetune.py", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["strategy"] == "head"
+
+
+@pytest.mark.parametrize("flags, complaint, code", [
+    (["--strategy", "best"], "none of auto", 2), (["--strategy", "layers"], "none of auto", 2),
+    (["--strategy", "layers:9"], "has 5 stages", 2), (["--layer-decay", "1.5"], "must lie in (0, 1]", 2),
+    (["--fused-bn", "--strategy", "head"], "--fused-bn goes with", 2),
+    (["--cutmix-alpha", 1, "--strategy", "head"], "sees features", 2),
+    (["--ohem", 0.5, "--mixup-alpha", 1], "--ohem", 2), (["--num-classes", 7], "the data has 3 classes", 2),
+    (["--model", "resnet99"], "resnet99", 3), (["--model", "mobilenet_v2", "--attention", "se"], "ResNet-50's", 2),
+    (["--model", "mobilenet_v2"], "holds ResNet-50, not mobilenet_v2", 3),
+    (["--search", 2, "--lr-find"], "--search decides", 2), (["--target-domain", "nowhere"], "nowhere", 3),
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start 1", 2)])
+def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, capsys):
+    with pytest.raises((UserError, SystemExit)) as caught:
+        tune(*flags)
+    assert caught.value.code == code
+    assert complaint in (str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err)
+
+
+def test_list_models():
+    names = finetune.main(parse("--list-models"))["models"]
+    assert {"efficientnet_b4", "mobilenet_v2", "resnet50"} <= set(names) and "fasterrcnn_resnet50_fpn" not in names
