@@ -1171,7 +1171,8 @@ def train(args, world, stop, plan=Plan()):
             break
         if args.swa_start is not None:
             if progress["averaged"] == epoch:  # not again by a run that was stopped while it evaluated
-                ema.updates *= epoch >= args.swa_start * args.epochs  # before that it is the network itself
+                # the mean of the epochs since then; before that the network itself
+                ema.updates = max(0, epoch - math.ceil(args.swa_start * args.epochs))
                 ema.update(model)
                 progress["averaged"] += 1
             if ema.updates > 1:

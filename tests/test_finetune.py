@@ -175,7 +175,7 @@ def test_adapters_start_as_the_identity_and_stay_in_the_checkpoint(source, shape
     assert inner.shape[1] == 6 and torch.allclose(adapter(y), y + F.conv2d(inner, adapter.up.weight, adapter.up.bias))
     path = str(tmp_path / "a.pt")
     save_checkpoint(path, model, classes=SHAPES)
-    assert torch.allclose(build_model(load_checkpoint(path), path)(x), model(x), atol=1e-4 * model(x).abs().max())
+    assert torch.allclose(build_model(load_checkpoint(path), path)(x), model(x), atol=1e-4 * model(x).abs().max().item())
     with pytest.raises(UserError, match="adapters"):
         fuse(model)
     import compress
@@ -396,6 +396,47 @@ def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, m
     model = build_model(best, "best")  # LoRA is merged, nothing else is special about the file
     assert ("adapter" in model.config) == (name == "adapter")
     assert not (tmp_path / "straight" / "features.pt").exists()
+
+
+def test_averaged_weights_are_the_mean_over_epochs_with_statistics_of_their_own(tune, monkeypatch):
+    ends, averages, update, recalibrate = [], [], train.EMA.update, train.recalibrate
+
+    def spy(self, model):
+        ends.append({k: v.clone() for k, v in model.state_dict().items()})
+        update(self, model)
+
+    def watch(model, batches):
+        batches = [p.clone() for p in batches]
+        averages.append({k: v.clone() for k, v in model.state_dict().items()})
+        recalibrate(model, batches)
+        means = []
+        hook = model.layer4[2].bn3.register_forward_pre_hook(lambda _, x: means.append(x[0].mean((0, 2, 3))))
+        model.train()
+        with torch.no_grad():
+            kept = {k: v.clone() for k, v in model.state_dict().items()}
+            for pixels in batches:
+                model(normalize(pixels, model.preprocess))
+        hook.remove()
+        model.load_state_dict(kept)
+        model.eval()
+        assert len(batches) == 3 and torch.allclose(torch.stack(means).mean(0), model.layer4[2].bn3.running_mean,
+                                                    atol=1e-5)
+    monkeypatch.setattr(train.EMA, "update", spy)
+    monkeypatch.setattr(train, "recalibrate", watch)
+    result = tune("--strategy", "layers:1", "--epochs", 5, "--lr", 1e-3, "--swa-start", 0.4)
+    assert len(ends) == 5 and len(averages) == 2  # of epochs 3 and 4, then of 3, 4 and 5
+    for average, first in zip(averages, (2, 2)):
+        last = first + 2 + (average is averages[-1])
+        for key in ("layer4.0.conv2.weight", "fc.bias", "layer4.1.bn2.weight"):
+            assert torch.allclose(average[key], torch.stack([e[key] for e in ends[first:last]]).mean(0), atol=1e-6)
+    assert len(result["per_class"]) == 3
+
+
+def test_best_by_loss(tune, tmp_path):
+    result = tune("--strategy", "full", "--epochs", 4, "--lr", 3e-3, "--best-by", "loss")
+    epochs = [r for r in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if r["event"] == "epoch"]
+    assert result["best_epoch"] == min(epochs, key=lambda r: r["loss"])["epoch"]
+    assert result["loss"] == min(r["loss"] for r in epochs)
 
 
 def test_cached_features_are_computed_once_and_again_where_the_images_differ(tune, tmp_path, monkeypatch):
