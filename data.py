@@ -414,7 +414,8 @@ def make_loader(dataset, batches, workers, pin):
         signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
 
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, pin_memory=pin,
+        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+        collate_fn=getattr(dataset, "collate", collate),
         persistent_workers=workers > 0, worker_init_fn=start_worker,
         generator=torch.Generator(),  # or it draws from ours
         multiprocessing_context="fork" if workers else None)

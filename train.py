@@ -486,23 +486,31 @@ def recalibrate(model, batches):
         m.momentum = momentum
 
 
-def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=None, amp=None, clip=0.0):
+def classify(net, model, pixels, labels, loss_fn, mixer=None, amp=None):
+    """uint8 pixels (N, 3, H, W), labels (N,) -> loss, number of correct predictions"""
+    images = normalize(pixels, model.preprocess)
+    images, target = mixer(images, labels) if mixer else (images, labels)
+    with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
+        logits = net(images)
+    loss = loss_fn(logits.float(), target, images)
+    return loss, (logits.argmax(1) == (target.argmax(1) if mixer else labels)).sum()
+
+
+def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=None, amp=None, clip=0.0,
+               forward=classify):
     """One optimizer step over `batches`, a list of (uint8 pixels, labels) on the device. `net` is `model` or a wrapper
     of it. -> (loss, correct predictions: device tensors summed over the batches; True if the step was applied).
     A non-finite gradient applies nothing: weights, optimizer and batch-norm statistics stay as they were."""
     before = [b.clone() for b in statistics(model)]
     loss_sum = correct = 0
     for i, (pixels, labels) in enumerate(batches):
-        images = normalize(pixels, model.preprocess)
-        images, target = mixer(images, labels) if mixer else (images, labels)
         last = i == len(batches) - 1
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
-            with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                logits = net(images)
-            loss = loss_fn(logits.float(), target, images) / len(batches)
+            loss, right = forward(net, model, pixels, labels, loss_fn, mixer, amp)
+            loss = loss / len(batches)
             (scaler.scale(loss) if scaler else loss).backward()
         loss_sum = loss_sum + loss.detach()
-        correct = correct + (logits.argmax(1) == (target.argmax(1) if mixer else labels)).sum()
+        correct = correct + right
     if scaler:
         scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -639,14 +647,15 @@ class RunLog:
 
 
 def curves_svg(records):
-    """Records of metrics.jsonl -> an SVG with loss, top-1 and learning rate over epochs."""
+    """Records of metrics.jsonl -> an SVG with loss, top-1 (of a detector mAP) and learning rate over epochs."""
     steps = [r for r in records if r["event"] == "step"]
     epochs = [r for r in records if r["event"] == "epoch"]
+    key, title = ("map50", "mAP@0.5") if any("map50" in r for r in epochs) else ("top1", "top-1")
     panels = [
         ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]),
                   ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
-        ("top-1, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps]),
-                      ("validation", "#c05020", [(r["epoch"], r["top1"]) for r in epochs])]),
+        (f"{title}, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps if "top1" in r]),
+                         ("validation", "#c05020", [(r["epoch"], r[key]) for r in epochs])]),
         ("learning rate", [("", "#508050", [(r["epoch"], r["lr"]) for r in steps])])]
     width, height, left, top, gap = 760, 190, 70, 34, 68
     right = max([r["epoch"] for r in steps + epochs], default=1) or 1
@@ -1017,6 +1026,13 @@ def check_args(args):
 
 class Plan:
     """What a later script decides about a run; here everything is as train.py has it."""
+    measures = {"top1": "top-1", "top5": "top-5"}  # what evaluate gives beside the loss; the first makes an epoch best
+
+    def forward(self, *args):
+        return classify(*args)
+
+    def evaluate(self, *args, **options):
+        return evaluate(*args, **options)
 
     def describe(self, args, model):
         """-> lines of text for the start of a run"""
@@ -1137,7 +1153,8 @@ def train(args, world, stop, plan=Plan()):
             micro = [(p.to(device, non_blocking=True), y.to(device, non_blocking=True)) for p, y, _ in micro]
             torch.manual_seed(data.seed_for(args.seed, 1, progress["step"], world.rank))  # mixing, dropout, drop-path
             loss, correct, applied = train_step(net, model, micro, optimizer, loss_fn,
-                                                scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm)
+                                                scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm,
+                                                forward=plan.forward)
             progress["step"] += 1
             progress["seen"] += order.global_batch
             progress["samples_seen"] += order.global_batch
@@ -1160,7 +1177,7 @@ def train(args, world, stop, plan=Plan()):
             done += samples * world.size
             if (progress["step"] % args.log_every == 0 or len(order) == 0
                     or progress["seen"] >= order.steps * order.global_batch):
-                flush_window(window, progress, log, order, epoch, lr, device, world, args)
+                flush_window(window, progress, log, order, epoch, lr, device, world, args, "top1" in plan.measures)
             if args.save_every and progress["step"] % args.save_every == 0:
                 save()
             stopped = stop.poll()
@@ -1180,19 +1197,21 @@ def train(args, world, stop, plan=Plan()):
                 torch.manual_seed(data.seed_for(args.seed, 3, epoch, world.rank))  # dropout, drop-path
                 recalibrate(ema.model, (p.to(device) for p, _, _ in itertools.islice(loader, SWA_BATCHES)))
         average_statistics(world, [model] + ([ema.model] if ema else []))
-        score = evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
-                         loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
+        score = plan.evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
+                              loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
         if score is None:
             stopped = True
             break
         loss_sum, correct, count, skipped = world.sum(
             *(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
         progress.update(epoch=epoch + 1, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
-        record = dict(epoch=epoch + 1, step=progress["step"], **{k: score[k] for k in ("loss", "top1", "top5")},
-                      train_loss=round(loss_sum / max(count, 1), 5), train_top1=round(100 * correct / max(count, 1), 3),
+        record = dict(epoch=epoch + 1, step=progress["step"], **{k: score[k] for k in ("loss", *plan.measures)},
+                      train_loss=round(loss_sum / max(count, 1), 5),
+                      **({"train_top1": round(100 * correct / max(count, 1), 3)} if "top1" in plan.measures else {}),
                       lr=lr_at(epoch + 1, args, peak),
                       seconds=round(time.perf_counter() - epoch_start, 2), skipped=int(skipped))
-        value = score["top1"] if args.best_by == "top1" else -score["loss"]
+        main = next(iter(plan.measures))
+        value = -score["loss"] if args.best_by == "loss" else score[main]
         better = value > progress["best"]
         if better:
             progress.update(best=value, best_epoch=epoch + 1)
@@ -1201,11 +1220,13 @@ def train(args, world, stop, plan=Plan()):
             save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
         save(metrics=result)
         log.write("epoch", **record)
-        log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} top-1 {score['top1']:.2f} "
-                f"top-5 {score['top5']:.2f} on validation; {record['train_loss']:.4f} "
-                f"{record['train_top1']:.2f} in training; {record['seconds']:.0f} s{' *' * better}")
+        log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} "
+                + " ".join(f"{name} {score[k]:.2f}" for k, name in plan.measures.items())
+                + f" on validation; {record['train_loss']:.4f} {record.get('train_top1', '')} in training; "
+                f"{record['seconds']:.0f} s{' *' * better}")
         if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
-            log.say(f"no better {args.best_by} for {args.patience} epochs: stopped early")
+            goal = "loss" if args.best_by == "loss" else plan.measures[main]
+            log.say(f"no better {goal} for {args.patience} epochs: stopped early")
             break
     if stopped:
         save()
@@ -1222,16 +1243,16 @@ def train(args, world, stop, plan=Plan()):
     if result is None:  # resumed a finished run
         result = load_checkpoint(last)["metrics"]
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
-    return dict(top1=shown["top1"], top5=shown["top5"], loss=shown["loss"], checkpoint=best, epochs=progress["epoch"],
-                best_epoch=progress["best_epoch"], last_top1=result["top1"],
+    return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
+                best_epoch=progress["best_epoch"], **{f"last_{k}": result[k] for k in list(plan.measures)[:1]},
                 images_per_second=round(done / worked, 2) if worked else None, seconds=round(seconds, 1),
                 samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]),
                 corrupt=len(bad) + shown["corrupt"], out=args.out)
 
 
-def flush_window(window, progress, log, order, epoch, lr, device, world, args):
-    """Close a logging interval: the running sums into `progress`, one record, one line.
-    The two item() calls wait for the device."""
+def flush_window(window, progress, log, order, epoch, lr, device, world, args, counts):
+    """Close a logging interval: the running sums into `progress`, one record, one line; with the accuracy if the run
+    `counts` right answers. The two item() calls wait for the device."""
     loss, correct = torch.stack(window["loss"]).sum().item(), torch.stack(window["correct"]).sum().item()
     seconds, samples = time.perf_counter() - window["time"], window["samples"]
     progress["loss_sum"] += loss
@@ -1241,10 +1262,10 @@ def flush_window(window, progress, log, order, epoch, lr, device, world, args):
     at = epoch + progress["seen"] / (order.steps * order.global_batch)
     left = ((args.epochs - at) * order.steps * order.global_batch) / rate
     log.write("step", epoch=round(at, 4), step=progress["step"], loss=round(loss / samples, 5),
-              top1=round(100 * correct / samples, 3), lr=lr, images_per_second=round(rate, 2),
-              data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3), samples_seen=progress["samples_seen"])
+              **({"top1": round(100 * correct / samples, 3)} if counts else {}), lr=lr,
+              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3), samples_seen=progress["samples_seen"])
     log.progress(f"epoch {epoch + 1} step {progress['step']}/{args.epochs * order.steps} loss {loss / samples:.4f} "
-                 f"top-1 {100 * correct / samples:.1f} lr {lr:.2e} {rate:.1f} img/s "
+                 + (f"top-1 {100 * correct / samples:.1f} " if counts else "") + f"lr {lr:.2e} {rate:.1f} img/s "
                  f"data {share:.0%} mem {memory_gib(device):.1f}G eta {datetime.timedelta(seconds=int(left))}")
     window.update(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
 
