@@ -335,12 +335,16 @@ class Images(torch.utils.data.Dataset):
                 try:
                     with open(path, "rb") as f:
                         image = decode(f.read(), exif=self.exif)
-                    return self.cached[1](image), int(self.files.labels[candidate % len(self.files)]), complaint
+                    return *self.sample(image, candidate % len(self.files)), complaint
                 except (OSError, ValueError) as error:
                     complaint = complaint or f"{path}: {error}"
             return None, -1, complaint
         finally:
             torch.set_rng_state(outer)
+
+    def sample(self, image, i):
+        """PIL RGB image, its position in the files -> what a batch holds of it: pixels and label"""
+        return self.cached[1](image), int(self.files.labels[i])
 
 
 def collate(samples):

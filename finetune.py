@@ -1,9 +1,10 @@
-"""Fine-tune a pretrained network on a user's own classes.
+"""Fine-tune a pretrained network on a user's own classes, or boxes.
 
   python finetune.py --data FOLDER                           # from runs/train/best.pt, else torchvision's weights
   python finetune.py --data FOLDER --checkpoint FILE --strategy gradual
   python finetune.py --data FOLDER --model efficientnet_b4 --weights DEFAULT
   python finetune.py --data FOLDER --target-domain OTHER     # images without labels that it shall work on too
+  python finetune.py --task detect --data ANNOTATED          # Faster R-CNN on the network; Pascal-VOC or COCO
   torchrun --nproc_per_node=8 finetune.py --data FOLDER --strategy full
 
 FOLDER is what train.py takes. The head is new, for the folder's classes; how much of the rest is trained is --strategy:
@@ -29,10 +30,14 @@ import hashlib
 import html
 import io
 import itertools
+import json
 import math
 import os
+import re
 import sys
 import time
+import xml.etree.ElementTree
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +49,7 @@ from torch.nn.utils import parametrize
 import data
 import train
 from resnet50 import (
+    PREPROCESS,
     ResNet50,
     UserError,
     build_model,
@@ -51,6 +57,8 @@ from resnet50 import (
     fuse,
     load_checkpoint,
     load_some_model,
+    load_weights,
+    norm_relu,
     normalize,
     predict,
     read_classes,
@@ -59,9 +67,16 @@ from resnet50 import (
     write_atomic,
 )
 
-RECIPES = dict(classify=dict(
-    batch_size=32, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5, label_smoothing=0.1,
-    crop_scale=0.25, image_size=None, interpolation=None))
+RECIPES = dict(  # by --task
+    classify=dict(batch_size=32, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5,
+                  label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
+    detect=dict(epochs=10, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
+                lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
+CLASSIFIES = ("model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay",
+              "mixup_alpha", "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights", "random_erase",
+              "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize", "exif",
+              "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
+              "drop_path", "dropout", "repeated_aug", "crop_scale")  # flags that --task detect has no use for
 # What a strategy sets where the command line does not
 STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
                   gradual=dict(epochs=8, lr=1e-4, layer_decay=0.5),
@@ -75,6 +90,7 @@ FEW, MANY = 1000, 20000  # images: below, --strategy auto trains the head; from 
 TINY = 5  # images of a class, below which it is named
 CHECKED = 50000  # files; larger sets are not decoded beforehand
 AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
+PROPOSALS = 128  # of an image that the box head learns from, as in its paper: at small image sizes most of the time
 SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times the strategy's learning rate
 
 
@@ -109,7 +125,7 @@ def get_args_parser():
     g.add_argument("--list-models", action="store_true", help="what --model takes")
     g.add_argument("--strategy", type=strategy, default="auto", metavar="NAME", help="auto, head, gradual, layers:N, "
                    "full, lora or adapter")
-    g.add_argument("--head-lr-mult", type=float, default=10.0, metavar="F", help="what is new learns so much faster")
+    g.add_argument("--head-lr-mult", type=float, metavar="F", help="what is new learns so much faster")
     g.add_argument("--layer-decay", type=share, metavar="F", help="rate of a stage by that of the stage above it")
     g.add_argument("--unfreeze-every", type=train.positive, default=1, metavar="N", help="gradual: epochs per stage")
     g.add_argument("--views", type=train.positive, default=4, metavar="N", help="head: augmented views of each image")
@@ -117,13 +133,21 @@ def get_args_parser():
     g.add_argument("--lora-alpha", type=float, default=16.0, metavar="A", help="additions count A/R times")
     g.add_argument("--adapter-channels", type=train.positive, default=32, metavar="N")
     g.add_argument("--ohem", type=share, default=1.0, metavar="F", help="learn from this share of each batch, the "
-                   "hardest images (arXiv 1604.03540)")
+                   "hardest images, or of 128 proposals in each image (arXiv 1604.03540)")
     g.add_argument("--l2-sp", type=float, default=0.0, metavar="A",
                    help="pull towards the weights it started from (arXiv 1802.01483)")
     g.add_argument("--then", metavar="FOLDER", help="go on from the result on this data set: --data is only a step")
     g.add_argument("--lr-find", action="store_true", help="take --lr from a range test; leaves lr.svg")
     g.add_argument("--search", type=train.positive, metavar="N",
                    help="compare N settings of strategy and rate by successive halving, then train the best")
+    g = p.add_argument_group("detection")
+    g.add_argument("--trainable-stages", type=int, choices=range(5), default=3, help="of the network, from the top")
+    g.add_argument("--max-size", type=train.positive, default=640, metavar="PX",
+                   help="of an image's long side, where --image-size is its short one")
+    g.add_argument("--nms-threshold", type=share, metavar="IOU",
+                   help="of two found boxes that overlap more the better one stays (0.5)")
+    g.add_argument("--detections", type=train.positive, metavar="N", help="boxes per image at most (100)")
+    g.add_argument("--score-threshold", type=share, default=0.5, metavar="S", help="boxes that predictions.png shows")
     g = p.add_argument_group("domain shift")
     g.add_argument("--target-domain", metavar="FOLDER", 
                    help="images without labels; class folders in its val/ are scored")
@@ -140,6 +164,15 @@ def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
     train.check_args(args)
+    if args.task == "detect":
+        usual = get_args_parser().parse_args(["--task", "detect"])
+        if wrong := [k for k in CLASSIFIES if getattr(args, k) != getattr(usual, k)]:
+            refuse(f"--{wrong[0].replace('_', '-')}: not with --task detect")
+        if not args.data:
+            refuse("--task detect needs --data")
+        if args.batch_size == "auto":
+            refuse("--batch-size auto: not with --task detect")
+        return
     kind = args.strategy.partition(":")[0]
     if args.fused_bn and kind not in ("full", "auto"):
         refuse("--fused-bn goes with --strategy full: frozen batch-norm has no statistics to compute")
@@ -815,6 +848,548 @@ def report(model, val, classes, args, world, most=24):
                 mistakes=len(wrong))
 
 
+# ---------------------------------------------------------------------------------------------------------- detection
+
+class Boxes(NamedTuple):
+    """Of one image: float64 (K, 4) x1 y1 x2 y2 in pixels, int (K,) labels from 1 (0 is the background), and which boxes
+    are neither right nor wrong to find: crowds, which may be found many times, and VOC's difficult ones"""
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    ignored: np.ndarray
+
+
+def read_voc(path, folders):
+    """Pascal-VOC xml -> its image's path and [(class, x1, y1, x2, y2, crowd, difficult)]. The image is looked for under
+    the name in the file, then under the file's own; its coordinates count from 1 and include the last pixel."""
+    try:
+        root = xml.etree.ElementTree.parse(path).getroot()
+        named = os.path.basename((root.findtext("filename") or "").replace("\\", "/"))
+        stem = os.path.splitext(os.path.basename(path))[0]
+        names = [named] * bool(named) + [stem + e for ext in data.EXTENSIONS for e in (ext, ext.upper())]
+        image = next((os.path.join(f, n) for n in names for f in folders if os.path.isfile(os.path.join(f, n))), None)
+        if image is None:
+            raise ValueError(f"its image {named or stem} is not in {' or '.join(folders)}")
+        found = []
+        for item in root.iter("object"):
+            box = item.find("bndbox")
+            x1, y1, x2, y2 = (float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+            found.append((item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, False,
+                          (item.findtext("difficult") or "0").strip() == "1"))
+        return image, found
+    except (xml.etree.ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_coco(path, folders):
+    """COCO json -> [(image's path, [(class, x1, y1, x2, y2, crowd, False)])], and the complaints about single images"""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        by_image = {i["id"]: [] for i in content["images"]}
+        for a in content["annotations"]:
+            x, y, w, h = map(float, a["bbox"])
+            by_image[a["image_id"]].append((names[a["category_id"]], x, y, x + w, y + h, bool(a.get("iscrowd")), False))
+        entries, complaints = [], []
+        for item in content["images"]:
+            tries = [os.path.join(folder, item["file_name"]) for folder in folders]
+            image = next((t for t in tries if os.path.isfile(t)), None)
+            if image is None:
+                complaints.append(f"{path}: its image {item['file_name']} is not in {' or '.join(folders)}")
+            else:
+                entries.append((image, by_image[item["id"]]))
+        return entries, complaints
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from error
+
+
+def annotations(root):
+    """-> {split: ([(image's path, [(class, box ...)])], complaints)} of the layouts in the README; only "train" where
+    there is no validation set"""
+    def inside(folder, *names):
+        return [os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))]
+
+    def voc(files, folders):
+        entries, complaints = [], []
+        for path in files:
+            try:
+                entries.append(read_voc(path, folders))
+            except ValueError as error:
+                complaints.append(str(error))
+        return entries, complaints
+
+    def xmls(folder):
+        return [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if n.lower().endswith(".xml")]
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder")
+    found = {}
+    for split, names in (("train", ("train",)), ("val", data.VAL_NAMES)):
+        for folder in inside(root, *names):  # a folder for each split
+            if os.path.isfile(os.path.join(folder, "_annotations.coco.json")):
+                found[split] = read_coco(os.path.join(folder, "_annotations.coco.json"), [folder])
+            elif files := [x for sub in [*inside(folder, "annotations", "Annotations"), folder] for x in xmls(sub)]:
+                found[split] = voc(files, [*inside(folder, "images", "JPEGImages"), folder])
+    notes = inside(root, "annotations", "Annotations")
+    if not found and notes:
+        lists = os.path.join(root, "ImageSets", "Main")
+        pictures = [*inside(root, "images", "JPEGImages"), root]
+        for split in ("train", "val"):
+            jsons = [n for n in sorted(os.listdir(notes[0])) if re.fullmatch(rf"(instances_)?{split}.*\.json", n)]
+            if jsons:  # annotations/instances_train2017.json and train2017/
+                name = jsons[0].removesuffix(".json").removeprefix("instances_")
+                found[split] = read_coco(os.path.join(notes[0], jsons[0]),
+                                         [os.path.join(p, name) for p in pictures] + pictures)
+            elif os.path.isfile(os.path.join(lists, split + ".txt")):
+                with open(os.path.join(lists, split + ".txt"), encoding="utf-8") as f:
+                    stems = [line.split()[0] for line in f if line.strip()]
+                found[split] = voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
+        if not found and xmls(notes[0]):
+            found["train"] = voc(xmls(notes[0]), pictures)
+    if "train" not in found:
+        raise UserError(f"{root}: no annotations (train/annotations/*.xml, Annotations/*.xml with ImageSets/Main/"
+                        "train.txt, annotations/instances_train*.json or train/_annotations.coco.json)")
+    return found
+
+
+def open_boxes(root, args, classes=None):
+    """-> (train Files, val Files, classes, {path: Boxes}, notes). Boxes are cut to the image, and those without an area
+    are left out. Without a validation set data.hash_split makes one. UserError names what cannot be read, unless
+    --on-corrupt skip, which leaves it out."""
+    found, notes, known = annotations(root), [], {}
+    if "val" in found and args.val_split is not None:
+        raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
+    classes = classes or sorted({box[0] for _, boxes in found["train"][0] for box in boxes})
+    if not classes:
+        raise UserError(f"{root}: not one box in the training annotations")
+    index, files, empty = {name: i + 1 for i, name in enumerate(classes)}, {}, []
+    for split, (entries, complaints) in found.items():
+        train.check_corrupt(complaints, args.on_corrupt)
+        if complaints:
+            notes.append(f"{len(complaints)} {split} annotations are left out: {some(complaints)}")
+        kept = []
+        for path, boxes in entries:
+            try:
+                with Image.open(path) as image:
+                    width, height = image.size
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
+                notes.append(f"{path} is left out: {error}")
+                continue
+            strange = sorted({b[0] for b in boxes} - set(index))
+            if strange:
+                raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
+            corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
+            corners = np.clip(corners, 0, [width, height, width, height])
+            good = (corners[:, 2:] - corners[:, :2] > 0).all(1)
+            empty += [path] * int((~good).sum())
+            columns = [np.array([f(b) for b in boxes])[good] if boxes else np.zeros(0) for f in
+                       (lambda b: index[b[0]], lambda b: b[5], lambda b: b[6])]
+            known[path] = Boxes(corners[good], columns[0].astype(np.int64), *(c.astype(bool) for c in columns[1:]))
+            kept.append(os.path.relpath(path, root))
+        files[split] = data.Files(root, kept, np.zeros(len(kept)))
+    if empty:
+        notes.append(f"{len(empty)} boxes without an area, or outside of their image, are left out: {some(empty)}")
+    if "val" not in files:
+        chosen = data.hash_split(files["train"], args.val_split or 0.1)
+        files = dict(train=files["train"].select(np.flatnonzero(~chosen)),
+                     val=files["train"].select(np.flatnonzero(chosen)))
+        notes.append(f"{root}: no validation set, {chosen.sum()} of {len(chosen)} images held out by a hash of their "
+                     "names")
+    for split, part in files.items():
+        if not len(part):
+            raise UserError(f"{root}: no {'training' if split == 'train' else 'validation'} image")
+        labels = np.concatenate([known[part.path(i)].labels for i in range(len(part))])
+        counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
+        notes.append(f"{split}: {len(part)} images, {len(labels)} boxes: "
+                     + some([f"{c} {n}" for c, n in zip(classes, counts)], 20))
+    return files["train"], files["val"], classes, known, notes
+
+
+def scale_of(width, height, size, largest):
+    """What an image is multiplied by: its short side becomes `size`, unless its long side would exceed `largest`"""
+    return min(size / min(width, height), largest / max(width, height))
+
+
+def anchors_of(files, known, size, largest):
+    """-> five sizes, pixels after scaling, ascending, and three ratios height / width: quantiles of the boxes'. Where
+    boxes are alike the sizes are spread by at least a quarter."""
+    sizes, ratios = [], []
+    for i in range(len(files)):
+        with Image.open(files.path(i)) as image:
+            scale = scale_of(*image.size, size, largest)
+        extent = known[files.path(i)].boxes[:, 2:] - known[files.path(i)].boxes[:, :2]
+        sizes += list(np.sqrt(extent.prod(1)) * scale)
+        ratios += list(extent[:, 1] / extent[:, 0])
+    sizes = np.quantile(sizes, (0.1, 0.3, 0.5, 0.7, 0.9))
+    for i in (1, 0):
+        sizes[i] = min(sizes[i], sizes[i + 1] / 1.25)
+    for i in (3, 4):
+        sizes[i] = max(sizes[i], sizes[i - 1] * 1.25)
+    low, middle, high = np.quantile(ratios, (0.15, 0.5, 0.85))
+    ratios = (min(low, middle / 1.3), middle, max(high, middle * 1.3))
+    return [round(float(s), 1) for s in sizes], [round(float(r), 3) for r in ratios]
+
+
+class BoxImages(data.Images):
+    """Images at their scale with boxes: pixels uint8 (H, W, 3), and as label float32 (1 + K, 5): height, width, the
+    original's height and width, index; then x1, y1, x2, y2, label of each box in the scaled image. In training flipped
+    and scaled by chance, and without the boxes that are ignored."""
+
+    def __init__(self, files, known, args, replace):
+        super().__init__(files, lambda _: None, args.seed, replace=replace)
+        self.known, self.args = known, args
+
+    def sample(self, image, i):
+        args, known = self.args, self.known[self.files.path(i)]
+        scale = scale_of(*image.size, args.image_size, args.max_size)
+        boxes, labels, flip = known.boxes, known.labels, False
+        if self.replace:
+            use = ~(known.crowd | known.ignored)
+            boxes, labels = boxes[use], labels[use]
+            scale *= 1.25 ** (2 * torch.rand(()).item() - 1)
+            flip = torch.rand(()).item() < args.hflip
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
+        rows = np.zeros((1 + len(boxes), 5), np.float32)
+        rows[0] = height, width, image.height, image.width, i
+        rows[1:, :4] = boxes * np.array([width / image.width, height / image.height] * 2)
+        rows[1:, 4] = labels
+        if flip:
+            pixels = pixels[:, ::-1]
+            rows[1:, [0, 2]] = width - rows[1:, [2, 0]]
+        return torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(rows)
+
+    def collate(self, samples):
+        """-> pixels uint8 (N, 3, H, W), padded to multiples of 32 with grey, and rows (N, 1 + most, 5), with zeros"""
+        good = [(pixels, rows) for pixels, rows, _ in samples if pixels is not None]
+        complaints = [c for _, _, c in samples if c]
+        height, width = (-(-max((p.shape[d] for p, _ in good), default=1) // 32) * 32 for d in (0, 1))
+        pixels = torch.full((len(good), height, width, 3), 116, dtype=torch.uint8)  # about the usual mean
+        rows = torch.zeros(len(good), max((len(r) for _, r in good), default=1), 5)
+        for i, (p, r) in enumerate(good):
+            pixels[i, :p.shape[0], :p.shape[1]] = p
+            rows[i, :len(r)] = r
+        return pixels.permute(0, 3, 1, 2), rows, complaints
+
+
+class Pyramid(nn.Module):
+    """ResNet50's four stages under torchvision's feature pyramid (arXiv 1612.03144)"""
+    out_channels = 256
+
+    def __init__(self, config):
+        from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+        super().__init__()
+        self.body = ResNet50(**config)
+        self.body.fc = nn.Identity()
+        widths = [getattr(self.body, f"layer{i}")[-1].conv3.out_channels for i in range(1, 5)]
+        self.fpn = FeaturePyramidNetwork(widths, self.out_channels, LastLevelMaxPool())
+
+    def forward(self, x):
+        x, maps = self.body.maxpool(norm_relu(self.body.bn1, self.body.conv1(x))), collections.OrderedDict()
+        for i in range(4):
+            x = maps[str(i)] = getattr(self.body, f"layer{i + 1}")(x)
+        return self.fpn(maps)
+
+
+def hard_heads(base):
+    """torchvision's RoIHeads made to learn from the hardest proposals instead of a random sample: all of them are
+    scored first, without gradients, and the `keep` of an image with the highest loss remain (arXiv 1604.03540)"""
+    class HardRoIHeads(type(base)):
+        keep = PROPOSALS
+
+        def forward(self, features, proposals, image_shapes, targets=None):
+            self.seen = features, image_shapes
+            return super().forward(features, proposals, image_shapes, targets)
+
+        def select_training_samples(self, proposals, targets):
+            proposals, matched, labels, regression = super().select_training_samples(proposals, targets)
+            features, shapes = self.seen
+            with torch.no_grad():
+                logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, shapes)))
+                target, goal = torch.cat(labels), torch.cat(regression)
+                own = deltas.view(len(deltas), -1, 4)[torch.arange(len(deltas)), target]
+                loss = F.cross_entropy(logits, target, reduction="none") \
+                    + F.smooth_l1_loss(own, goal, beta=1 / 9, reduction="none").sum(1) * (target > 0)
+            hard = [part.topk(min(self.keep, len(part))).indices for part in loss.split([len(p) for p in proposals])]
+            return tuple([x[h] for x, h in zip(parts, hard)] for parts in (proposals, matched, labels, regression))
+    base.__class__ = HardRoIHeads
+    base.fg_bg_sampler.batch_size_per_image, base.fg_bg_sampler.positive_fraction = 10 ** 6, 1.0  # everything
+    return base
+
+
+class Detector(nn.Module):
+    """Faster R-CNN (arXiv 1506.01497) of torchvision's parts on a ResNet50: float images (N, 3, H, W), normalised, and
+    rows (N, 1 + K, 5) as BoxImages makes them -> in training the sum of the losses, else for each image a dict of boxes
+    (M, 4) in the scaled image, labels and scores (M,). `config` rebuilds it."""
+    precision = "float"
+
+    def __init__(self, task, backbone, num_classes, sizes, ratios, image_size, max_size, nms, detections):
+        from torchvision.models.detection import FasterRCNN
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        super().__init__()
+        self.config = dict(task=task, backbone=backbone, num_classes=num_classes, sizes=sizes, ratios=ratios,
+                           image_size=image_size, max_size=max_size, nms=nms, detections=detections)
+        anchors = AnchorGenerator(tuple((s,) for s in sizes), (tuple(ratios),) * len(sizes))
+        parts = FasterRCNN(Pyramid(backbone), num_classes + 1, rpn_anchor_generator=anchors, box_nms_thresh=nms,
+                           box_score_thresh=0.01, box_detections_per_img=detections,
+                           box_batch_size_per_image=PROPOSALS, rpn_post_nms_top_n_train=1000,
+                           rpn_post_nms_top_n_test=300)
+        self.backbone, self.rpn, self.roi_heads = parts.backbone, parts.rpn, parts.roi_heads
+        self.preprocess, self.grad_checkpointing, self.amp = dict(PREPROCESS), False, None
+
+    def forward(self, images, rows=None):
+        from torchvision.models.detection.image_list import ImageList
+        if rows is None:  # what train.wrap shows a network at first
+            rows = torch.tensor([[images.shape[2]] * 5, [0, 0, 16, 16, 1]], device=images.device)
+            rows = rows.float().expand(len(images), 2, 5)
+        with torch.autocast(images.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
+            features = self.backbone(images)
+        features = collections.OrderedDict((k, v.float()) for k, v in features.items())
+        shapes = [(int(h), int(w)) for h, w in rows[:, 0, :2].tolist()]
+        targets = [dict(boxes=r[r[:, 4] > 0, :4], labels=r[r[:, 4] > 0, 4].long()) for r in rows[:, 1:]]
+        targets = targets if self.training else None
+        proposals, losses = self.rpn(ImageList(images, shapes), features, targets)
+        found, more = self.roi_heads(features, proposals, shapes, targets)
+        return sum(losses.values()) + sum(more.values()) if self.training else found
+
+
+def load_detector(path):
+    """-> Detector in eval mode and its checkpoint dict"""
+    checkpoint = load_checkpoint(path)
+    if checkpoint["config"].get("task") != "detect":
+        raise UserError(f"{path}: is no detector of finetune.py --task detect")
+    try:
+        model = Detector(**checkpoint["config"])
+    except TypeError as error:
+        raise UserError(f"{path}: {error}") from error
+    load_weights(model, checkpoint["model"], path)
+    model.preprocess.update(checkpoint["preprocess"])
+    return model.to(memory_format=torch.channels_last).eval(), checkpoint
+
+
+@torch.no_grad()
+def find_boxes(model, loader, world, poll=lambda: False, rounds=None, on_corrupt="error"):
+    """-> {index: (boxes float64 (M, 4) in the original image, labels, scores)} of all processes' images, and the number
+    of damaged files; None if poll() said stop"""
+    training, mine, complaints, batches = model.training, {}, 0, iter(loader)
+    model.eval()
+    try:
+        for _ in range(rounds if rounds is not None else len(loader)):
+            if poll():
+                return None
+            pixels, rows, bad = next(batches, (None, None, ()))
+            train.check_corrupt(bad, on_corrupt)
+            complaints += len(bad)
+            if pixels is None or not len(rows):
+                continue
+            images = normalize(pixels.to(world.device, non_blocking=True), model.preprocess)
+            found = model(images.contiguous(memory_format=torch.channels_last), rows.to(world.device))
+            for (h, w, height, width, index), one in zip(rows[:, 0].tolist(), found):
+                back = np.array([width / w, height / h] * 2)
+                mine[int(index)] = (one["boxes"].double().cpu().numpy() * back, one["labels"].cpu().numpy(),
+                                    one["scores"].double().cpu().numpy())
+    finally:
+        model.train(training)
+    everyone = {}
+    for theirs in world.gather(mine):
+        everyone.update(theirs)
+    return everyone, int(world.sum(complaints)[0])
+
+
+def overlaps(found, truth, crowd):
+    """IoU of float64 (M, 4) and (K, 4) -> (M, K); with a crowd the share of the found box inside it"""
+    low, high = np.maximum(found[:, None, :2], truth[None, :, :2]), np.minimum(found[:, None, 2:], truth[None, :, 2:])
+    both = np.clip(high - low, 0, None).prod(2)
+    areas = [(b[:, 2:] - b[:, :2]).prod(1) for b in (found, truth)]
+    union = np.where(crowd[None], areas[0][:, None], areas[0][:, None] + areas[1][None] - both)
+    return both / np.maximum(union, 1e-300)
+
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)
+AREAS = dict(all=(0, 1e10), small=(0, 32 ** 2), medium=(32 ** 2, 96 ** 2), large=(96 ** 2, 1e10))
+
+
+def match(found, scores, truth, crowd, ignored, area):
+    """One image, one class: greedily, best score first, as COCO does -> right (10, M) and skipped (10, M) for the
+    found boxes, and how many boxes were there to find"""
+    low, high = area
+    size = (truth[:, 2:] - truth[:, :2]).prod(1)
+    spare = crowd | ignored | (size < low) | (size > high)
+    order = np.argsort(spare, kind="stable")
+    truth, crowd, spare = truth[order], crowd[order], spare[order]
+    iou = overlaps(found, truth, crowd)
+    mine = (found[:, 2:] - found[:, :2]).prod(1)
+    outside = (mine < low) | (mine > high)
+    right, skipped = np.zeros((2, len(THRESHOLDS), len(found)), bool)
+    for t, threshold in enumerate(THRESHOLDS):
+        taken = np.zeros(len(truth), bool)
+        for d in range(len(found)):
+            best, at = min(threshold, 1 - 1e-10), -1
+            for g in range(len(truth)):
+                if taken[g] and not crowd[g]:
+                    continue
+                if at >= 0 and not spare[at] and spare[g]:
+                    break  # the rest is spare, and it has a real one
+                if iou[d, g] >= best:
+                    best, at = iou[d, g], g
+            if at >= 0:
+                taken[at], right[t, d], skipped[t, d] = True, True, spare[at]
+            else:
+                skipped[t, d] = outside[d]
+    return right, skipped, int((~spare).sum())
+
+
+def mean_average_precision(found, known, classes, most=100):
+    """found: {image: (boxes, labels, scores)}, known: {image: Boxes}, over the same images -> dict of percentages, as
+    COCO's evaluation gives them: map over IoU 0.5 to 0.95, map50, map75, map_small, map_medium, map_large, recall (at
+    `most` boxes per image and class), per_class {name: map}; None where there was nothing to find"""
+    precision = {area: np.full((len(THRESHOLDS), 101, classes), np.nan) for area in AREAS}
+    recall, none = np.full((len(THRESHOLDS), classes), np.nan), np.zeros((0, 4))
+    for c, (name, area) in itertools.product(range(classes), AREAS.items()):
+        parts, total = [], 0
+        for image, truth in known.items():
+            boxes, labels, scores = found.get(image, (none, np.zeros(0), np.zeros(0)))
+            order = np.flatnonzero(labels == c + 1)
+            order = order[np.argsort(-scores[order], kind="stable")[:most]]
+            own = truth.labels == c + 1
+            if len(order) or own.any():
+                right, skipped, count = match(boxes[order], scores[order], truth.boxes[own], truth.crowd[own],
+                                              truth.ignored[own], area)
+                parts.append((scores[order], right, skipped))
+                total += count
+        if not total:
+            continue
+        scores = np.concatenate([p[0] for p in parts])
+        order = np.argsort(-scores, kind="stable")
+        right, skipped = (np.concatenate([p[k] for p in parts], axis=1)[:, order] for k in (1, 2))
+        hits, misses = np.cumsum(right & ~skipped, axis=1), np.cumsum(~right & ~skipped, axis=1)
+        for t in range(len(THRESHOLDS)):
+            reached, value = hits[t] / total, hits[t] / np.maximum(hits[t] + misses[t], np.spacing(1))
+            value = np.maximum.accumulate(value[::-1])[::-1]
+            at = np.searchsorted(reached, np.linspace(0, 1, 101), side="left")
+            precision[name][t, :, c] = [value[i] if i < len(value) else 0.0 for i in at]
+            if name == "all":
+                recall[t, c] = reached[-1] if len(reached) else 0.0
+
+    def percent(values):
+        return None if np.isnan(values).all() else round(float(100 * np.nanmean(values)), 7)
+    p = precision["all"]
+    return dict(map=percent(p), map50=percent(p[0]), map75=percent(p[5]), recall=percent(recall),
+                **{f"map_{area}": percent(precision[area]) for area in ("small", "medium", "large")},
+                per_class=[percent(p[:, :, c]) for c in range(classes)])
+
+
+class Detection(train.Plan):
+    """A run on annotated images"""
+    measures = {"map50": "mAP@0.5", "map": "mAP"}
+
+    def __init__(self, args, world, source, sets, notes):
+        self.args, self.world, self.source, self.sets, self.notes = args, world, source, sets, notes
+
+    def open(self, args, world):
+        files, val, classes, _, notes = self.sets
+        return files, val, classes, None, notes + self.notes
+
+    def model(self, args, classes):
+        torch.manual_seed(args.seed)
+        sizes, ratios = anchors_of(self.sets[0], self.sets[3], args.image_size, args.max_size)
+        self.notes.append(f"anchors of {sizes} pixels on the five levels, height / width {ratios}")
+        model = Detector("detect", {**self.source.config, "dropout": 0.0}, len(classes), sizes, ratios, args.image_size,
+                         args.max_size, args.nms_threshold or 0.5, args.detections or 100)
+        model.backbone.body.load_state_dict({k: v for k, v in self.source.state_dict().items()
+                                             if not k.startswith("fc.")})
+        model.preprocess, model.amp = dict(self.source.preprocess), train.amp_dtype(args, self.world.device)
+        train.freeze(model.backbone.body)
+        for i in range(5 - args.trainable_stages, 5):
+            for name, p in getattr(model.backbone.body, f"layer{i}").named_parameters():
+                p.requires_grad_(p.ndim > 1)  # batch-norm stays as it is everywhere: batches are small
+        if args.ohem < 1:
+            hard_heads(model.roi_heads).keep = max(1, round(PROPOSALS * args.ohem))
+        return train.prepare(model, args)
+
+    def share(self, name):
+        return 1.0 if name.startswith("backbone.body.") else self.args.head_lr_mult
+
+    def images(self, files, transform_at, args, training):
+        return BoxImages(files, self.sets[3], args, training), args.workers
+
+    def forward(self, net, model, pixels, rows, loss_fn, mixer, amp):
+        images = normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last)
+        return net(images, rows), torch.zeros((), device=pixels.device)
+
+    def evaluate(self, model, images, batch, world, *, loader, poll, on_corrupt, **_):
+        rounds = len(data.eval_batches(len(images.files), batch, 0, world.size))
+        found = find_boxes(model, loader, world, poll, rounds, on_corrupt)
+        if found is None:
+            return None
+        known = {i: self.sets[3][images.files.path(i)] for i in range(len(images.files))}
+        score = mean_average_precision(found[0], known, len(self.sets[2]))
+        if score["map50"] is None:
+            raise UserError(f"{images.files.root}: no box in the validation annotations")
+        return dict(score, loss=None, images=len(found[0]), corrupt=found[1])
+
+    def describe(self, args, model):
+        trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
+        return [f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.1f} %)"]
+
+
+def draw_boxes(image, found, truth, classes, threshold):
+    """-> a copy of the PIL image with the annotated boxes in green, in red those found with a score of `threshold`"""
+    image, pen_width = image.copy(), max(2, min(image.size) // 150)
+    pen = ImageDraw.Draw(image)
+    for box in truth.boxes:
+        pen.rectangle(tuple(box), outline=(40, 200, 60), width=pen_width)
+    for box, label, score in zip(*found):
+        if score >= threshold:
+            pen.rectangle(tuple(box), outline=(230, 40, 40), width=pen_width)
+            pen.text((box[0] + 4, box[1] + 4), f"{classes[label - 1]} {score:.2f}".encode("latin-1", "replace")
+                     .decode("latin-1"), fill=(230, 40, 40), font_size=max(12, min(image.size) // 20))
+    return image
+
+
+def detect(args, world, stop, most=16):
+    """One run of --task detect, from the flags to the pictures; with --eval-only the scores of a checkpoint"""
+    begin = time.perf_counter()
+    if args.eval_only:
+        path = args.checkpoint or os.path.join(args.out, "best.pt")
+        model, checkpoint = load_detector(path)
+        model.roi_heads.nms_thresh = args.nms_threshold or model.config["nms"]
+        model.roi_heads.detections_per_img = args.detections or model.config["detections"]
+        args.image_size, args.max_size = model.config["image_size"], model.config["max_size"]
+        sets, result = open_boxes(args.data, args, checkpoint["classes"]), dict(checkpoint=path)
+        print("\n".join(sets[4]), file=sys.stderr)
+    else:
+        train.open_run(args, world)
+        model, _, source = load_source(args)
+        if not isinstance(model, ResNet50) or model.config.get("adapter"):
+            raise UserError(f"{source}: --task detect builds on a plain ResNet-50")
+        sets = open_boxes(args.data, args)
+        plan = Detection(args, world, model, sets, [f"backbone: {source}"])
+        args.overwrite = True  # open_run has looked
+        result = train.train(args, world, stop, plan)
+        world.barrier()
+        model, _ = load_detector(result["checkpoint"])
+    val, classes, known = sets[1], sets[2], sets[3]
+    model.to(world.device)
+    images = BoxImages(val, known, args, replace=False)
+    batches = data.eval_batches(len(val), args.batch_size, world.rank, world.size)
+    loader = data.make_loader(images, batches, args.workers, False)
+    found, corrupt = find_boxes(model, loader, world, on_corrupt=args.on_corrupt)
+    truth = {i: known[val.path(i)] for i in range(len(val))}
+    score = mean_average_precision(found, truth, len(classes))
+    if world.rank == 0 and not args.eval_only:
+        tiles = []
+        for i in sorted(found)[:most]:
+            with open(val.path(i), "rb") as f:
+                picture = data.decode(f.read())
+            tiles.append((draw_boxes(picture, found[i], truth[i], classes, args.score_threshold),
+                          os.path.basename(val.path(i))))
+        write_atomic(os.path.join(args.out, "predictions.png"), contact_sheet(tiles))
+    return dict(result, **dict(score, per_class=dict(zip(classes, score["per_class"]))), images=len(found),
+                corrupt=corrupt, seconds=round(time.perf_counter() - begin, 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 def classify(args, world, stop):
@@ -881,6 +1456,8 @@ def main(args):
 
 def fine_tune(args, world, stop):
     """--data alone, or as a step on the way to --then"""
+    if args.task == "detect":
+        return detect(args, world, stop)
     if args.eval_only:
         return train.eval_only(args, world)
     if not args.then:

@@ -1192,6 +1192,8 @@ def build_model(checkpoint, path, **config):
     """A checkpoint dict -> ResNet50, Int8ResNet50, Cascade or torchvision's `arch`, in eval mode, channels_last, with
     .preprocess. `config` (None = not said) supplies what a foreign file lacks; where the file says otherwise it is
     refused, not overridden."""
+    if checkpoint["config"].get("task") == "detect":
+        raise UserError(f"{path}: is a detector, which finetune.py --task detect --eval-only scores")
     config = {k: v for k, v in config.items() if v is not None}
     for key, value in checkpoint["config"].items():
         if key in ("drop_path", "dropout"):  # regularisation is the run's choice, not the network's shape

@@ -653,7 +653,7 @@ def curves_svg(records):
     key, title = ("map50", "mAP@0.5") if any("map50" in r for r in epochs) else ("top1", "top-1")
     panels = [
         ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]),
-                  ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
+                  ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs if r["loss"] is not None])]),
         (f"{title}, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps if "top1" in r]),
                          ("validation", "#c05020", [(r["epoch"], r[key]) for r in epochs])]),
         ("learning rate", [("", "#508050", [(r["epoch"], r["lr"]) for r in steps])])]
@@ -1220,8 +1220,8 @@ def train(args, world, stop, plan=Plan()):
             save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
         save(metrics=result)
         log.write("epoch", **record)
-        log.say(f"epoch {epoch + 1}/{args.epochs}: loss {score['loss']:.4f} "
-                + " ".join(f"{name} {score[k]:.2f}" for k, name in plan.measures.items())
+        names = {**plan.measures, **({"loss": "loss"} if score["loss"] is not None else {})}
+        log.say(f"epoch {epoch + 1}/{args.epochs}: " + " ".join(f"{name} {score[k]:.4f}" for k, name in names.items())
                 + f" on validation; {record['train_loss']:.4f} {record.get('train_top1', '')} in training; "
                 f"{record['seconds']:.0f} s{' *' * better}")
         if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
@@ -1263,7 +1263,8 @@ def flush_window(window, progress, log, order, epoch, lr, device, world, args, c
     left = ((args.epochs - at) * order.steps * order.global_batch) / rate
     log.write("step", epoch=round(at, 4), step=progress["step"], loss=round(loss / samples, 5),
               **({"top1": round(100 * correct / samples, 3)} if counts else {}), lr=lr,
-              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3), samples_seen=progress["samples_seen"])
+              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3),
+              samples_seen=progress["samples_seen"])
     log.progress(f"epoch {epoch + 1} step {progress['step']}/{args.epochs * order.steps} loss {loss / samples:.4f} "
                  + (f"top-1 {100 * correct / samples:.1f} " if counts else "") + f"lr {lr:.2e} {rate:.1f} img/s "
                  f"data {share:.0%} mem {memory_gib(device):.1f}G eta {datetime.timedelta(seconds=int(left))}")

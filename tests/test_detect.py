@@ -1,0 +1,493 @@
+"""finetune.py --task detect: annotations of every layout and every fault in them, the parts against plain loops and
+pycocotools, the run stopped and resumed."""
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import finetune
+import train
+from resnet50 import ResNet50, UserError, load_checkpoint, load_model, save_checkpoint
+from tests.conftest import equal_state
+from tests.test_finetune import WIDTHS, new_network
+
+CLASSES = ["bar", "disk"]
+
+
+def scene(seed):
+    """PIL image 60 to 110 pixels wide with one to three shapes -> image, [(class, x1, y1, x2, y2)]"""
+    rng = np.random.default_rng(seed)
+    width, height = (int(v) for v in rng.integers(60, 110, 2))
+    image, boxes = Image.new("RGB", (width, height), tuple(int(c) for c in rng.integers(0, 80, 3))), []
+    for _ in range(int(rng.integers(1, 4))):
+        name, (w, h) = CLASSES[int(rng.integers(2))], rng.integers(14, 40, 2)
+        x, y = int(rng.integers(0, width - w)), int(rng.integers(0, height - h))
+        colour = tuple(int(c) for c in rng.integers(140, 255, 3))
+        pen = ImageDraw.Draw(image)
+        (pen.ellipse if name == "disk" else pen.rectangle)((x, y, x + int(w) - 1, y + int(h) - 1), fill=colour)
+        boxes.append((name, x, y, x + int(w), y + int(h)))
+    return image, boxes
+
+
+def voc(filename, boxes, extra=""):
+    items = "".join(f"<object><name>{n}</name><difficult>{more[0] if more else 0}</difficult><bndbox>"
+                    f"<xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                    for n, x1, y1, x2, y2, *more in boxes)
+    return f"<annotation><path>/elsewhere/{filename}</path><filename>{filename}</filename>{items}{extra}</annotation>"
+
+
+def scenes(split, count):
+    return {f"{split}{i}.jpg": scene([split == "val", i]) for i in range(count)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """12 training and 5 validation images as raccoon's layout has them"""
+    root = tmp_path_factory.mktemp("detect") / "voc"
+    for split, count in (("train", 12), ("val", 5)):
+        for sub in ("images", "annotations"):
+            (root / split / sub).mkdir(parents=True)
+        for name, (image, boxes) in scenes(split, count).items():
+            image.save(root / split / "images" / name, quality=95)
+            (root / split / "annotations" / name.replace("jpg", "xml")).write_text(voc(name, boxes))
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("source") / "source.pt")
+    save_checkpoint(path, new_network(widths=WIDTHS), classes=list("abcde"))
+    return path
+
+
+def parse(*flags):
+    return finetune.get_args_parser().parse_args(["--task", "detect", *(str(f) for f in flags)])
+
+
+@pytest.fixture
+def tune(folder, source, tmp_path):
+    def call(*flags, out="run", root=folder):
+        return finetune.main(parse("--data", root, "--checkpoint", source, "--out", tmp_path / out, "--workers", 0,
+                                   "--image-size", 64, "--batch-size", 3, "--amp-dtype", "float32", *flags))
+    return call
+
+
+def opened(root, *flags):
+    return finetune.open_boxes(str(root), parse("--data", root, *flags))
+
+
+# ------------------------------------------------------------------------------------------------------- annotations
+
+def standard_voc(root):
+    for sub in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / sub).mkdir(parents=True)
+    for split, count in (("train", 12), ("val", 5)):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(f"{split}{i}  1" for i in range(count)))
+        for name, (image, boxes) in scenes(split, count).items():
+            image.save(root / "JPEGImages" / name, quality=95)
+            (root / "Annotations" / name.replace("jpg", "xml")).write_text(voc(name, boxes))
+
+
+def coco_content(split, count):
+    images, notes = [], []
+    for i, (name, (image, boxes)) in enumerate(scenes(split, count).items()):
+        images.append(dict(id=70 + i, file_name=name, width=image.width, height=image.height))
+        notes += [dict(id=len(notes) + k, image_id=70 + i, category_id=9 * (1 + CLASSES.index(n)), iscrowd=0,
+                       bbox=[x1, y1, x2 - x1, y2 - y1]) for k, (n, x1, y1, x2, y2) in enumerate(boxes)]
+    return dict(images=images, annotations=notes, categories=[dict(id=18, name="disk"), dict(id=9, name="bar"),
+                                                             dict(id=3, name="never")])
+
+
+def coco(root):
+    (root / "annotations").mkdir(parents=True)
+    for split, count in (("train", 12), ("val", 5)):
+        (root / f"{split}2017").mkdir()
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(coco_content(split, count)))
+        for name, (image, _) in scenes(split, count).items():
+            image.save(root / f"{split}2017" / name, quality=95)
+
+
+def roboflow(root):
+    for split, name in (("train", "train"), ("val", "valid")):
+        (root / name).mkdir(parents=True)
+        count = 12 if split == "train" else 5
+        (root / name / "_annotations.coco.json").write_text(json.dumps(coco_content(split, count)))
+        for file, (image, _) in scenes(split, count).items():
+            image.save(root / name / file, quality=95)
+
+
+@pytest.mark.parametrize("layout", ["split", standard_voc, coco, roboflow])
+def test_every_layout_gives_the_same_boxes(layout, folder, tmp_path):
+    root = folder
+    if layout != "split":
+        root = str(tmp_path / "set")
+        layout(tmp_path / "set")
+    files, val, classes, known, notes = opened(root)
+    assert classes == CLASSES and (len(files), len(val)) == (12, 5)
+    for split, part in (("train", files), ("val", val)):
+        expected = scenes(split, 12 if split == "train" else 5)
+        assert {os.path.basename(part.path(i)) for i in range(len(part))} == set(expected)
+        for i in range(len(part)):
+            _, boxes = expected[os.path.basename(part.path(i))]
+            mine = known[part.path(i)]
+            assert mine.boxes.tolist() == [list(map(float, b[1:])) for b in boxes]
+            assert mine.labels.tolist() == [1 + CLASSES.index(b[0]) for b in boxes]
+            assert not mine.crowd.any() and not mine.ignored.any()
+    assert any(n.startswith("train: 12 images") for n in notes)
+
+
+def test_without_a_validation_set_a_hash_of_the_names_makes_one(folder, tmp_path):
+    root = tmp_path / "one"
+    shutil.copytree(os.path.join(folder, "train"), root / "train")
+    files, val, _, _, notes = opened(root, "--val-split", 0.4)
+    assert len(files) + len(val) == 12 and len(val) and any("held out by a hash" in n for n in notes)
+    with pytest.raises(UserError, match="has a validation set of its own") as caught:
+        opened(folder, "--val-split", 0.4)
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("fault, complaint", [
+    ("missing image", "train3.xml: its image gone.jpg is not in"), ("no xml", "train3.xml: "),
+    ("no box", "train3.xml: "), ("not a number", "train3.xml: "), ("not an image", "train3.jpg: ")])
+def test_a_bad_annotation_is_named_or_left_out(fault, complaint, folder, tmp_path):
+    root = tmp_path / "bad"
+    shutil.copytree(folder, root)
+    note, image = root / "train" / "annotations" / "train3.xml", root / "train" / "images" / "train3.jpg"
+    if fault == "missing image":
+        image.unlink()
+        note.write_text(voc("gone.jpg", [("disk", 1, 1, 9, 9)]))
+    elif fault == "no xml":
+        note.write_text("<annotation><object>")
+    elif fault == "no box":
+        note.write_text(voc("train3.jpg", [], "<object><name>disk</name></object>"))
+    elif fault == "not a number":
+        note.write_text(voc("train3.jpg", [("disk", 1, 1, 9, 9)]).replace(">2<", ">two<", 1))
+    else:
+        image.write_bytes(b"no image")
+    with pytest.raises(UserError) as caught:
+        opened(root)
+    assert complaint in str(caught.value) and caught.value.code == 3
+    files, _, _, _, notes = opened(root, "--on-corrupt", "skip")
+    assert len(files) == 11 and any("left out" in n and "train3" in n for n in notes)
+
+
+def test_odd_boxes(folder, tmp_path):
+    root = tmp_path / "odd"
+    shutil.copytree(folder, root)
+    note = root / "train" / "annotations" / "train0.xml"
+    image = scene([False, 0])[0]
+    note.write_text(voc("other/name.jpg".replace("other/", ""), [
+        ("disk", 5, 5, 5, 20), ("disk", 30, 30, 20, 40), ("bar", 500, 500, 600, 600), ("bar", -20, -20, 10, 12),
+        ("disk", 2, 3, 20, 30, 1)]))
+    files, _, _, known, notes = opened(root)
+    mine = next(v for k, v in known.items() if k.endswith("train0.jpg"))  # found under the xml's own name
+    assert mine.boxes.tolist() == [[0, 0, 10, 12], [2, 3, 20, 30]] and mine.ignored.tolist() == [False, True]
+    assert any(n.startswith("3 boxes without an area") and "train0.jpg" in n for n in notes) and image.width > 20
+    note.write_text(voc("train0.jpg", []))  # an image of nothing but background
+    assert len(opened(root)[0]) == 12
+    (root / "val" / "annotations" / "val0.xml").write_text(voc("val0.jpg", [("cat", 1, 1, 9, 9)]))
+    with pytest.raises(UserError, match="val0.jpg: class cat is not among the training set's: bar, disk"):
+        opened(root)
+
+
+@pytest.mark.parametrize("change, complaint", [
+    (lambda c: "{", "JSONDecodeError"), (lambda c: json.dumps({"images": []}), "categories"),
+    (lambda c: json.dumps(dict(c, annotations=[dict(image_id=1, category_id=9, bbox=[0, 0, 1, 1])])), "KeyError: 1"),
+    (lambda c: json.dumps(dict(c, annotations=[dict(image_id=70, category_id=9, bbox=[0, 0])])), "ValueError"),
+    (lambda c: json.dumps(dict(c, images=c["images"] + [dict(id=1, file_name="gone.jpg")])), "gone.jpg is not in")])
+def test_bad_coco_files(change, complaint, tmp_path):
+    roboflow(tmp_path / "set")
+    path = tmp_path / "set" / "train" / "_annotations.coco.json"
+    path.write_text(change(coco_content("train", 12)))
+    with pytest.raises(UserError, match="_annotations.coco.json") as caught:
+        opened(tmp_path / "set")
+    assert complaint in str(caught.value)
+
+
+def test_no_annotations(tiny, tmp_path):
+    for root, complaint in ((tiny, "no annotations"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(UserError, match=complaint):
+            opened(root)
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+def test_anchors_follow_the_boxes(folder):
+    files, _, _, known, _ = opened(folder)
+    sizes, ratios = finetune.anchors_of(files, known, 64, 640)
+    extents, shapes = [], []
+    for i in range(len(files)):
+        with Image.open(files.path(i)) as image:
+            scale = 64 / min(image.size)
+        for x1, y1, x2, y2 in known[files.path(i)].boxes:
+            extents.append(scale * ((x2 - x1) * (y2 - y1)) ** 0.5)
+            shapes.append((y2 - y1) / (x2 - x1))
+    assert sizes[2] == pytest.approx(np.median(extents), abs=0.06)
+    assert ratios[1] == pytest.approx(np.median(shapes), abs=1e-3)
+    assert all(b >= 1.24 * a for a, b in zip(sizes, sizes[1:])) and ratios[0] < ratios[1] < ratios[2]
+
+
+def test_boxes_follow_the_image(folder):
+    """The shapes are drawn: what the scaled, flipped boxes cover is bright, a margin around them is not the same"""
+    files, _, _, known, _ = opened(folder)
+    images = finetune.BoxImages(files, known, parse("--data", folder, "--image-size", 80), replace=True)
+    flips = 0
+    for i, epoch in itertools.product(range(len(files)), range(3)):
+        pixels, rows, complaint = images[(epoch, i, 0)]
+        again = images[(epoch, i, 0)]
+        assert torch.equal(pixels, again[0]) and torch.equal(rows, again[1]) and complaint is None
+        height, width, h0, w0, index = rows[0].tolist()
+        assert pixels.shape == (height, width, 3) and index == i and 0.79 <= min(height, width) / 80 <= 1.26
+        with Image.open(files.path(i)) as image:
+            assert (w0, h0) == image.size
+        boxes = known[files.path(i)].boxes
+        assert len(rows) == 1 + len(boxes) and (rows[1:, 4].numpy() == known[files.path(i)].labels).all()
+        straight = boxes * [width / w0, height / h0, width / w0, height / h0]
+        flipped = np.stack([width - straight[:, 2], straight[:, 1], width - straight[:, 0], straight[:, 3]], 1)
+        mirrored = not np.allclose(rows[1:, :4], straight, atol=1e-3)
+        flips += mirrored
+        assert np.allclose(rows[1:, :4], flipped if mirrored else straight, atol=1e-3)
+        for x1, y1, x2, y2, _ in rows[1:].tolist():
+            centre = pixels[int((y1 + y2) / 2), int((x1 + x2) / 2)].float()
+            assert centre.max() > 120  # a shape; the background is below 80
+    assert 6 < flips < 30
+    batch, rows, _ = images.collate([images[(0, i, 0)] for i in (0, 1, 2)])
+    assert batch.shape[2] % 32 == batch.shape[3] % 32 == 0 and rows.shape[0] == 3
+
+
+def test_the_backbone_carries_the_weights_over_and_sees_what_it_did(source, folder):
+    args = parse("--data", folder, "--checkpoint", source, "--image-size", 64)
+    model, _, _ = finetune.load_source(args)
+    detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES)
+    body, x = detector.backbone.body, torch.randn(2, 3, 64, 96)
+    for key, value in model.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(value, body.state_dict()[key])
+    seen = []
+    model.layer3.register_forward_hook(lambda m, i, o: seen.append(o))
+    model.layer4.register_forward_hook(lambda m, i, o: seen.append(o))
+    inputs = []
+    detector.backbone.fpn.register_forward_pre_hook(lambda m, i: inputs.append(i[0]))
+    detector.train()
+    with torch.no_grad():
+        model(x)
+        detector.backbone(x)
+    for mine, theirs in zip(seen, (inputs[0]["2"], inputs[0]["3"])):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    trained = {n.split(".")[2] for n, p in detector.named_parameters()
+               if n.startswith("backbone.body") and p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
+
+
+@pytest.mark.parametrize("config", [dict(attention="se"), dict(attention="split"), dict(stride_on="1x1")])
+def test_detectors_on_other_backbones(config):
+    full = ResNet50(num_classes=5, **config).config
+    detector = finetune.Detector("detect", full, 2, [8, 16, 32, 64, 128], [0.5, 1.0, 2.0], 64, 128, 0.5, 10).eval()
+    rows = torch.tensor([[[64.0, 64, 64, 64, 0]]])
+    found = detector(torch.randn(1, 3, 64, 64), rows)
+    assert len(found) == 1 and found[0]["boxes"].shape[1] == 4 and len(found[0]["scores"]) <= 10
+
+
+def test_the_hardest_proposals_remain(source, folder):
+    args = parse("--data", folder, "--checkpoint", source, "--image-size", 64, "--ohem", 10 / finetune.PROPOSALS)
+    model = finetune.load_source(args)[0]
+    detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES)
+    heads = detector.roi_heads.train()
+    torch.manual_seed(3)
+    features = {str(i): torch.randn(1, 256, 16 >> i, 16 >> i) for i in range(4)}
+    targets = [dict(boxes=torch.tensor([[4.0, 4, 30, 30]]), labels=torch.tensor([2]))]
+    corners = torch.rand(40, 2) * 40
+    proposals = [torch.cat([corners, corners + 3 + torch.rand(40, 2) * 20], 1)]
+    nn_heads = (heads.box_roi_pool, heads.box_head, heads.box_predictor)
+    heads.seen = features, [(64, 64)]
+    chosen, _, labels, _ = heads.select_training_samples([proposals[0].clone()], targets)
+    everything = torch.cat([proposals[0], targets[0]["boxes"]])
+    assert len(chosen[0]) == 10 and heads.keep == 10
+    with torch.no_grad():
+        logits, deltas = nn_heads[2](nn_heads[1](nn_heads[0](features, [everything], [(64, 64)])))
+    losses = []
+    for p, row, delta in zip(everything, logits, deltas):
+        iou = finetune.overlaps(p[None].double().numpy(), targets[0]["boxes"].double().numpy(), np.zeros(1, bool))[0, 0]
+        label = 2 if iou >= 0.5 else 0
+        loss = -row.log_softmax(0)[label]
+        if label:
+            goal = heads.box_coder.encode([targets[0]["boxes"]], [p[None]])[0][0]
+            for k in range(4):
+                miss = abs(delta[4 * label + k] - goal[k])
+                loss = loss + (4.5 * miss ** 2 if miss < 1 / 9 else miss - 0.5 / 9)
+        losses.append(loss.item())
+    hardest = sorted(range(41), key=lambda i: -losses[i])[:10]
+    assert {tuple(p.tolist()) for p in chosen[0]} == {tuple(everything[i].tolist()) for i in hardest}
+
+
+def random_sets(seed, images=25, classes=4, crowds=True):
+    """-> known, found: boxes near the true ones, elsewhere, of other classes, with ties of scores; among them images and
+    a class of nothing"""
+    rng, known, found = np.random.default_rng(seed), {}, {}
+    for i in range(images):
+        k = int(rng.integers(0, 7))
+        low = rng.uniform(0, 300, (k, 2))
+        boxes = np.concatenate([low, low + rng.uniform(4, 200, (k, 2))], 1)
+        labels = rng.integers(1, classes, k)  # the last class never occurs
+        crowd = rng.random(k) < (0.2 if crowds else 0)
+        known[i] = finetune.Boxes(boxes, labels, crowd, np.zeros(k, bool))
+        near = boxes[rng.integers(0, k, 2 * k)] if k else np.zeros((0, 4))
+        near = near + rng.normal(0, 1, near.shape) * rng.choice([0.5, 5, 30], len(near))[:, None]
+        far = rng.uniform(0, 300, (4, 2))
+        every = np.concatenate([near, np.concatenate([far, far + rng.uniform(4, 100, (4, 2))], 1)])
+        every = np.concatenate([np.minimum(every[:, :2], every[:, 2:] - 1), every[:, 2:]], 1)
+        if rng.random() < 0.9:
+            found[i] = (every, rng.integers(1, classes + 1, len(every)), rng.integers(0, 12, len(every)) / 12)
+    return known, found
+
+
+def reference(known, found, classes, most=100):
+    coco = pytest.importorskip("pycocotools.coco")
+    from pycocotools.cocoeval import COCOeval
+    wh = lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]  # noqa: E731
+    notes = [dict(id=n + 1, image_id=i, category_id=int(label), bbox=wh(b), area=(b[2] - b[0]) * (b[3] - b[1]),
+                  iscrowd=int(c)) for n, (i, b, label, c) in enumerate(
+                      (i, *row) for i, t in known.items() for row in zip(t.boxes.tolist(), t.labels, t.crowd))]
+    results = [dict(image_id=i, category_id=int(label), bbox=wh(b), score=float(s))
+               for i, (boxes, labels, scores) in found.items() for b, label, s in zip(boxes.tolist(), labels, scores)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        truth.dataset = dict(images=[dict(id=i) for i in known], annotations=notes, info={},
+                             categories=[dict(id=c + 1) for c in range(classes)])
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge.params.maxDets = [1, min(10, most), most]
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    precision = judge.eval["precision"][:, :, :, 0, 2]
+    per_class = [100 * p[p > -1].mean() if (p > -1).any() else None for p in precision.transpose(2, 0, 1)]
+    keys = dict(map=0, map50=1, map75=2, map_small=3, map_medium=4, map_large=5, recall=8)
+    return {**{k: 100 * judge.stats[i] for k, i in keys.items()}, "per_class": per_class}
+
+
+def assert_same(mine, theirs):
+    for key, value in theirs.items():
+        values = [(mine[key], value)] if key != "per_class" else list(zip(mine[key], value, strict=True))
+        for a, b in values:
+            assert (a is None and (b is None or b < 0)) or a == pytest.approx(b, abs=1e-6), (key, a, b)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mean_average_precision_is_coco_s(seed):
+    known, found = random_sets(seed, crowds=seed > 0)
+    mine = finetune.mean_average_precision(found, known, 4)
+    assert_same(mine, reference(known, found, 4))
+    assert 0 < mine["map"] < mine["map50"] < 100 and mine["per_class"][3] is None
+
+
+def test_at_most_so_many_boxes_count():
+    known, found = random_sets(9, images=6)
+    mine = finetune.mean_average_precision(found, known, 4, most=2)
+    theirs = reference(known, found, 4, most=2)  # its summary of the whole asks for 100
+    assert mine["per_class"] == pytest.approx([v for v in theirs["per_class"]], abs=1e-6)
+
+
+def test_difficult_boxes_are_neither_right_nor_wrong():
+    box, none = np.array([[10.0, 10, 50, 50]]), np.zeros(1, bool)
+    known = {0: finetune.Boxes(box, np.array([1]), none, none), 1: finetune.Boxes(box, np.array([1]), none, ~none)}
+    found = {i: (box, np.array([1]), np.array([0.9 - 0.1 * i])) for i in (0, 1)}
+    assert finetune.mean_average_precision(found, known, 1)["map"] == 100
+    found[1] = (box + 100, np.array([1]), np.array([0.95]))  # elsewhere: wrong
+    assert finetune.mean_average_precision(found, known, 1)["map"] == pytest.approx(50)
+
+
+# ----------------------------------------------------------------------------------------------------------- whole runs
+
+def test_a_run_learns_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, monkeypatch):
+    flags = ["--epochs", 2, "--model-ema-decay", 0.9, "--ohem", 0.2, "--lr", 1e-3]
+    result = tune(*flags, out="straight")
+    step, calls = train.train_step, itertools.count(1)
+
+    def signalled(*args, **options):
+        done = step(*args, **options)
+        if next(calls) in (2, 6):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return done
+    monkeypatch.setattr(train, "train_step", signalled)
+    for _ in range(2):
+        with pytest.raises(UserError, match="stopped by SIGUSR1"):
+            tune(*flags, "--resume", out="stopped")
+    resumed = tune(*flags, "--resume", out="stopped")
+    assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
+    assert resumed["map50"] == result["map50"] and set(result["per_class"]) == set(CLASSES)
+    records = [json.loads(line) for line in open(tmp_path / "straight" / "metrics.jsonl")]
+    losses = [r["train_loss"] for r in records if r["event"] == "epoch"]
+    assert losses[1] < losses[0] and all("top1" not in r for r in records)
+    assert "mAP@0.5" in (tmp_path / "straight" / "curves.svg").read_text()
+    with Image.open(tmp_path / "straight" / "predictions.png") as sheet:
+        assert sheet.width == 4 * 228 + 8
+    before, after = (load_checkpoint(p)["model"] for p in (result["checkpoint"].replace("straight", "stopped"),
+                                                           result["checkpoint"]))
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    scored = tune("--eval-only", "--checkpoint", result["checkpoint"])
+    assert scored["map50"] == pytest.approx(result["map50"], abs=1e-6) and scored["images"] == 5
+
+
+def test_statistics_and_lower_stages_stay(tune, source):
+    result = tune("--epochs", 1, "--trainable-stages", 1, "--lr", 1e-3)
+    before, after = load_checkpoint(source)["model"], load_checkpoint(result["checkpoint"])["model"]
+    for name, value in before.items():
+        if not name.startswith("fc."):
+            moves = name.startswith("layer4") and value.ndim > 1
+            assert torch.equal(value, after["backbone.body." + name]) != moves, name
+
+
+def test_a_detector_is_refused_elsewhere_by_name(tune):
+    path = tune("--epochs", 1)["checkpoint"]
+    args = train.get_args_parser().parse_args(["--checkpoint", path])
+    with pytest.raises(UserError, match="is a detector, which finetune.py --task detect"):
+        load_model(args)
+    other = path.replace("best.pt", "classifier.pt")
+    save_checkpoint(other, new_network(widths=WIDTHS), classes=list("abcde"))
+    with pytest.raises(UserError, match="is no detector"):
+        finetune.load_detector(other)
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--mixup-alpha", 1], "--mixup-alpha: not with --task detect"), (["--strategy", "head"], "--strategy: not with"),
+    (["--batch-size", "auto"], "--batch-size auto"), (["--nms-threshold", 2], "must lie in (0, 1]")])
+def test_what_detection_cannot_honour_is_refused(flags, complaint, tune, capsys):
+    with pytest.raises((UserError, SystemExit)) as caught:
+        tune(*flags)
+    assert caught.value.code == 2
+    assert complaint in (str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err)
+
+
+def test_two_processes_find_the_same_boxes(run, tune, folder, tmp_path):
+    one = tune("--epochs", 1, "--lr", 1e-3)
+    done = run("--task", "detect", "--data", folder, "--eval-only", "--checkpoint", one["checkpoint"], "--workers", 0,
+               "--batch-size", 3, "--out", tmp_path / "x", script="finetune.py", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads(done.stdout.splitlines()[-1])
+    assert two["map50"] == pytest.approx(one["map50"], abs=0.5) and two["images"] == 5
+    done = run("--task", "detect", "--data", folder, "--checkpoint", one["checkpoint"].replace("best", "none"),
+               "--epochs", 1, "--out", tmp_path / "y", script="finetune.py")
+    assert done.returncode == 3 and "none.pt" in done.stderr.splitlines()[-1]
+
+
+def test_real_predictions_score_as_pycocotools_says(shared):
+    """What is found need not be right: an untrained detector's boxes, shifted ones and the annotations' own"""
+    pytest.importorskip("pycocotools")
+    root = os.path.join(shared, "raccoon")
+    _, val, classes, known, _ = opened(root)
+    truth, rng = {i: known[val.path(i)] for i in range(len(val))}, np.random.default_rng(0)
+    found = {}
+    for i, t in truth.items():
+        boxes = np.concatenate([t.boxes + rng.normal(0, 12, t.boxes.shape), t.boxes + rng.normal(0, 60, t.boxes.shape)])
+        boxes = np.concatenate([np.minimum(boxes[:, :2], boxes[:, 2:] - 1), boxes[:, 2:]], 1)
+        found[i] = (boxes, np.ones(len(boxes), int), rng.random(len(boxes)))
+    assert len(val) == 42 and classes == ["raccoon"]
+    assert_same(finetune.mean_average_precision(found, truth, 1), reference(truth, found, 1))
