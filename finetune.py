@@ -72,11 +72,12 @@ RECIPES = dict(  # by --task
                   label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
     detect=dict(epochs=10, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
                 lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
-CLASSIFIES = ("model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay",
-              "mixup_alpha", "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights", "random_erase",
-              "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize", "exif",
-              "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
-              "drop_path", "dropout", "repeated_aug", "crop_scale")  # flags that --task detect has no use for
+CLASSIFIES = (  # flags that --task detect has no use for
+    "model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay", "mixup_alpha",
+    "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights", "random_erase",
+    "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize", "exif",
+    "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
+    "drop_path", "dropout", "repeated_aug", "crop_scale")
 # What a strategy sets where the command line does not
 STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
                   gradual=dict(epochs=8, lr=1e-4, layer_decay=0.5),
@@ -90,7 +91,7 @@ FEW, MANY = 1000, 20000  # images: below, --strategy auto trains the head; from 
 TINY = 5  # images of a class, below which it is named
 CHECKED = 50000  # files; larger sets are not decoded beforehand
 AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
-PROPOSALS = 128  # of an image that the box head learns from, as in its paper: at small image sizes most of the time
+PROPOSALS = 128  # of an image that the box head learns from; torchvision's 512 take most of a step at small sizes
 SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times the strategy's learning rate
 
 
@@ -366,14 +367,12 @@ def some(items, most=3):
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def check_data(sets, args):
-    """(train Files, val Files, classes, wnids, notes) -> the same without what does not decode (an error unless
-    --on-corrupt skip) and without training images that are validation images too; the notes say so, and what else a
-    person should look at before training."""
-    files, val, classes, wnids, notes = sets
+def leave_out(files, val, args):
+    """Training and validation Files -> the same without what does not decode (an error unless --on-corrupt skip) and
+    without training images that are validation images too; notes; [(path, format, digest, label)] of both before"""
     if len(files) + len(val) > CHECKED:
-        return *sets[:4], notes + [f"data check: more than {CHECKED} files are not read beforehand"]
-    notes, kept, found = list(notes), [], []
+        return files, val, [f"data check: more than {CHECKED} files are not read beforehand"], ((), ())
+    notes, kept, found = [], [], []
     for name, part in (("training", files), ("validation", val)):
         paths = [part.path(i) for i in range(len(part))]
         with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
@@ -382,27 +381,35 @@ def check_data(sets, args):
         train.check_corrupt(bad, args.on_corrupt)
         if bad:
             notes.append(f"data check: {len(bad)} {name} files are left out, as they do not decode: {some(bad)}")
-        kept.append(np.array([bool(kind) for kind, _ in seen]))
-        found.append([(kind, digest, path) for (kind, digest), path in zip(seen, paths)])
-    labels = dict()
-    for (kind, digest, path), label in zip(found[0], files.labels):
-        if kind and labels.setdefault(digest, (label, path))[0] != label:
-            notes.append(f"data check: {path} and {labels[digest][1]} are the same image in two classes")
-    held = {digest: path for kind, digest, path in found[1] if kind}
-    twice = [i for i, (kind, digest, _) in enumerate(found[0]) if kind and digest in held]
+        kept.append(np.array([bool(kind) for kind, _ in seen], dtype=bool))
+        found.append([(path, kind, digest, label) for path, (kind, digest), label in zip(paths, seen, part.labels)])
+    held = {digest: path for path, kind, digest, _ in found[1] if kind}
+    twice = [i for i, (_, kind, digest, _) in enumerate(found[0]) if kind and digest in held]
     if twice:
         notes.append(f"data check: {len(twice)} training images are validation images too and left out of training: "
-                     + some([f"{found[0][i][2]} is {held[found[0][i][1]]}" for i in twice]))
+                     + some([f"{found[0][i][0]} is {held[found[0][i][2]]}" for i in twice]))
         kept[0][twice] = False
-    formats = collections.Counter(kind for part in found for kind, _, _ in part if kind)
-    odd = [f"{path} is the only {kind}" for part in found for kind, _, path in part
-           if kind and formats[kind] == 1 and len(formats) > 1]
-    notes += [f"data check: {some(odd)}, see whether it belongs there"] if odd else []
     files, val = (part.select(np.flatnonzero(keep)) for part, keep in zip((files, val), kept))
-    counts = [np.bincount(part.labels, minlength=len(classes)) for part in (files, val)]
-    for name, part, count in zip(("training", "validation"), (files, val), counts):
+    for name, part in (("training", files), ("validation", val)):
         if not len(part):
             raise UserError(f"{args.data}: no {name} image is left")
+    return files, val, notes, found
+
+
+def check_data(sets, args):
+    """(train Files, val Files, classes, wnids, notes) -> the same as leave_out() leaves it; the notes say what a person
+    should look at before training."""
+    files, val, classes, wnids, notes = sets
+    files, val, more, found = leave_out(files, val, args)
+    notes, first = list(notes) + more, {}
+    for path, kind, digest, label in found[0]:
+        if kind and first.setdefault(digest, (label, path))[0] != label:
+            notes.append(f"data check: {path} and {first[digest][1]} are the same image in two classes")
+    formats = collections.Counter(kind for part in found for _, kind, _, _ in part if kind)
+    odd = [f"{path} is the only {kind}" for part in found for path, kind, _, _ in part
+           if kind and formats[kind] == 1 and len(formats) > 1]
+    notes += [f"data check: {some(odd)}, see whether it belongs there"] if odd else []
+    counts = [np.bincount(part.labels, minlength=len(classes)) for part in (files, val)]
     if missing := [c for c, n in zip(classes, counts[0]) if not n]:
         raise UserError(f"{args.data}: no training image is left of {some(missing)}")
     if tiny := [f"{c} ({n})" for c, n in zip(classes, counts[0]) if n < TINY]:
@@ -651,10 +658,11 @@ def mmd(source, target):
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 
 
-def recolouring(source, target, ridge=0.1):
+def recolouring(source, target, ridge=10.0):
     """float (N, C), (M, C) -> callable that gives features of the source the mean and covariance of the target's
     (CORAL, arXiv 1511.05547): (x - mean_s) Cs^-1/2 Ct^1/2 + mean_t, where `ridge` times the mean variance is added to
-    both diagonals. In float64."""
+    both diagonals: there are fewer images than channels, and with little of it the noise of the small directions is
+    blown up (with 0.1 the recoloured validation images of the source lose 18 points). In float64."""
     means, roots = [], []
     for x, power in ((source.double(), -0.5), (target.double(), 0.5)):
         c = covariance(x)
@@ -996,9 +1004,9 @@ def open_boxes(root, args, classes=None):
                      val=files["train"].select(np.flatnonzero(chosen)))
         notes.append(f"{root}: no validation set, {chosen.sum()} of {len(chosen)} images held out by a hash of their "
                      "names")
+    *parts, more, _ = leave_out(files["train"], files["val"], args)
+    files, notes = dict(zip(("train", "val"), parts)), notes + more
     for split, part in files.items():
-        if not len(part):
-            raise UserError(f"{root}: no {'training' if split == 'train' else 'validation'} image")
         labels = np.concatenate([known[part.path(i)].labels for i in range(len(part))])
         counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
         notes.append(f"{split}: {len(part)} images, {len(labels)} boxes: "
