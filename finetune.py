@@ -320,9 +320,7 @@ def on_features(model):
         def forward(self, x):
             if x.shape[-1] > 1:
                 return super().forward(x)
-            head = self.get_submodule(name)
-            x = F.dropout(x, self.config.get("dropout", 0.0), self.training)
-            return head(x if isinstance(head, nn.Conv2d) else x.flatten(1)).flatten(1)
+            return self.get_submodule(name)(F.dropout(x.flatten(1), self.config.get("dropout", 0.0), self.training))
     model.__class__ = OnFeatures
     return model
 
@@ -421,12 +419,13 @@ def check_data(sets, args):
 def resolve(args, model, images):
     """Fills in what --strategy decides. -> a line of text"""
     kind, _, number = args.strategy.partition(":")
-    why = ""
+    why, flat = "", isinstance(model.get_submodule(head_of(model)), nn.Linear)
     if kind == "auto":
-        trains = args.tta or args.cutmix_alpha or args.target_domain and args.align == "mmd"  # more than a head
+        trains = (args.tta or args.cutmix_alpha or args.target_domain and args.align == "mmd"
+                  or not flat)  # more than a head
         kind = "head" if images < FEW and not trains else "gradual" if images < MANY else "full"
         why = f", for {images} images " + {
-            "head": "are too few to move a whole network: --strategy gradual may gain a little more, in more time",
+            "head": "are too few to move a whole network (--strategy gradual does)",
             "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]
         args.strategy = kind
     for key, value in STRATEGIES[kind].items():
@@ -436,6 +435,9 @@ def resolve(args, model, images):
     args.interpolation = args.interpolation or model.preprocess["interpolation"]
     if args.image_size == model.preprocess["crop"] and not args.val_size and not args.val_resize:
         args.val_size, args.val_resize = model.preprocess["crop"], model.preprocess["resize"]
+    if kind == "head" and not flat:
+        raise UserError(f"--strategy head: {model.config['arch']}'s head is a convolution, which reads no features of "
+                        "whole images; layers:1 trains it too", code=2)
     if kind == "adapter" and "arch" in model.config:
         raise UserError(f"--strategy adapter: {model.config['arch']} has no place for them, ResNet-50 does", code=2)
     if kind == "layers" and not 0 < int(number) < len(stages_of(model)):
@@ -509,7 +511,8 @@ class FineTuning(train.Plan):
         """Of a parameter: 0 in the head, then the stage's number from the top; None for what LoRA and adapters add"""
         if "parametrizations.weight.0" in name or ".adapter." in name:
             return None
-        return next(i for i, stage in enumerate(self.stages) if any(name.startswith(part + ".") for part in stage))
+        return next((i for i, stage in enumerate(self.stages) if any(name.startswith(part + ".") for part in stage)),
+                    len(self.stages) - 1)  # a vision transformer has parameters beside its parts
 
     def share(self, name):
         depth = self.depth(name)
@@ -525,11 +528,11 @@ class FineTuning(train.Plan):
         if count == self.opened:
             return False
         self.opened = count
-        for i, stage in reversed(list(enumerate(self.stages))):
-            for part in stage:
-                train.freeze(model.get_submodule(part), i >= count)
-        for part in self.stages[0]:  # which may lie inside another stage's part
-            train.freeze(model.get_submodule(part), False)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.BatchNorm2d):
+                train.freeze(module, self.depth(name + ".weight") >= count)
+        for name, p in model.named_parameters():
+            p.requires_grad_(self.depth(name) < count)
         return True
 
     def plain(self, model):
@@ -1438,6 +1441,8 @@ def classify(args, world, stop):
     found = report(best, sets[1], classes, args, world)
     if args.target_domain:
         extra.update(score_target(best, classes, sets[3], args, world))
+    if args.strategy == "head":
+        result["images_per_second"] = None  # of features, it says nothing
     return dict(result, **found, strategy=args.strategy, seconds=round(time.perf_counter() - begin, 1), **extra)
 
 

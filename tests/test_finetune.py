@@ -184,7 +184,7 @@ def test_adapters_start_as_the_identity_and_stay_in_the_checkpoint(source, shape
         compress.open_model(compress.get_args_parser().parse_args(["--checkpoint", path, "--int8"]))
 
 
-@pytest.mark.parametrize("name", ["ours", "mobilenet_v2", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["ours", "mobilenet_v2", "densenet121"])
 def test_features_are_what_the_head_reads(name):
     torch.manual_seed(1)
     model = new_network() if name == "ours" else torchvision_model(name, 5)
@@ -193,8 +193,7 @@ def test_features_are_what_the_head_reads(name):
         logits = predict(model, pixels)
         features = finetune.reader(model, None)(pixels)
         finetune.on_features(model)
-        if name != "squeezenet1_1":  # its head is convolution before the pooling
-            assert torch.allclose(model(features[:, :, None, None]), logits, atol=1e-4 * logits.abs().max())
+        assert torch.allclose(model(features[:, :, None, None]), logits, atol=1e-4 * logits.abs().max())
         assert torch.equal(predict(model, pixels), logits)
 
 
@@ -507,6 +506,35 @@ def test_torchvision_s_classifiers(name, tune, tmp_path):
     assert not torch.equal(after.features[-1][0].weight, model.features[-1][0].weight)
     again = tune("--strategy", "head", "--epochs", 1, "--views", 1, checkpoint=result["checkpoint"], out="again")
     assert again["checkpoint"] and load_checkpoint(again["checkpoint"])["config"]["arch"] == name
+
+
+def test_parameters_beside_the_parts_belong_to_the_lowest_stage(shapes, tmp_path):
+    path = str(tmp_path / "vit.pth")
+    torch.save(torchvision_model("vit_b_16", 4).state_dict(), path)
+    flags = ("--model", "vit_b_16", "--data", shapes, "--checkpoint", path, "--image-size", 224)
+    args = parse(*flags, "--strategy", "gradual")
+    sets, model = data.open_folder(shapes), finetune.load_source(args)[0]
+    finetune.resolve(args, model, 15)
+    plan = finetune.FineTuning(args, train.World(), None, model, sets, [], True, "none")
+    model = plan.model(args, sets[2])
+    for epoch, trained in ((0, False), (4, False), (5, True)):
+        plan.begin(model, epoch)
+        assert model.class_token.requires_grad == model.conv_proj.weight.requires_grad == trained
+        assert model.heads.head.weight.requires_grad
+    args = parse(*flags, "--image-size", 64)
+    finetune.resolve(args, finetune.load_source(args)[0], 15)
+    with pytest.raises(UserError, match="--image-size 64") as caught:
+        plan.args, plan.kind = args, "head"
+        plan.model(args, "abc")
+    assert caught.value.code == 2
+
+
+def test_a_convolution_as_head_is_trained_with_the_stage_below():
+    model = torchvision_model("squeezenet1_1", 4)
+    args = parse()
+    assert "gradual" in finetune.resolve(args, model, 15)
+    with pytest.raises(UserError, match="head is a convolution"):
+        finetune.resolve(parse("--strategy", "head"), model, 15)
 
 
 def test_range_test_finds_a_rate_and_draws_it(tune, tmp_path):
