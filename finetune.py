@@ -1384,7 +1384,8 @@ def detect(args, world, stop, most=16):
     val, classes, known = sets[1], sets[2], sets[3]
     model.to(world.device)
     images = BoxImages(val, known, args, replace=False)
-    batches = data.eval_batches(len(val), args.batch_size, world.rank, world.size)
+    # in the groups of the run's own evaluation: what an image is padded to touches its borders
+    batches = data.eval_batches(len(val), args.batch_size * 2, world.rank, world.size)
     loader = data.make_loader(images, batches, args.workers, False)
     found, corrupt = find_boxes(model, loader, world, on_corrupt=args.on_corrupt)
     truth = {i: known[val.path(i)] for i in range(len(val))}

@@ -283,20 +283,21 @@ def test_boxes_follow_the_image(folder):
 def test_the_backbone_carries_the_weights_over_and_sees_what_it_did(source, folder):
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64)
     model, _, _ = finetune.load_source(args)
+    torch.nn.init.constant_(model.bn1.bias, -1.0)  # so that the first ReLU has something to do
     detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES)
     body, x = detector.backbone.body, torch.randn(2, 3, 64, 96)
     for key, value in model.state_dict().items():
         assert key.startswith("fc.") or torch.equal(value, body.state_dict()[key])
     seen = []
-    model.layer3.register_forward_hook(lambda m, i, o: seen.append(o))
-    model.layer4.register_forward_hook(lambda m, i, o: seen.append(o))
+    model.layer3[-1].register_forward_hook(lambda m, i, o: seen.append(o))
+    model.layer4[-1].register_forward_hook(lambda m, i, o: seen.append(o))
     inputs = []
     detector.backbone.fpn.register_forward_pre_hook(lambda m, i: inputs.append(i[0]))
     detector.train()
     with torch.no_grad():
         model(x)
         detector.backbone(x)
-    for mine, theirs in zip(seen, (inputs[0]["2"], inputs[0]["3"])):
+    for mine, theirs in zip(seen, (inputs[0]["2"], inputs[0]["3"]), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
     trained = {n.split(".")[2] for n, p in detector.named_parameters()
                if n.startswith("backbone.body") and p.requires_grad}
@@ -443,6 +444,7 @@ def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, mo
     records = [json.loads(line) for line in open(tmp_path / "straight" / "metrics.jsonl")]
     losses = [r["train_loss"] for r in records if r["event"] == "epoch"]
     assert len(losses) == 3 and all("top1" not in r for r in records)
+    assert result["map50"] == pytest.approx(max(r["map50"] for r in records if r["event"] == "epoch"), abs=1e-6)
     assert "mAP@0.5" in (tmp_path / "straight" / "curves.svg").read_text()
     with Image.open(tmp_path / "straight" / "predictions.png") as sheet:
         assert sheet.width == 4 * 228 + 8

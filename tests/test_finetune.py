@@ -432,6 +432,22 @@ def test_averaged_weights_are_the_mean_over_epochs_with_statistics_of_their_own(
     assert len(result["per_class"]) == 3
 
 
+def test_a_run_stopped_while_it_evaluates_does_not_average_an_epoch_twice(tune, tmp_path, monkeypatch):
+    flags = ["--strategy", "layers:1", "--epochs", 3, "--lr", 1e-3, "--swa-start", 0.3]
+    tune(*flags, out="straight")
+    evaluate, calls = train.evaluate, itertools.count(1)
+
+    def signalled(*args, **options):
+        if next(calls) == 3:  # the first epoch that is averaged with another
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return evaluate(*args, **options)
+    monkeypatch.setattr(train, "evaluate", signalled)
+    with pytest.raises(UserError, match="stopped by SIGUSR1"):
+        tune(*flags, out="stopped")
+    tune(*flags, "--resume", out="stopped")
+    assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
+
+
 def test_best_by_loss(tune, tmp_path):
     result = tune("--strategy", "full", "--epochs", 4, "--lr", 3e-3, "--best-by", "loss")
     epochs = [r for r in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if r["event"] == "epoch"]
@@ -604,7 +620,7 @@ def test_target_domain_is_scored(tune, shapes, tmp_path):
     assert result["target_top1"] is None
 
 
-def test_two_processes_train_the_same_stages(run, source, shapes, tmp_path):
+def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path):
     flags = ("--data", shapes, "--checkpoint", source, "--batch-size", 2, "--workers", 0, "--amp-dtype", "float32")
     done = run(*flags, "--out", tmp_path / "two", "--strategy", "gradual", "--epochs", 3, script="finetune.py",
                processes=2)
@@ -613,10 +629,12 @@ def test_two_processes_train_the_same_stages(run, source, shapes, tmp_path):
     moved = {n.split(".")[0] for n in before if n != "fc.weight" and before[n].shape == after[n].shape
              and not torch.equal(before[n], after[n])}
     assert moved == {"layer4", "layer3"}
-    done = run(*flags, "--out", tmp_path / "head", "--strategy", "head", "--epochs", 2, "--views", 2,
-               script="finetune.py", processes=2)
+    head = ("--strategy", "head", "--epochs", 2, "--views", 2)
+    done = run(*flags, "--out", tmp_path / "head", *head, script="finetune.py", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1])["strategy"] == "head"
+    one, two = (load_checkpoint(r["checkpoint"])["model"]["fc.weight"]
+                for r in (tune(*head), json.loads(done.stdout.splitlines()[-1])))
+    assert torch.allclose(one, two, atol=1e-4) and one.std() > 0.005
 
 
 @pytest.mark.parametrize("flags, complaint, code", [
