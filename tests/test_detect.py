@@ -313,6 +313,35 @@ def test_detectors_on_other_backbones(config):
     assert len(found) == 1 and found[0]["boxes"].shape[1] == 4 and len(found[0]["scores"]) <= 10
 
 
+def test_the_parts_work_together_as_in_torchvision_s_faster_rcnn():
+    from torchvision.models.detection import FasterRCNN
+    torch.manual_seed(0)
+    mine = finetune.Detector("detect", ResNet50(num_classes=5, widths=WIDTHS).config, 2, [8, 16, 32, 64, 128],
+                             [0.5, 1.0, 2.0], 64, 128, 0.4, 20)
+    train.freeze(mine.backbone.body)
+    theirs = FasterRCNN(mine.backbone, 3, min_size=64, max_size=128, image_mean=[0.0] * 3, image_std=[1.0] * 3,
+                        rpn_anchor_generator=mine.rpn.anchor_generator, box_score_thresh=0.01, box_nms_thresh=0.4,
+                        box_detections_per_img=20, box_batch_size_per_image=32, rpn_post_nms_top_n_train=1000,
+                        rpn_post_nms_top_n_test=300, _skip_resize=True)  # in training; else its own leaves this size
+    theirs.rpn.load_state_dict(mine.rpn.state_dict())
+    theirs.roi_heads.load_state_dict(mine.roi_heads.state_dict())
+    images, rows = torch.randn(2, 3, 64, 96), torch.zeros(2, 3, 5)
+    rows[:, 0] = torch.tensor([64.0, 96, 64, 96, 0])
+    rows[0, 1], rows[0, 2] = torch.tensor([4.0, 5, 30, 40, 1]), torch.tensor([50.0, 20, 90, 60, 2])
+    rows[1, 1] = torch.tensor([10.0, 10, 40, 30, 2])
+    targets = [dict(boxes=r[r[:, 4] > 0, :4], labels=r[r[:, 4] > 0, 4].long()) for r in rows[:, 1:]]
+    torch.manual_seed(1)
+    loss = mine.train()(images, rows)
+    torch.manual_seed(1)
+    parts = theirs.train()(list(images), targets)
+    assert len(parts) == 4 and torch.allclose(loss, sum(parts.values()), rtol=1e-5)
+    with torch.no_grad():
+        found, expected = mine.eval()(images, rows), theirs.eval()(list(images))
+    assert len(found[0]["boxes"]) > 5
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
 def test_the_hardest_proposals_remain(source, folder):
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64, "--ohem", 10 / finetune.PROPOSALS)
     model = finetune.load_source(args)[0]
@@ -404,6 +433,16 @@ def test_mean_average_precision_is_coco_s(seed):
     mine = finetune.mean_average_precision(found, known, 4)
     assert_same(mine, reference(known, found, 4))
     assert 0 < mine["map"] < mine["map50"] < 100 and mine["per_class"][3] is None
+
+
+def test_what_finds_every_box_scores_100_and_nothing_0():
+    known, _ = random_sets(3, crowds=False)
+    right = {i: (t.boxes, t.labels, np.linspace(0.3, 0.9, len(t.labels))) for i, t in known.items()}
+    score = finetune.mean_average_precision(right, known, 4)
+    assert {score[k] for k in ("map", "map50", "map75", "recall")} == {100}
+    assert score["per_class"] == [100, 100, 100, None]
+    score = finetune.mean_average_precision({}, known, 4)
+    assert score["map"] == score["recall"] == 0 and score["per_class"] == [0, 0, 0, None]
 
 
 def test_at_most_so_many_boxes_count():
