@@ -862,17 +862,31 @@ def report(model, val, classes, args, world, most=24):
 # ---------------------------------------------------------------------------------------------------------- detection
 
 class Boxes(NamedTuple):
-    """Of one image: float64 (K, 4) x1 y1 x2 y2 in pixels, int (K,) labels from 1 (0 is the background), and which boxes
-    are neither right nor wrong to find: crowds, which may be found many times, and VOC's difficult ones"""
+    """Of one image: float64 (K, 4) x1 y1 x2 y2 in pixels, int (K,) labels from 1 (0 is the background), float64 (K,)
+    areas (COCO counts an object's own pixels, where it has them), and which boxes are neither right nor wrong to find:
+    crowds, which may be found many times, and VOC's difficult ones"""
     boxes: np.ndarray
     labels: np.ndarray
+    areas: np.ndarray
     crowd: np.ndarray
     ignored: np.ndarray
 
 
+class Found(NamedTuple):
+    """One box as an annotation file has it"""
+    name: str
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    area: float
+    crowd: bool = False
+    difficult: bool = False
+
+
 def read_voc(path, folders):
-    """Pascal-VOC xml -> its image's path and [(class, x1, y1, x2, y2, crowd, difficult)]. The image is looked for under
-    the name in the file, then under the file's own; its coordinates count from 1 and include the last pixel."""
+    """Pascal-VOC xml -> its image's path and [Found]. The image is looked for under the name in the file, then under
+    the file's own; its coordinates count from 1 and include the last pixel."""
     try:
         root = xml.etree.ElementTree.parse(path).getroot()
         named = os.path.basename((root.findtext("filename") or "").replace("\\", "/"))
@@ -885,24 +899,27 @@ def read_voc(path, folders):
         for item in root.iter("object"):
             box = item.find("bndbox")
             x1, y1, x2, y2 = (float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
-            found.append((item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, False,
-                          (item.findtext("difficult") or "0").strip() == "1"))
+            found.append(Found(item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, (x2 - x1 + 1) * (y2 - y1 + 1),
+                               difficult=(item.findtext("difficult") or "0").strip() == "1"))
         return image, found
     except (xml.etree.ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_coco(path, folders):
-    """COCO json -> [(image's path, [(class, x1, y1, x2, y2, crowd, False)])], and the complaints about single images"""
+    """COCO json -> [(image's path, [Found])], and the complaints about single images and boxes"""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
         names = {c["id"]: c["name"] for c in content["categories"]}
-        by_image = {i["id"]: [] for i in content["images"]}
+        by_image, entries, complaints = {i["id"]: [] for i in content["images"]}, [], []
         for a in content["annotations"]:
-            x, y, w, h = map(float, a["bbox"])
-            by_image[a["image_id"]].append((names[a["category_id"]], x, y, x + w, y + h, bool(a.get("iscrowd")), False))
-        entries, complaints = [], []
+            try:
+                x, y, w, h = map(float, a["bbox"])
+                by_image[a["image_id"]].append(Found(names[a["category_id"]], x, y, x + w, y + h,
+                                                     float(a.get("area", w * h)), bool(a.get("iscrowd"))))
+            except (KeyError, ValueError, TypeError) as error:
+                complaints.append(f"{path}: annotation {a.get('id')}: {type(error).__name__}: {error}")
         for item in content["images"]:
             tries = [os.path.join(folder, item["file_name"]) for folder in folders]
             image = next((t for t in tries if os.path.isfile(t)), None)
@@ -916,7 +933,7 @@ def read_coco(path, folders):
 
 
 def annotations(root):
-    """-> {split: ([(image's path, [(class, box ...)])], complaints)} of the layouts in the README; only "train" where
+    """-> {split: ([(image's path, [Found])], complaints)} of the layouts in the README; only "train" where
     there is no validation set"""
     def inside(folder, *names):
         return [os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))]
@@ -970,12 +987,12 @@ def open_boxes(root, args, classes=None):
     found, notes, known = annotations(root), [], {}
     if "val" in found and args.val_split is not None:
         raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
-    classes = classes or sorted({box[0] for _, boxes in found["train"][0] for box in boxes})
+    train.check_corrupt([c for _, complaints in found.values() for c in complaints], args.on_corrupt)
+    classes = classes or sorted({box.name for _, boxes in found["train"][0] for box in boxes})
     if not classes:
         raise UserError(f"{root}: not one box in the training annotations")
-    index, files, empty = {name: i + 1 for i, name in enumerate(classes)}, {}, []
+    index, files, empty, beyond = {name: i + 1 for i, name in enumerate(classes)}, {}, [], []
     for split, (entries, complaints) in found.items():
-        train.check_corrupt(complaints, args.on_corrupt)
         if complaints:
             notes.append(f"{len(complaints)} {split} annotations are left out: {some(complaints)}")
         kept = []
@@ -987,18 +1004,23 @@ def open_boxes(root, args, classes=None):
                 train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
                 notes.append(f"{path} is left out: {error}")
                 continue
-            strange = sorted({b[0] for b in boxes} - set(index))
+            strange = sorted({b.name for b in boxes} - set(index))
             if strange:
                 raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
             corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
+            if ((corners[:, 0] >= width) | (corners[:, 1] >= height)).any():
+                beyond.append(path)
             corners = np.clip(corners, 0, [width, height, width, height])
             good = (corners[:, 2:] - corners[:, :2] > 0).all(1)
             empty += [path] * int((~good).sum())
-            columns = [np.array([f(b) for b in boxes])[good] if boxes else np.zeros(0) for f in
-                       (lambda b: index[b[0]], lambda b: b[5], lambda b: b[6])]
-            known[path] = Boxes(corners[good], columns[0].astype(np.int64), *(c.astype(bool) for c in columns[1:]))
+            rows = [(index[b.name], b.area, b.crowd, b.difficult) for b, use in zip(boxes, good) if use]
+            known[path] = Boxes(corners[good], *(np.array([r[i] for r in rows], dtype=kind)
+                                                 for i, kind in enumerate((int, float, bool, bool))))
             kept.append(os.path.relpath(path, root))
         files[split] = data.Files(root, kept, np.zeros(len(kept)))
+    if beyond:
+        notes.append(f"{len(beyond)} images have boxes that lie outside of them: were they annotated at another size? "
+                     + some(beyond))
     if empty:
         notes.append(f"{len(empty)} boxes without an area, or outside of their image, are left out: {some(empty)}")
     if "val" not in files:
@@ -1195,8 +1217,11 @@ def find_boxes(model, loader, world, poll=lambda: False, rounds=None, on_corrupt
             if pixels is None or not len(rows):
                 continue
             images = normalize(pixels.to(world.device, non_blocking=True), model.preprocess)
-            found = model(images.contiguous(memory_format=torch.channels_last), rows.to(world.device))
-            for (h, w, height, width, index), one in zip(rows[:, 0].tolist(), found):
+            for image, (h, w, height, width, index) in zip(images, rows[:, 0].tolist()):
+                # alone: what the largest image of a batch adds to the others' borders would change their scores
+                image = image[None, :, :-(-int(h) // 32) * 32, :-(-int(w) // 32) * 32]
+                one, = model(image.contiguous(memory_format=torch.channels_last),
+                             torch.tensor([[[h, w, height, width, index]]], device=world.device))
                 back = np.array([width / w, height / h] * 2)
                 mine[int(index)] = (one["boxes"].double().cpu().numpy() * back, one["labels"].cpu().numpy(),
                                     one["scores"].double().cpu().numpy())
@@ -1221,11 +1246,10 @@ THRESHOLDS = np.linspace(0.5, 0.95, 10)
 AREAS = dict(all=(0, 1e10), small=(0, 32 ** 2), medium=(32 ** 2, 96 ** 2), large=(96 ** 2, 1e10))
 
 
-def match(found, scores, truth, crowd, ignored, area):
+def match(found, truth, size, crowd, ignored, area):
     """One image, one class: greedily, best score first, as COCO does -> right (10, M) and skipped (10, M) for the
     found boxes, and how many boxes were there to find"""
     low, high = area
-    size = (truth[:, 2:] - truth[:, :2]).prod(1)
     spare = crowd | ignored | (size < low) | (size > high)
     order = np.argsort(spare, kind="stable")
     truth, crowd, spare = truth[order], crowd[order], spare[order]
@@ -1265,7 +1289,7 @@ def mean_average_precision(found, known, classes, most=100):
             order = order[np.argsort(-scores[order], kind="stable")[:most]]
             own = truth.labels == c + 1
             if len(order) or own.any():
-                right, skipped, count = match(boxes[order], scores[order], truth.boxes[own], truth.crowd[own],
+                right, skipped, count = match(boxes[order], truth.boxes[own], truth.areas[own], truth.crowd[own],
                                               truth.ignored[own], area)
                 parts.append((scores[order], right, skipped))
                 total += count
@@ -1384,8 +1408,7 @@ def detect(args, world, stop, most=16):
     val, classes, known = sets[1], sets[2], sets[3]
     model.to(world.device)
     images = BoxImages(val, known, args, replace=False)
-    # in the groups of the run's own evaluation: what an image is padded to touches its borders
-    batches = data.eval_batches(len(val), args.batch_size * 2, world.rank, world.size)
+    batches = data.eval_batches(len(val), args.batch_size, world.rank, world.size)
     loader = data.make_loader(images, batches, args.workers, False)
     found, corrupt = find_boxes(model, loader, world, on_corrupt=args.on_corrupt)
     truth = {i: known[val.path(i)] for i in range(len(val))}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import data
 import finetune
 import train
 from resnet50 import ResNet50, UserError, load_checkpoint, load_model, save_checkpoint
@@ -149,6 +150,7 @@ def test_every_layout_gives_the_same_boxes(layout, folder, tmp_path):
             mine = known[part.path(i)]
             assert mine.boxes.tolist() == [list(map(float, b[1:])) for b in boxes]
             assert mine.labels.tolist() == [1 + CLASSES.index(b[0]) for b in boxes]
+            assert mine.areas.tolist() == [(b[3] - b[1]) * (b[4] - b[2]) for b in boxes]
             assert not mine.crowd.any() and not mine.ignored.any()
     assert any(n.startswith("train: 12 images") for n in notes)
 
@@ -208,6 +210,7 @@ def test_odd_boxes(folder, tmp_path):
     mine = next(v for k, v in known.items() if k.endswith("train0.jpg"))  # found under the xml's own name
     assert mine.boxes.tolist() == [[0, 0, 10, 12], [2, 3, 20, 30]] and mine.ignored.tolist() == [False, True]
     assert any(n.startswith("3 boxes without an area") and "train0.jpg" in n for n in notes) and image.width > 20
+    assert any(n.startswith("1 images have boxes that lie outside") for n in notes)
     note.write_text(voc("train0.jpg", []))  # an image of nothing but background
     assert len(opened(root)[0]) == 12
     (root / "val" / "annotations" / "val0.xml").write_text(voc("val0.jpg", [("cat", 1, 1, 9, 9)]))
@@ -217,8 +220,10 @@ def test_odd_boxes(folder, tmp_path):
 
 @pytest.mark.parametrize("change, complaint", [
     (lambda c: "{", "JSONDecodeError"), (lambda c: json.dumps({"images": []}), "categories"),
-    (lambda c: json.dumps(dict(c, annotations=[dict(image_id=1, category_id=9, bbox=[0, 0, 1, 1])])), "KeyError: 1"),
-    (lambda c: json.dumps(dict(c, annotations=[dict(image_id=70, category_id=9, bbox=[0, 0])])), "ValueError"),
+    (lambda c: json.dumps(dict(c, annotations=c["annotations"] + [dict(image_id=1, category_id=9, bbox=[0] * 4)])),
+     "KeyError: 1"),
+    (lambda c: json.dumps(dict(c, annotations=c["annotations"] + [dict(image_id=70, category_id=9, bbox=[0])])),
+     "ValueError"),
     (lambda c: json.dumps(dict(c, images=c["images"] + [dict(id=1, file_name="gone.jpg")])), "gone.jpg is not in")])
 def test_bad_coco_files(change, complaint, tmp_path):
     roboflow(tmp_path / "set")
@@ -227,6 +232,19 @@ def test_bad_coco_files(change, complaint, tmp_path):
     with pytest.raises(UserError, match="_annotations.coco.json") as caught:
         opened(tmp_path / "set")
     assert complaint in str(caught.value)
+    if complaint[0] in "KgV":  # one annotation or image: the rest can be used
+        files, _, _, _, notes = opened(tmp_path / "set", "--on-corrupt", "skip")
+        assert len(files) == 12 and any("left out" in n and complaint in n for n in notes)
+
+
+def test_coco_s_own_areas_and_crowds(tmp_path):
+    roboflow(tmp_path / "set")
+    content = coco_content("train", 12)
+    content["annotations"][0].update(area=7.5, iscrowd=1)
+    (tmp_path / "set" / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+    files, _, _, known, _ = opened(tmp_path / "set")
+    mine = known[files.path(0)]
+    assert mine.areas[0] == 7.5 and mine.crowd.tolist() == [True] + [False] * (len(mine.labels) - 1)
 
 
 def test_no_annotations(tiny, tmp_path):
@@ -384,7 +402,8 @@ def random_sets(seed, images=25, classes=4, crowds=True):
         boxes = np.concatenate([low, low + rng.uniform(4, 200, (k, 2))], 1)
         labels = rng.integers(1, classes, k)  # the last class never occurs
         crowd = rng.random(k) < (0.2 if crowds else 0)
-        known[i] = finetune.Boxes(boxes, labels, crowd, np.zeros(k, bool))
+        areas = (boxes[:, 2:] - boxes[:, :2]).prod(1) * rng.uniform(0.2, 1, k)  # objects do not fill their boxes
+        known[i] = finetune.Boxes(boxes, labels, areas, crowd, np.zeros(k, bool))
         near = boxes[rng.integers(0, k, 2 * k)] if k else np.zeros((0, 4))
         near = near + rng.normal(0, 1, near.shape) * rng.choice([0.5, 5, 30], len(near))[:, None]
         far = rng.uniform(0, 300, (4, 2))
@@ -399,9 +418,9 @@ def reference(known, found, classes, most=100):
     coco = pytest.importorskip("pycocotools.coco")
     from pycocotools.cocoeval import COCOeval
     wh = lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]  # noqa: E731
-    notes = [dict(id=n + 1, image_id=i, category_id=int(label), bbox=wh(b), area=(b[2] - b[0]) * (b[3] - b[1]),
-                  iscrowd=int(c)) for n, (i, b, label, c) in enumerate(
-                      (i, *row) for i, t in known.items() for row in zip(t.boxes.tolist(), t.labels, t.crowd))]
+    notes = [dict(id=n + 1, image_id=i, category_id=int(label), bbox=wh(b), area=float(area), iscrowd=int(c))
+             for n, (i, b, label, area, c) in enumerate(
+                 (i, *row) for i, t in known.items() for row in zip(t.boxes.tolist(), t.labels, t.areas, t.crowd))]
     results = [dict(image_id=i, category_id=int(label), bbox=wh(b), score=float(s))
                for i, (boxes, labels, scores) in found.items() for b, label, s in zip(boxes.tolist(), labels, scores)]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -435,6 +454,18 @@ def test_mean_average_precision_is_coco_s(seed):
     assert 0 < mine["map"] < mine["map50"] < 100 and mine["per_class"][3] is None
 
 
+def test_an_image_is_scored_alike_in_any_batch(folder):
+    _, val, _, known, _ = opened(folder)
+    torch.manual_seed(0)
+    model = finetune.Detector("detect", ResNet50(num_classes=5, widths=WIDTHS).config, 2, [8, 16, 32, 64, 128],
+                              [0.5, 1.0, 2.0], 64, 128, 0.5, 10)
+    images = finetune.BoxImages(val, known, parse("--data", folder, "--image-size", 64), replace=False)
+    alone, together = (finetune.find_boxes(model, torch.utils.data.DataLoader(
+        images, batch_sampler=data.eval_batches(5, n), collate_fn=images.collate), train.World())[0] for n in (1, 5))
+    assert alone.keys() == together.keys() == set(range(5)) and len(alone[0][0])
+    assert all(np.allclose(a, b, atol=1e-6) for i in alone for a, b in zip(alone[i], together[i]))
+
+
 def test_what_finds_every_box_scores_100_and_nothing_0():
     known, _ = random_sets(3, crowds=False)
     right = {i: (t.boxes, t.labels, np.linspace(0.3, 0.9, len(t.labels))) for i, t in known.items()}
@@ -454,7 +485,7 @@ def test_at_most_so_many_boxes_count():
 
 def test_difficult_boxes_are_neither_right_nor_wrong():
     box, none = np.array([[10.0, 10, 50, 50]]), np.zeros(1, bool)
-    known = {0: finetune.Boxes(box, np.array([1]), none, none), 1: finetune.Boxes(box, np.array([1]), none, ~none)}
+    known = {i: finetune.Boxes(box, np.array([1]), np.array([1600.0]), none, none if i == 0 else ~none) for i in (0, 1)}
     found = {i: (box, np.array([1]), np.array([0.9 - 0.1 * i])) for i in (0, 1)}
     assert finetune.mean_average_precision(found, known, 1)["map"] == 100
     found[1] = (box + 100, np.array([1]), np.array([0.95]))  # elsewhere: wrong
