@@ -70,7 +70,7 @@ from resnet50 import (
 RECIPES = dict(  # by --task
     classify=dict(batch_size=32, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5,
                   label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
-    detect=dict(epochs=10, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
+    detect=dict(epochs=6, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
                 lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
 CLASSIFIES = (  # flags that --task detect has no use for
     "model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay", "mixup_alpha",
