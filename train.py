@@ -1220,9 +1220,10 @@ def train(args, world, stop, plan=Plan()):
             save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
         save(metrics=result)
         log.write("epoch", **record)
-        names = {**plan.measures, **({"loss": "loss"} if score["loss"] is not None else {})}
-        log.say(f"epoch {epoch + 1}/{args.epochs}: " + " ".join(f"{name} {score[k]:.4f}" for k, name in names.items())
-                + f" on validation; {record['train_loss']:.4f} {record.get('train_top1', '')} in training; "
+        measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
+        measured += [f"{name} {score[k]:.2f}" for k, name in plan.measures.items()]
+        learned = " ".join(str(record[k]) for k in ("train_loss", "train_top1") if k in record)
+        log.say(f"epoch {epoch + 1}/{args.epochs}: {' '.join(measured)} on validation; {learned} in training; "
                 f"{record['seconds']:.0f} s{' *' * better}")
         if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
             goal = "loss" if args.best_by == "loss" else plan.measures[main]
