@@ -72,11 +72,13 @@ RECIPES = dict(  # by --task
                   label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
     detect=dict(epochs=6, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
                 lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
-CLASSIFIES = (  # flags that --task detect has no use for
-    "model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay", "mixup_alpha",
-    "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights", "random_erase",
-    "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize", "exif",
-    "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
+DETECTS = ("trainable_stages", "max_size", "nms_threshold", "detections", "score_threshold")  # --task detect's flags
+CLASSIFIES = (  # and those that it has no use for
+    "unfreeze_every", "views", "lora_rank", "lora_alpha", "adapter_channels", "align", "align_weight", "interpolation",
+    "focal_gamma", "model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay",
+    "mixup_alpha", "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights",
+    "random_erase", "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize",
+    "exif", "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
     "drop_path", "dropout", "repeated_aug", "crop_scale")
 # What a strategy sets where the command line does not
 STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
@@ -150,7 +152,7 @@ def get_args_parser():
     g.add_argument("--detections", type=train.positive, metavar="N", help="boxes per image at most (100)")
     g.add_argument("--score-threshold", type=share, default=0.5, metavar="S", help="boxes that predictions.png shows")
     g = p.add_argument_group("domain shift")
-    g.add_argument("--target-domain", metavar="FOLDER", 
+    g.add_argument("--target-domain", metavar="FOLDER",
                    help="images without labels; class folders in its val/ are scored")
     g.add_argument("--align", choices=("coral", "mmd", "none"), default="coral",
                    help="what makes features of both alike: second moments (arXiv 1607.01719) or the kernel mean "
@@ -165,20 +167,27 @@ def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
     train.check_args(args)
+    usual = get_args_parser().parse_args(["--task", args.task] + ["--eval-only"] * args.eval_only)
+    kind = args.strategy.partition(":")[0]
+    for fits, partner, names in (
+            (args.task == "detect", "--task detect", DETECTS), (args.task == "classify", "--task classify", CLASSIFIES),
+            (kind in ("auto", "head") or args.search, "--strategy head", ("views",)),
+            (kind in ("auto", "gradual") or args.search, "--strategy gradual", ("unfreeze_every",)),
+            (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
+            (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
+            (args.target_domain, "--target-domain", ("align", "align_weight"))):
+        if wrong := [] if fits else [k for k in names if getattr(args, k) != getattr(usual, k)]:
+            refuse(f"--{wrong[0].replace('_', '-')} goes with {partner}")
     if args.task == "detect":
-        usual = get_args_parser().parse_args(["--task", "detect"])
-        if wrong := [k for k in CLASSIFIES if getattr(args, k) != getattr(usual, k)]:
-            refuse(f"--{wrong[0].replace('_', '-')}: not with --task detect")
         if not args.data:
             refuse("--task detect needs --data")
         if args.batch_size == "auto":
             refuse("--batch-size auto: not with --task detect")
         return
-    kind = args.strategy.partition(":")[0]
-    if args.fused_bn and kind not in ("full", "auto"):
-        refuse("--fused-bn goes with --strategy full: frozen batch-norm has no statistics to compute")
-    if args.sync_bn and kind != "full":
-        refuse("--sync-bn goes with --strategy full")
+    if (args.fused_bn or args.sync_bn) and kind != "full":  # of a frozen batch-norm there are no statistics to compute
+        refuse(f"--{'fused' if args.fused_bn else 'sync'}-bn goes with --strategy full")
+    if args.lr_find and args.batch_size == "auto":
+        refuse("--batch-size auto: --lr-find needs a number")
     if args.model and (args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"):
         refuse(f"--model {args.model}: --grad-checkpointing, --stem, --attention, --stride-on and --strategy adapter "
                "are ResNet-50's")
@@ -192,7 +201,7 @@ def check_args(args):
         refuse("--search decides the rate by itself, for one data set: no --then, no --lr-find")
     if args.target_domain and args.align != "none" and args.compile:
         refuse("--compile: alignment watches the features, which a compiled network does not show")
-    if args.tta and kind in ("auto", "head"):
+    if args.tta and kind == "head":
         refuse("--tta: cached features have no mirror image; name another --strategy")
 
 
@@ -475,8 +484,6 @@ class FineTuning(train.Plan):
         return self.sets[:4] + (self.sets[4] + self.notes,)
 
     def model(self, args, classes):
-        if args.num_classes not in (None, len(classes)):
-            raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
         changes = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
         if changes and "arch" in self.source.config:
             raise UserError("--drop-path and --dropout are ResNet-50's", code=2)
@@ -702,6 +709,9 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
             loss, _, applied = train.train_step(model, model, [(pixels.to(world.device), labels.to(world.device))],
                                                 optimizer, loss_fn, amp=plan.amp)
             smooth = 0.9 * smooth + 0.1 * loss.item()
+            if plan.stop.poll():
+                raise UserError(f"stopped by {plan.stop.requested or 'a signal'} in the range test; the same command "
+                                "with --resume auto starts it anew", code=75)
             rates.append(rate)
             losses.append(smooth / (1 - 0.9 ** len(rates)))
             if not applied or losses[-1] > 3 * min(losses) or len(rates) == steps:
@@ -1169,6 +1179,10 @@ class Detector(nn.Module):
                            box_batch_size_per_image=PROPOSALS, rpn_post_nms_top_n_train=1000,
                            rpn_post_nms_top_n_test=300)
         self.backbone, self.rpn, self.roi_heads = parts.backbone, parts.rpn, parts.roi_heads
+        # the pooler takes the levels' scales from the first image it sees, and with much padding finds wrong ones
+        pool = self.roi_heads.box_roi_pool
+        pool({name: torch.zeros(1, 1, 256 >> i, 256 >> i) for i, name in enumerate(pool.featmap_names)},
+             [torch.zeros(1, 4)], [(1024, 1024)])
         self.preprocess, self.grad_checkpointing, self.amp = dict(PREPROCESS), False, None
 
     def forward(self, images, rows=None):
@@ -1434,6 +1448,8 @@ def classify(args, world, stop):
     names = read_classes(args.classes) if args.classes else (None, None)
     sets = check_data(train.open_data(args, world, *names), args)
     classes = list(sets[2])
+    if args.num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
     known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
     notes = [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
              f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
@@ -1501,6 +1517,7 @@ def fine_tune(args, world, stop):
         return classify(args, world, stop)
     final, step = args.out, os.path.join(args.out, "step")
     train.open_run(args, world)
+    data.open_folder(args.then, val_split=args.val_split)  # what is wrong with it is better said before the first step
     first = classify(argparse.Namespace(**{**vars(args), "out": step, "then": None, "resume": args.resume and "auto"}),
                      world, stop)
     args.overwrite, args.data, args.then, args.out = True, args.then, None, final

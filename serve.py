@@ -1393,7 +1393,9 @@ def serve(args):
     server.ready = True
     host, port = server.server_address[:2]
     paths = {name: model.network.path for name, model in models.items()}
-    print(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), flush=True)
+    # in one piece, or with PYTHONUNBUFFERED the lines of several processes run into one another
+    sys.stdout.write(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)) + "\n")
+    sys.stdout.flush()
     while next(signals) == signal.SIGHUP:
         reload(models)
     server.drain()

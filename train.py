@@ -918,7 +918,8 @@ def eval_only(args, world):
     classes, wnids = checkpoint["classes"], checkpoint["wnids"]
     _, val, folder_classes, _, notes = open_data(args, world, classes, wnids)
     if classes is None and len(folder_classes) != model.config["num_classes"]:
-        raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, {args.data} has "
+        raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, "
+                        f"{args.data or data.DEMO} has "
                         f"{len(folder_classes)} class folders: --classes FILE must say which is which")
     if args.val_size or args.image_size:
         model.preprocess.update({k: preprocess_of(args)[k] for k in ("crop", "resize")})

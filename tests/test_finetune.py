@@ -640,14 +640,19 @@ def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path
 @pytest.mark.parametrize("flags, complaint, code", [
     (["--strategy", "best"], "none of auto", 2), (["--strategy", "layers"], "none of auto", 2),
     (["--strategy", "layers:9"], "has 5 stages", 2), (["--layer-decay", "1.5"], "must lie in (0, 1]", 2),
-    (["--fused-bn", "--strategy", "head"], "--fused-bn goes with", 2),
+    (["--fused-bn", "--strategy", "head"], "--fused-bn goes with", 2), (["--fused-bn"], "--fused-bn goes with", 2),
+    (["--lora-rank", 4], "--lora-rank goes with --strategy lora", 2), (["--max-size", 9], "goes with --task detect", 2),
+    (["--align", "mmd"], "--align goes with", 2), (["--lr-find", "--batch-size", "auto"], "needs a number", 2),
+    (["--views", 2, "--strategy", "full"], "--views goes with", 2), (["--tta", "--strategy", "head"], "--tta", 2),
+    (["--then", "nowhere"], "nowhere: no such folder", 3),
     (["--cutmix-alpha", 1, "--strategy", "head"], "sees features", 2),
     (["--ohem", 0.5, "--mixup-alpha", 1], "--ohem", 2), (["--num-classes", 7], "the data has 3 classes", 2),
     (["--model", "resnet99"], "resnet99", 3), (["--model", "mobilenet_v2", "--attention", "se"], "ResNet-50's", 2),
     (["--model", "mobilenet_v2"], "holds ResNet-50, not mobilenet_v2", 3),
     (["--search", 2, "--lr-find"], "--search decides", 2), (["--target-domain", "nowhere"], "nowhere", 3),
     (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start 1", 2)])
-def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, capsys):
+def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, capsys, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
     with pytest.raises((UserError, SystemExit)) as caught:
         tune(*flags)
     assert caught.value.code == code
