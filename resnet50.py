@@ -561,6 +561,8 @@ def fuse(model, dtype=torch.float32):
 # What may add up in an accumulator: products of one sign, and the bias or the residual. With these the sum stays below
 # 2^24 (with the pixels' mean in the bias, 2^25): int32 holds it whatever the widths, and float32 exactly.
 REACH, HEADROOM = 2 ** 24 - 2 ** 22, 2 ** 20
+EXACT = 64  # divides every mult: acc * mult / 2^22 is then exact in float32 where it does not saturate, and a runtime that
+# requantizes in float32, as those of ONNX files do, rounds as csrc/ does
 GATE_BITS = 12  # a gate is an integer / 2^12, and a sum of two gated values stays exact in float32 (below 2^24)
 
 
@@ -832,13 +834,24 @@ class Grid(NamedTuple):
         return ((bias + self.zero * self.scale) / self.unit - offset).round()
 
 
+@functools.lru_cache(1024)
+def rich_number(limit):
+    """-> the number of most divisors in (limit - 2 %, limit], and these in ascending order as float64"""
+    first = max(limit - min(limit // 50, 1000), 1)
+    numbers, small = np.arange(first, limit + 1)[:, None], np.arange(1, math.isqrt(limit) + 1)
+    best = int(first + (numbers % small == 0).sum(1).argmax())
+    low = small[best % small == 0]
+    return best, torch.from_numpy(np.union1d(low, best // low)).double()
+
+
 def conv_grid(name, weights, bias, residual, low, high, bits=8, per_tensor=False):
     """weights: [(float64 (O, C, kh, kw), scale of its input)], one or two that add up; bias float64 (O); residual: its
     scale or None; low, high: range of the result -> Grid. Weights of fewer `bits` use fewer of int8's values, and
     per_tensor gives all channels one unit: both are harder to bear than need be, for comparison and training.
 
-    One unit of the accumulator is mult / 2^22 * scale exactly, so rounding `mult` costs nothing; it is the least for
-    which the largest weight fits, or just above it where that makes the residual's gain an integer too."""
+    One unit of the accumulator is mult / 2^22 * scale exactly, so rounding `mult` costs nothing but range: it is the
+    least for which the largest weight fits, in steps of EXACT. A residual's gain * mult is one number for all channels,
+    residual / scale * 2^22, which the scale is enlarged for by up to 2 %: a Q/DQ file has one scale for it too."""
     low, high, limit = min(low, 0.0), max(high, 0.0), 2 ** (bits - 1) - 1
     flat = [w.flatten(1) * scale for w, scale in weights]
     reach = torch.maximum(*(sum((sign * w).clamp(min=0).sum(1) for w in flat) for sign in (1, -1))) * 255
@@ -851,10 +864,16 @@ def conv_grid(name, weights, bias, residual, low, high, bits=8, per_tensor=False
     scale = max((high - low) / 255, least.max().item()) or 1.0  # where all is zero, any will do
     if not (least * scale).isfinite().all():
         raise UserError(f"{name}: a weight or the range of the results is not finite")
-    least = least.clamp(min=scale / 2 ** MULT_BITS)
-    unit = residual / (residual / least).floor().clamp(min=1) if residual else least
-    mult = torch.maximum((unit / scale * 2 ** MULT_BITS).round(), (least / scale * 2 ** MULT_BITS).ceil())
-    mult = mult.clamp(1, 2 ** MULT_BITS)
+    steps, divisors = 2 ** MULT_BITS // EXACT, None
+    if residual and (room := int(residual / scale * steps)):
+        total, divisors = rich_number(room)
+        divisors = divisors[divisors <= steps]
+        scale = residual * steps / total
+    mult = (least / scale * steps * (1 - 1e-12)).ceil().clamp(1, steps)
+    if divisors is not None:  # a channel whose unit is larger than the residual's keeps its own, and gain is 1 or 0
+        at = torch.searchsorted(divisors, mult)
+        mult = torch.where(at < len(divisors), divisors[at.clamp(max=len(divisors) - 1)], mult)
+    mult = mult * EXACT
     return Grid(scale, round(-low / scale), mult, mult * scale / 2 ** MULT_BITS, limit)
 
 
@@ -875,7 +894,7 @@ def fill_conv(module, name, weights, bias, residual, low, high, centre, **grid):
                   gain=(residual / grid.unit).round() if residual else None, scale=grid.scale, zero=grid.zero)
     for key, value in values.items():
         if value is not None:
-            getattr(module, key).copy_(torch.as_tensor(value))
+            getattr(module, key).copy_(torch.as_tensor(value, dtype=torch.float64))
 
 
 def quantize_classifier(model):
@@ -956,10 +975,11 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 
-def write_atomic(path, data):
-    """bytes -> file. Readers see the old content or the new, never a part: temporary file in the same folder, fsync,
-    rename, fsync of the folder.
-    Failure (a full disk) raises UserError, removes the temporary and keeps the old file."""
+@contextlib.contextmanager
+def atomic_file(path):
+    """with atomic_file(path) as temporary: write it. Readers see the old content of `path` or the new, never a part:
+    temporary file in the same folder, fsync, rename, fsync of the folder. Failure, of the writer or of the disk, removes
+    the temporary and keeps the old file; an OSError becomes a UserError."""
     folder, name = os.path.split(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)
@@ -967,9 +987,8 @@ def write_atomic(path, data):
             os.unlink(stale)
         temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
         try:
-            with open(temporary, "wb") as f:
-                f.write(data)
-                f.flush()
+            yield temporary
+            with open(temporary, "rb") as f:
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -983,6 +1002,12 @@ def write_atomic(path, data):
             os.close(descriptor)
     except OSError as error:
         raise UserError(f"{path}: not written ({error.strerror or error}); what was there before is intact") from error
+
+
+def write_atomic(path, data):
+    """bytes -> file, as atomic_file does it"""
+    with atomic_file(path) as temporary, open(temporary, "wb") as f:
+        f.write(data)
 
 
 def encode_tensor(tensor, encoding):

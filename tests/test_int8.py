@@ -210,13 +210,14 @@ def test_integers_keep_their_bounds_and_use_their_range(pair):
         weights = [w for w in (module.weight, module.weight2) if w is not None]
         largest = torch.stack([w.int().abs().amax((1, 2, 3)) for w in weights]).amax(0)
         check_values(step.name, weights, module.bias, module.mult, module.gain)
-        assert largest.max() == 127 and module.mult.min() > 0 and step.bn not in net.state_dict()
+        assert 110 <= largest.max() <= 127 and module.mult.min() > 0 and step.bn not in net.state_dict()
+        assert (module.mult % 64 == 0).all()  # exact in float32 where it does not saturate
         if module.gain is None:
             continue
         # a residual of r steps adds r times the ratio of the scales, in steps of the result
         ratio = (net.get_submodule(scaled_as(net, step.residual)).scale / module.scale).item()
         got = module.gain.double() * module.mult / 2 ** 22
-        assert ((got / ratio - 1).abs() * module.mult).max() <= 1 + 1e-9
+        assert (got == got[0]).all() and got[0].item() == pytest.approx(ratio, rel=1e-12)
 
 
 @pytest.mark.parametrize("k, bias, residual", [(20000, 0.0, None), (3, -1e5, None), (3, 0.0, 1e3), (20000, 100.0, 1.0)])
