@@ -561,8 +561,9 @@ def fuse(model, dtype=torch.float32):
 # What may add up in an accumulator: products of one sign, and the bias or the residual. With these the sum stays below
 # 2^24 (with the pixels' mean in the bias, 2^25): int32 holds it whatever the widths, and float32 exactly.
 REACH, HEADROOM = 2 ** 24 - 2 ** 22, 2 ** 20
-EXACT = 64  # divides every mult: acc * mult / 2^22 is then exact in float32 where it does not saturate, and a runtime that
-# requantizes in float32, as those of ONNX files do, rounds as csrc/ does
+# It divides every mult. acc * mult / 2^22 is then exact in float32 where it does not saturate, and a runtime of ONNX
+# files, which requantizes in float32, rounds as csrc/ does
+EXACT = 64
 GATE_BITS = 12  # a gate is an integer / 2^12, and a sum of two gated values stays exact in float32 (below 2^24)
 
 
@@ -978,8 +979,8 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
 @contextlib.contextmanager
 def atomic_file(path):
     """with atomic_file(path) as temporary: write it. Readers see the old content of `path` or the new, never a part:
-    temporary file in the same folder, fsync, rename, fsync of the folder. Failure, of the writer or of the disk, removes
-    the temporary and keeps the old file; an OSError becomes a UserError."""
+    temporary file in the same folder, fsync, rename, fsync of the folder. Failure, of the writer or of the disk,
+    removes the temporary and keeps the old file; an OSError becomes a UserError."""
     folder, name = os.path.split(os.path.abspath(path))
     try:
         os.makedirs(folder, exist_ok=True)

@@ -35,10 +35,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 IMAGES = 32  # for calibration and agreement
 KINDS = {"int8": "int8", "onnxruntime_int8": "int8", "openvino_int8": "int8",  # in the order of a round
+         "onnxruntime_exported": "int8", "openvino_exported": "int8",  # what export.py makes of our int8
          "bf16": "bf16", "openvino_bf16": "bf16", "eager_bf16": "bf16", "compile_bf16": "bf16",
          "fp32": "fp32", "eager_fp32": "fp32", "compile_fp32": "fp32"}
 OURS = ("int8", "bf16", "fp32")
-SLOW_TO_BUILD = ("compile_fp32", "compile_bf16")
+SLOW_TO_BUILD = ("compile_fp32", "compile_bf16", "onnxruntime_exported", "openvino_exported")
 CORES = os.sched_getaffinity(0)
 PIECE = 0.1  # seconds of a sample: many states of the machine last longer
 PEAK_MS = 4
@@ -247,6 +248,10 @@ class Networks:
         cache, size = os.path.join(ROOT, "runs", "bench"), self.model.preprocess["crop"]
         if engine and precision == "bf16":
             peers.check_bf16(name)
+        if precision == "exported":
+            path = peers.exported_file(cache, self.int8)
+            return functools.partial(peers.onnxruntime_call, path) if engine == "onnxruntime" else \
+                functools.partial(peers.openvino_call, path, "int8", self.model.preprocess, size)
         if engine == "openvino":
             folder = peers.openvino_files(cache, self.model, self.pixels)
             return functools.partial(peers.openvino_call, folder, precision, self.model.preprocess, size)
@@ -366,7 +371,7 @@ def parse():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     resnet50.add_model_args(p)
     p.add_argument("--only", metavar="NAME[,NAME]", help=f"of {', '.join(KINDS)}")
-    p.add_argument("--full", action="store_true", help=f"also {' and '.join(SLOW_TO_BUILD)}, minutes of compiling")
+    p.add_argument("--full", action="store_true", help=f"also {' and '.join(SLOW_TO_BUILD)}, a minute of building")
     p.add_argument("--batches", type=numbers, default=[1, 8, 32], metavar="N[,N]")
     p.add_argument("--threads", type=numbers, default=[1, 2], metavar="N[,N]")
     p.add_argument("--seconds", type=float, default=150, help="of measuring, all configurations (default %(default)s)")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import export
 from resnet50 import normalize, stages
 
 PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
@@ -137,23 +138,37 @@ def openvino_files(root, model, pixels):
     return cached(root, model, "openvino", build)
 
 
-def openvino_call(folder, precision, preprocess, size, batch, threads):
-    """-> call(uint8 (N, 3, H, W) channels_last) -> float32 (N, classes). The same bytes as ours, by reference;
-    conversion, mean and scale are part of OpenVINO's graph."""
+def exported_file(root, model):
+    """-> resnet50.onnx of an int8 network: uint8 (N, H, W, 3) in, by export.py"""
+    def build(folder):
+        args = export.get_args_parser().parse_args(["--pixels", "--dynamic-batch"])
+        args.image_size, args.opset = model.preprocess["crop"], export.OPSETS[-1]
+        export.export(model, dict(classes=None, wnids=None), args, os.path.join(folder, "resnet50.onnx"))
+    return os.path.join(cached(root, model, "exported", build), "resnet50.onnx")
+
+
+def openvino_call(path, precision, preprocess, size, batch, threads):
+    """-> call(uint8 (N, 3, H, W) channels_last) -> float32 (N, classes). `path` is openvino_files' folder, or what
+    exported_file wrote. The same bytes as ours, by reference; conversion, mean and scale are part of the graph."""
     import openvino
     from openvino.preprocess import PrePostProcessor
     core = openvino_core()
-    model = core.read_model(os.path.join(folder, "int8.xml" if precision == "int8" else "float.xml"))
-    model.reshape([batch, 3, size, size])
-    steps = PrePostProcessor(model)
-    steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
-    steps.input().model().set_layout(openvino.Layout("NCHW"))
-    mean, std = ([255 * v for v in preprocess[k]] for k in ("mean", "std"))
-    steps.input().preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
+    if path.endswith(".onnx"):
+        model = core.read_model(path)
+        model.reshape([batch, size, size, 3])
+    else:
+        model = core.read_model(os.path.join(path, "int8.xml" if precision == "int8" else "float.xml"))
+        model.reshape([batch, 3, size, size])
+        steps = PrePostProcessor(model)
+        steps.input().tensor().set_element_type(openvino.Type.u8).set_layout(openvino.Layout("NHWC"))
+        steps.input().model().set_layout(openvino.Layout("NCHW"))
+        mean, std = ([255 * v for v in preprocess[k]] for k in ("mean", "std"))
+        steps.input().preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
+        model = steps.build()
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
     if precision == "bf16":
         options["INFERENCE_PRECISION_HINT"] = "bf16"
-    request = core.compile_model(steps.build(), "CPU", options).create_infer_request()
+    request = core.compile_model(model, "CPU", options).create_infer_request()
 
     def call(pixels):
         request.set_input_tensor(openvino.Tensor(pixels.permute(0, 2, 3, 1).numpy(), shared_memory=True))
