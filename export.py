@@ -27,7 +27,10 @@ import warnings
 from unittest import mock
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn import functional as F
 
@@ -52,7 +55,7 @@ DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.p
 SUFFIX = {"onnx": ".onnx", "torchscript": ".ts", "torch-export": ".pt2", "aot-inductor": ".aoti.pt2",
           "tensorrt": ".engine"}
 OPSETS = range(13, 21)  # from 13 on Q/DQ knows scales per channel; 20 is the last that torch.onnx's tracer writes
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-4, "mixed": 2e-2, "coarse": 0.5}  # of the largest logit, or of 1
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "int8": 1e-4, "mixed": 2e-2, "coarse": 0.5}  # of the largest logit
 
 
 # --------------------------------------------------------------------------------------- what every file computes
@@ -138,10 +141,9 @@ class Graph:
     but without which onnxruntime multiplies in float32."""
 
     def __init__(self, model, size, signed=False, quantize_adds=False):
-        from onnx import helper
-        self.make_node, self.nodes, self.values = helper.make_node, [], {}
+        self.model, self.size, self.sides = model, size, sides(model, size)
         self.signed, self.quantize_adds = signed, quantize_adds
-        self.model, self.size, self.sides, self.watched = model, size, sides(model, size), []
+        self.nodes, self.values, self.watched = [], {}, []
 
     def op(self, kind, *inputs, outputs=1, **attributes):
         """Adds a node; inputs are names, or arrays, which become constants -> its output's name, or their list"""
@@ -151,11 +153,10 @@ class Graph:
                 x = self.constant(x)
             names.append(x)
         made = [f"{kind}_{number}" + f"_{i}" * (outputs > 1) for i in range(outputs)]
-        self.nodes.append(self.make_node(kind, names, made, name=f"{kind}_{number}", **attributes))
+        self.nodes.append(helper.make_node(kind, names, made, name=f"{kind}_{number}", **attributes))
         return made[0] if outputs == 1 else made
 
     def constant(self, array):
-        from onnx import numpy_helper
         array = np.asarray(array, order="C")
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self.values:
@@ -178,7 +179,6 @@ class Graph:
 
     def build(self, exported, batch, opset):
         """-> onnx.ModelProto; `watched` then names what is quantized: [(step, output)]"""
-        from onnx import TensorProto, helper
         model, size = self.model, self.size
         shape = [batch, size, size, 3] if exported.pixels else [batch, 3, size, size]
         kind = TensorProto.UINT8 if exported.pixels else TensorProto.FLOAT
@@ -194,14 +194,13 @@ class Graph:
         outputs = [helper.make_tensor_value_info(o, t, [batch, k or classes])
                    for o, t in zip(exported.outputs, (TensorProto.FLOAT, TensorProto.INT64))]
         for x, output in zip(found, outputs):
-            self.nodes.append(self.make_node("Identity", [x], [output.name], name=output.name))
+            self.nodes.append(helper.make_node("Identity", [x], [output.name], name=output.name))
         graph = helper.make_graph(self.nodes, "resnet50", [helper.make_tensor_value_info(name, kind, shape)], outputs,
                                   list(self.values.values()))
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
 
     def pixels(self, x, exported):
         """The input -> uint8 (N, 3, H, W), or for `signed` the same in float32"""
-        from onnx import TensorProto
         if exported.pixels:
             x = self.op("Transpose", x, perm=[0, 3, 1, 2])
             return self.op("Cast", x, to=TensorProto.FLOAT) if self.signed else x
@@ -363,7 +362,6 @@ def sides(model, size):
 
 def onnx_model(model, args, exported):
     """-> (onnx.ModelProto, what its int8 tensors are called: [(step, output)])"""
-    import onnx
     batch = "N" if args.dynamic_batch else args.batch_size
     if exported.int8:
         graph = Graph(model, args.image_size, args.signed, args.quantize_adds)
@@ -381,7 +379,6 @@ def onnx_model(model, args, exported):
 
 def exact(proto, watched):
     """-> a copy that onnx.reference computes in float64, with the int8 tensors among its outputs"""
-    from onnx import TensorProto, helper, numpy_helper
     double = type(proto).FromString(proto.SerializeToString())
     for value in double.graph.initializer:
         if value.data_type == TensorProto.FLOAT:
@@ -752,7 +749,6 @@ def judge(found, limit, where):
 
 def reference_call(model, double=False):
     """File or onnx.ModelProto -> run, by onnx.reference"""
-    from onnx.reference import ReferenceEvaluator
     evaluator = ReferenceEvaluator(model)
 
     def run(x):
@@ -763,7 +759,6 @@ def reference_call(model, double=False):
 
 def onnx_file(model, args, exported, about, cases, limit, report):
     """-> bytes of a checked file; `report` takes what the check found"""
-    import onnx
     with torch.no_grad():
         proto, watched = onnx_model(model, args, exported)
     for key, value in about.items():
@@ -922,18 +917,18 @@ def natural(text):
 def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
-    onnx = args.format in ("onnx", "tensorrt")
+    graph = args.format in ("onnx", "tensorrt")
     if args.opset is not None and args.opset not in OPSETS:
         refuse(f"--opset {args.opset}: {OPSETS[0]} to {OPSETS[-1]} can be written; before {OPSETS[0]} there are no "
                f"scales per channel, and torch.onnx's tracer ends at {OPSETS[-1]}")
     for flag, given, fits, partner in (
-            ("--opset", args.opset is not None, onnx, "--format onnx or tensorrt"),
-            ("--signed", args.signed, onnx, "--format onnx or tensorrt"),
-            ("--quantize-adds", args.quantize_adds, onnx, "--format onnx or tensorrt"),
+            ("--opset", args.opset is not None, graph, "--format onnx or tensorrt"),
+            ("--signed", args.signed, graph, "--format onnx or tensorrt"),
+            ("--quantize-adds", args.quantize_adds, graph, "--format onnx or tensorrt"),
             ("--script", args.script, args.format == "torchscript", "--format torchscript"),
             ("--bench", args.bench, args.format == "onnx", "--format onnx"),
             ("--bench", args.bench, args.dynamic_batch, "--dynamic-batch"),
-            ("--data", args.data, args.format in ("onnx", "tensorrt"), "--format onnx or tensorrt"),
+            ("--data", args.data, graph, "--format onnx or tensorrt"),
             ("--images", args.images != 64, args.data, "--data"),
             ("--max-batch", args.max_batch != 32, args.dynamic_batch, "--dynamic-batch")):
         if given and not fits:
@@ -944,7 +939,7 @@ def check_args(args):
         refuse(f"--max-batch {args.max_batch}: files are checked with batches of up to 5")
     if os.path.basename(args.name) != args.name or args.name.startswith("."):
         refuse(f"--name {args.name}: expected a file name without folders")
-    args.opset = args.opset or OPSETS[-1] if onnx else None
+    args.opset = args.opset or OPSETS[-1] if graph else None
 
 
 def main(args):

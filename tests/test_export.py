@@ -132,13 +132,14 @@ def test_runtimes_that_requantize_in_float32_give_our_bits(checkpoint):
 def test_float_layers_and_checkpoints_from_before(checkpoint, call, tmp_path):
     """Mixed precision; and residual gains that differ by channel, which took another form in older files"""
     model = build("plain")
-    kept = ["conv1", "layer1.1.conv3", "layer2.0.conv3", "layer3.2.conv2", "fc"]
-    mixed = resnet50.quantize(model, photographs(5, SIDE, SIDE).split(2), float_layers=kept)
-    save_checkpoint(tmp_path / "mixed.pt", mixed, classes=CLASSES)
-    found = call(tmp_path / "mixed.pt", "--dynamic-batch")
-    assert found["identical_bytes"] > 99.9 and found["max_difference"] < 1e-2
+    for kept, same in ((["conv1", "layer1.1.conv3", "layer2.0.conv3", "layer3.2.conv2", "fc"], 90),
+                       (["layer4.2.conv1", "layer4.2.conv3"], 99.99)):  # a value that is rounded otherwise has heirs
+        mixed = resnet50.quantize(model, photographs(5, SIDE, SIDE).split(2), float_layers=kept)
+        save_checkpoint(tmp_path / "mixed.pt", mixed, classes=CLASSES)
+        found = call(tmp_path / "mixed.pt", "--dynamic-batch", "--overwrite")
+        assert found["identical_bytes"] > same and found["max_difference"] < 1e-2
     old = load(checkpoint("plain", "int8"))
-    block = old.layer2[1].conv3
+    block = old.get_submodule("layer2.1.conv3")
     block.gain[::2] += 1
     block.mult[::3] += 5
     save_checkpoint(tmp_path / "old.pt", old, classes=CLASSES)
