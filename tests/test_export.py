@@ -376,6 +376,18 @@ def test_a_file_that_computes_something_else_is_not_written(checkpoint, call, mo
     assert sizes(right) == ["resnet50.onnx", "resnet50.onnx.json"]
 
 
+def test_what_is_not_a_number_is_a_difference(checkpoint):
+    model = load(checkpoint("plain", "float"))
+    case = export.Case(photographs(2, SIDE, SIDE), model, export.Exported(model))
+    wrong = case.wanted[0].copy()
+    assert export.compare(lambda x: [wrong], [case]) == dict(max_difference=0.0, argmax_agreement=100.0, images=2)
+    wrong[1, 3] = np.nan
+    found = export.compare(lambda x: [wrong], [case])
+    assert found["max_difference"] == np.inf and found["argmax_agreement"] == 50
+    with pytest.raises(UserError, match="computes something else"):
+        export.judge(found, 0.5, "it")
+
+
 LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
 
@@ -438,6 +450,10 @@ def test_images_of_a_folder_are_compared(checkpoint, call, tiny, monkeypatch):
     monkeypatch.setattr(export, "RUNTIMES", {})
     found = call(checkpoint("plain", "int8"), *flags, "--overwrite")
     assert found["runtimes"]["onnx.reference"]["on_images"]["argmax_agreement"] == 100
+
+    monkeypatch.setattr(export, "RUNTIMES", {"json": lambda path: lambda x: [np.full((len(x), 7), np.nan, np.float32)]})
+    assert call(checkpoint("plain", "int8"), "--overwrite")["runtimes"] == {
+        "json": {"error": "what it computes is not a number"}}
 
     def broken(path):
         raise ValueError("no such instruction\nand more")
