@@ -143,6 +143,8 @@ def images_below(root, folder=""):
 
 def scan_unlabelled(root):
     """Every image below root -> Files, with the label that cross entropy ignores. Raises UserError if there is none."""
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such folder")
     names = images_below(root)
     if not names:
         raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")

@@ -27,6 +27,15 @@ def shared():
     return SHARED
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Handing the work on small maps to a second thread takes longer than doing it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def run():
     """run(script arguments..., before="python code run first", processes=N) -> CompletedProcess. `before` can wrap

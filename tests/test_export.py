@@ -19,14 +19,7 @@ from tests.test_int8 import VARIANTS, build, photographs
 
 SIDE = 75  # odd at every stage
 CLASSES = [f"class {i}" for i in range(7)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -430,6 +423,12 @@ def test_what_cannot_be_honoured_is_refused(precision, flags, complaint, checkpo
     with pytest.raises(UserError) as caught:
         call(checkpoint("pruned", precision), *flags)
     assert complaint in str(caught.value) and caught.value.code == 2
+
+
+def test_a_folder_that_is_not_there_is_named(checkpoint, call, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder") as caught:
+        call(checkpoint("pruned", "float"), "--data", tmp_path / "nowhere")
+    assert caught.value.code == 3 and not (tmp_path / "out").exists()
 
 
 def test_attention_has_no_signed_form(checkpoint, call):

@@ -26,13 +26,7 @@ VARIANTS = {"plain": {}, "pruned": dict(widths=ODD),
             "split": dict(attention="split")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Handing the work on these small maps to a second thread takes longer than doing it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def photographs(n, h, w, seed=0):
