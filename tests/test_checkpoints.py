@@ -10,8 +10,10 @@ from torch.nn import functional as F
 import resnet50
 import train
 from resnet50 import ResNet50, UserError
-from tests.test_int8 import VARIANTS, WIDTHS, build, one_thread, photographs, same_state  # noqa: F401
+from tests.test_int8 import VARIANTS, WIDTHS, build, photographs, same_state
 from tests.test_resnet50 import randomise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def matrices(model):

@@ -15,7 +15,9 @@ import data
 import resnet50
 import train
 from resnet50 import ResNet50, UserError
-from tests.test_int8 import WIDTHS, build, one_thread, photographs  # noqa: F401
+from tests.test_int8 import WIDTHS, build, photographs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=("plain", "v1", "se", "split"))

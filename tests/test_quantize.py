@@ -14,7 +14,9 @@ import data
 import resnet50
 from csrc.reference import check_values
 from resnet50 import UserError
-from tests.test_int8 import build, naive, one_thread, photographs, same_state, scaled_as  # noqa: F401
+from tests.test_int8 import build, naive, photographs, same_state, scaled_as
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=["v1", "se", "split"])  # se: odd widths
