@@ -895,7 +895,7 @@ class Sets(NamedTuple):
 def class_folders(root):
     """-> names of the class folders of a data set as data.open_folder takes it; none if there is nothing like that"""
     for name in ("train",) + data.VAL_NAMES + ("",):
-        if os.path.isdir(os.path.join(root, name)):
+        if data.is_folder(os.path.join(root, name)):
             return data.list_classes(os.path.join(root, name))[0]
     raise UserError(f"{root}: no such folder")
 
@@ -905,7 +905,7 @@ def open_sets(args, checkpoint, model, world, trains):
     evenly over the training images; in a folder without train/ and val/ they are then not evaluated. Where the folders
     are not this network's classes, the images serve without labels."""
     recorded = checkpoint["args"].get("data")
-    root = args.data or (recorded if recorded and os.path.isdir(recorded) else None)
+    root = args.data or (recorded if recorded and data.is_folder(recorded) else None)
     origin = "--data" if args.data else "the checkpoint's record" if root else "the demo set"
     root, classes, wnids = train.data_root(root, world), checkpoint["classes"], checkpoint["wnids"]
     folders = class_folders(root)
@@ -914,7 +914,7 @@ def open_sets(args, checkpoint, model, world, trains):
         and len(classes or folders) == model.config["num_classes"]
     if trains and not labelled:
         raise UserError(f"{root}: its folders are not this network's classes; --classes FILE must say which is which")
-    apart = any(os.path.isdir(os.path.join(root, name)) for name in ("train",) + data.VAL_NAMES)
+    apart = any(data.is_folder(os.path.join(root, name)) for name in ("train",) + data.VAL_NAMES)
     if not labelled:
         first = last = data.scan_unlabelled(root)
         notes = [f"{root}: has no folders of this network's classes: agreement with it stands for accuracy"]

@@ -3,17 +3,24 @@
   python data.py                                    # make the demo set under runs/demo and describe it
   python data.py --data /imagenet                   # describe a folder: classes, images per split, what was ignored
   python data.py --import-imagenet ARCHIVES --out /imagenet     # the three ILSVRC2012 tar files -> train/ and val/
+  python data.py --pack /imagenet --out FILE --raw 256          # one file that is read as the folder is
+  python data.py --info FILE                                    # what a pack holds, and whether all of it is intact
 
 A data set is a folder with train/ and val/, each with a folder per class; or one folder of class folders, split by a
-hash of the file's name. Only uint8 pixels leave the workers; they are normalised on the device (resnet50.normalize).
-Order and augmentation are a pure function of (seed, epoch, index, repeat): no state lives in a worker, so the number of
-workers changes nothing and a run resumes in mid-epoch by arithmetic.
+hash of the file's name; or a pack of either, whose images have the paths FILE/train/CLASS/NAME. Only uint8 pixels leave
+the workers; they are normalised on the device (resnet50.normalize). Order and augmentation are a pure function of
+(seed, epoch, index, repeat): no state lives in a worker, so the number of workers changes nothing and a run resumes in
+mid-epoch by arithmetic.
 """
 import argparse
 import atexit
 import collections
+import contextlib
+import errno
+import functools
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -84,6 +91,266 @@ def grey16(image):
     return Image.fromarray((values.clip(0, 65535) / 256).astype(np.uint8))
 
 
+# ------------------------------------------------------------------------------------------------------ packs
+
+MAGIC = b"resnet50pack/1\r\n"
+BLOCK = 256  # images between two notes of how far a pack has got
+COLUMNS = dict(key="<u8", offset="<u8", size="<u4", width="<u4", height="<u4", crc="<u4", end="<u8")
+
+
+class Pack:
+    """One file with all images of a folder, memory-mapped: MAGIC, records, the columns of an index, a JSON head, its
+    length as uint64 and MAGIC again. Columns have an entry per image in the order of names: offset, size, width, height
+    and CRC-32 of its record, end of its name in `names`; and a hash of each name, sorted, with the position it belongs
+    to. A record is what the image file was, or uint8 (height, width, 3)."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.bytes = np.memmap(path, np.uint8, "r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        tail = len(MAGIC) + 8
+        if len(self.bytes) < 2 * tail or self.bytes[-len(MAGIC):].tobytes() != MAGIC:
+            raise UserError(f"{path}: cut short at byte {len(self.bytes)}: a pack ends with its index")
+        length = int(self.bytes[-tail:-len(MAGIC)].view("<u8")[0])
+        try:
+            self.head = json.loads(self.bytes[-tail - length:-tail].tobytes())
+            for name, kind in {**COLUMNS, "order": "<u4", "names": "u1"}.items():
+                offset, size = self.head["columns"][name]
+                part = self.bytes[offset:offset + size]
+                if len(part) != size or zlib.crc32(part) != self.head["checks"][name]:
+                    raise ValueError(f"column {name} at byte {offset}")
+                setattr(self, name, part.view(kind))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged index ({type(error).__name__}: {error})") from error
+        self.seen = bytearray(len(self.key))  # whose checksum was compared by this process
+
+    def __len__(self):
+        return len(self.key)
+
+    def name(self, i):
+        return os.fsdecode(self.names[int(self.end[i - 1]) if i else 0:int(self.end[i])].tobytes())
+
+    @functools.cached_property
+    def all_names(self):
+        blob, ends = self.names.tobytes(), self.end.tolist()
+        return [os.fsdecode(blob[a:b]) for a, b in zip([0] + ends, ends)]
+
+    def folders(self, inner):
+        at = len(inner) + 1 if inner else 0
+        parts = {name[at:].split("/", 1)[0] for name in self.all_names
+                 if name.startswith(inner and inner + "/") and "/" in name[at:]}
+        return sorted(p for p in parts)
+
+    def below(self, inner, folder):
+        at, inside = len(inner) + 1 if inner else 0, "/".join(p for p in (inner, folder) if p)
+        return [name[at:] for name in self.all_names if name.startswith(inside and inside + "/")]
+
+    def find(self, name):
+        """-> position of an image, or None"""
+        key = name_key(name)
+        at = int(np.searchsorted(self.key, key))
+        while at < len(self.key) and self.key[at] == key:
+            if self.name(i := int(self.order[at])) == name:
+                return i
+            at += 1
+
+    def record(self, i):
+        """-> uint8 view of an image's bytes. Raises ValueError where they are not what was written."""
+        begin, size = int(self.offset[i]), int(self.size[i])
+        part = self.bytes[begin:begin + size]
+        if not self.seen[i]:
+            if zlib.crc32(part) != self.crc[i]:
+                raise ValueError(f"damaged at bytes {begin} to {begin + size} of {self.path}")
+            self.seen[i] = 1
+        return part
+
+    def image(self, i, exif=False):
+        """-> PIL image, mode RGB"""
+        if exif and not self.head["exif"] and self.head["mode"] != "lossless":
+            raise UserError(f"{self.path}: --exif: was packed without, and keeps no orientation", code=2)
+        part = self.record(i)
+        if self.head["mode"] == "raw":
+            return Image.fromarray(part.reshape(int(self.height[i]), int(self.width[i]), 3))
+        return decode(part.tobytes(), exif=exif and self.head["mode"] == "lossless")
+
+
+def name_key(name):
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
+
+
+open_pack = functools.lru_cache(8)(Pack)
+
+
+def pack_of(path):
+    """A path -> the Pack that it lies in, or is, and its name there; (None, None) for one of the file system's own"""
+    at, inner = path, []
+    while at and not os.path.lexists(at):
+        at, name = os.path.split(at)
+        inner.insert(0, name)
+    if not at or not os.path.isfile(at) or (not inner and not is_pack(at)):
+        return None, None
+    return open_pack(at), "/".join(n for n in inner if n)
+
+
+def is_pack(path):
+    with contextlib.suppress(OSError):
+        with open(path, "rb") as f:
+            return f.read(len(MAGIC)) == MAGIC
+    return False
+
+
+def is_folder(path):
+    """Whether a folder of that path exists, in the file system or in a pack"""
+    if os.path.isdir(path):
+        return True
+    pack, inner = pack_of(path)
+    return bool(pack) and (not inner or any(n.startswith(inner + "/") for n in pack.all_names))
+
+
+def read(path):
+    """-> the bytes of an image file, or of its record in a pack. Raises OSError, or ValueError for a damaged record."""
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except NotADirectoryError:
+        pack, i = in_pack(path)
+        return pack.record(i).tobytes()
+
+
+def load(path, exif=False):
+    """An image of a folder or a pack -> PIL image, mode RGB. Raises OSError, or ValueError as decode does."""
+    try:
+        with open(path, "rb") as f:
+            return decode(f.read(), exif=exif)
+    except NotADirectoryError:
+        pack, i = in_pack(path)
+        return pack.image(i, exif)
+
+
+def in_pack(path):
+    pack, inner = pack_of(path)
+    i = pack.find(inner) if pack else None
+    if i is None:
+        raise FileNotFoundError(errno.ENOENT, "no such image", path)
+    return pack, i
+
+
+def packed(path, mode, side, quality, exif):
+    """An image file -> (bytes of its record, width, height), or (complaint, None, None)"""
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+        image = decode(content, exif=exif and mode != "lossless")
+        width, height = image.size
+        if mode == "lossless":
+            return content, width, height
+        scale = side / (min if mode == "raw" else max)(width, height)
+        if scale < 1:
+            width, height = (max(1, round(scale * n)) for n in (width, height))
+            image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        if mode == "raw":
+            return image.tobytes(), width, height
+        if scale >= 1 and not exif and content[:2] == b"\xff\xd8":
+            return content, width, height  # small enough as it is
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue(), width, height
+    except (OSError, ValueError) as error:
+        return f"{path}: {error}", None, None
+
+
+def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, skip=False):
+    """Writes all images below a folder into one file, the same bytes whatever the workers. Killed, it goes on at the
+    last BLOCK when it is called with the same arguments. -> dict of counts"""
+    names = images_below(root)
+    if not names:
+        raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")
+    states = [os.stat(os.path.join(root, n)) for n in names]
+    about = [mode, side, quality, exif, skip, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
+    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
+    part, log = out + ".part", out + ".part.log"
+    rows, complaints, done = read_log(log, part, digest)
+    work = functools.partial(packed, mode=mode, side=side, quality=quality, exif=exif)
+    paths = (os.path.join(root, n) for n in names[done:])
+    try:
+        with contextlib.ExitStack() as stack:
+            f = stack.enter_context(open(part, "r+b" if done else "wb"))
+            notes = stack.enter_context(open(log, "a" if done else "w"))
+            if done:
+                f.truncate(rows[-1][0] + rows[-1][1] if rows else len(MAGIC))
+                f.seek(0, os.SEEK_END)
+            else:
+                f.write(MAGIC)
+                notes.write(json.dumps(digest) + "\n")
+            results = map(work, paths) if not workers else stack.enter_context(
+                multiprocessing.get_context("fork").Pool(workers, ignore_interrupt)).imap(work, paths, 16)
+            while done < len(names):
+                block, bad = [], []
+                for name in names[done:done + BLOCK]:
+                    content, width, height = next(results)
+                    if width is None:
+                        bad.append(content)
+                        if not skip:
+                            raise UserError(f"{content} (--on-corrupt skip leaves such files out)")
+                        continue
+                    block.append([f.tell(), len(content), width, height, zlib.crc32(content), name])
+                    f.write(content)
+                done += min(BLOCK, len(names) - done)
+                f.flush()
+                os.fsync(f.fileno())
+                notes.write(json.dumps([done, block, bad]) + "\n")
+                notes.flush()
+                rows, complaints = rows + block, complaints + bad
+                print(f"\r{done} of {len(names)} images, {f.tell() / 1e9:.2f} GB", end="", file=sys.stderr)
+            print(file=sys.stderr)
+            write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif))
+        os.replace(part, out)
+        os.unlink(log)
+    except OSError as error:
+        raise UserError(f"{out}: not written ({error.strerror or error}); the same command goes on") from error
+    return dict(images=len(rows), corrupt=len(complaints), bytes=os.path.getsize(out))
+
+
+def ignore_interrupt():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def read_log(log, part, digest):
+    """-> (rows, complaints, images done) of an unfinished pack of the same images and settings"""
+    rows, complaints, done = [], [], 0
+    with contextlib.suppress(OSError, ValueError):
+        size = os.path.getsize(part)
+        with open(log) as f:
+            if json.loads(f.readline()) == digest:
+                for line in f:
+                    count, block, bad = json.loads(line)
+                    if block and block[-1][0] + block[-1][1] > size:
+                        break
+                    rows, complaints, done = rows + block, complaints + bad, count
+    return rows, complaints, done
+
+
+def write_index(f, rows, head):
+    keys = np.array([name_key(r[5]) for r in rows], "<u8")
+    order = np.argsort(keys, kind="stable")
+    encoded = [os.fsencode(r[5]) for r in rows]
+    columns = dict(zip(("offset", "size", "width", "height", "crc"), np.array([r[:5] for r in rows], "<u8").T))
+    columns.update(key=keys[order], end=np.cumsum([len(e) for e in encoded]))
+    columns = {k: columns[k].astype(kind) for k, kind in COLUMNS.items()}
+    columns.update(order=order.astype("<u4"), names=np.frombuffer(b"".join(encoded), "u1"))
+    head.update(columns={}, checks={})
+    for name, values in columns.items():
+        f.write(bytes(-f.tell() % 64))
+        head["columns"][name], head["checks"][name] = [f.tell(), values.nbytes], zlib.crc32(values.tobytes())
+        f.write(values.tobytes())
+    content = json.dumps(head, sort_keys=True).encode()
+    f.write(content + struct.pack("<Q", len(content)) + MAGIC)
+    f.flush()
+    os.fsync(f.fileno())
+
+
 # ---------------------------------------------------------------------------------------------------- folders
 
 class Files:
@@ -112,6 +379,9 @@ class Files:
 
 def list_classes(root):
     """-> sorted names of the class folders under root, and a note on the hidden ones that are left out."""
+    pack, inner = pack_of(root)
+    if pack:
+        return pack.folders(inner), []
     try:
         entries = [e for e in os.scandir(root) if e.is_dir()]
     except OSError as error:
@@ -133,6 +403,9 @@ def class_index(classes, wnids):
 
 def images_below(root, folder=""):
     """-> paths, relative to root, of the images in root/folder and below; sorted, hidden ones left out"""
+    pack, inner = pack_of(root)
+    if pack:
+        return pack.below(inner, folder)
     names = []
     for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True):
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
@@ -187,11 +460,11 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
     alone. Without val/, validation is the `val_split` (default 0.1) of the images that a fixed hash picks; with
     eval_only and no val_split all images of a folder without train/ and val/ are evaluated.
     Raises UserError naming the folder."""
-    if not os.path.isdir(root):
+    if not is_folder(root):
         raise UserError(f"{root}: no such folder")
     train_root = os.path.join(root, "train")
-    val_root = next((os.path.join(root, v) for v in VAL_NAMES if os.path.isdir(os.path.join(root, v))), None)
-    split = os.path.isdir(train_root)
+    val_root = next((os.path.join(root, v) for v in VAL_NAMES if is_folder(os.path.join(root, v))), None)
+    split = is_folder(train_root)
     if val_root and val_split is not None:
         raise UserError(f"--val-split: {root} has its own {os.path.basename(val_root)}/", code=2)
     if val_root and not split and not eval_only:
@@ -335,8 +608,7 @@ class Images(torch.utils.data.Dataset):
             for candidate in range(index, index + (16 if self.replace else 1)):
                 path = self.files.path(candidate % len(self.files))
                 try:
-                    with open(path, "rb") as f:
-                        image = decode(f.read(), exif=self.exif)
+                    image = load(path, self.exif)
                     return *self.sample(image, candidate % len(self.files)), complaint
                 except (OSError, ValueError) as error:
                     complaint = complaint or f"{path}: {error}"
@@ -617,18 +889,77 @@ def import_imagenet(archives, out, labels=None):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="data.py", description="Make, import or describe a data set.")
+    parser = argparse.ArgumentParser(prog="data.py", description="Make, import, pack or describe a data set.")
     parser.add_argument("--data", metavar="FOLDER",
-                        help=f"folder to describe (default: the demo set, made under {DEMO})")
+                        help=f"folder or pack to describe (default: the demo set, made under {DEMO})")
     parser.add_argument("--val-split", type=float, metavar="F",
                         help="share held out where there is no val/ (default 0.1)")
-    parser.add_argument("--import-imagenet", metavar="FOLDER", help="folder with the three ILSVRC2012 archives")
-    parser.add_argument("--val-labels", metavar="FILE", help="validation labels as text, instead of the devkit")
-    parser.add_argument("--out", metavar="FOLDER", help="where --import-imagenet puts train/ and val/")
+    parser.add_argument("--out", metavar="PATH", help="the folder that --import-imagenet, the file that --pack writes")
+    group = parser.add_argument_group("ImageNet")
+    group.add_argument("--import-imagenet", metavar="FOLDER", help="folder with the three ILSVRC2012 archives")
+    group.add_argument("--val-labels", metavar="FILE", help="validation labels as text, instead of the devkit")
+    group = parser.add_argument_group("packs")
+    group.add_argument("--pack", metavar="FOLDER", help="write all its images into one file; say how:")
+    group.add_argument("--lossless", action="store_true", help="as the files are")
+    group.add_argument("--max-side", type=int, metavar="N", help="as JPEGs whose long side is N at most")
+    group.add_argument("--raw", type=int, metavar="N", help="as pixels, the short side N at most")
+    group.add_argument("--quality", type=int, metavar="Q", help="with --max-side: of JPEG (default 90)")
+    group.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
+    group.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that pack")
+    group.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
+    group.add_argument("--overwrite", action="store_true")
+    group.add_argument("--info", metavar="FILE", help="describe a pack, and read all of it")
     return parser
 
 
+def pack_folder(args):
+    """--pack, from the flags to the result"""
+    def refuse(text):
+        raise UserError(text, code=2)
+    modes = [(mode, side) for mode, side in (("lossless", args.lossless), ("jpeg", args.max_side), ("raw", args.raw))
+             if side is not None and side is not False]
+    if len(modes) != 1 or not args.out:
+        refuse("--pack needs --out FILE, and one of --lossless, --max-side N and --raw N")
+    (mode, side), = modes
+    if mode != "lossless" and side < 1 or args.workers < 0:
+        refuse("--max-side and --raw take a number from 1, --workers one from 0")
+    if args.quality is not None and (mode != "jpeg" or not 1 <= args.quality <= 100):
+        refuse("--quality, 1 to 100, goes with --max-side")
+    if args.exif and mode == "lossless":
+        refuse("--exif: a lossless pack keeps the orientation tags; it is the reader's flag")
+    if not os.path.isdir(args.pack):
+        raise UserError(f"{args.pack}: no such folder")
+    if os.path.exists(args.out) and not args.overwrite:
+        refuse(f"{args.out}: exists; --overwrite replaces it")
+    return dict(make_pack(args.pack, args.out, mode, None if side is True else side, args.quality or 90, args.workers,
+                          args.exif, args.on_corrupt == "skip"), pack=args.out, mode=mode)
+
+
+def check_pack(path):
+    """--info: reads every record. Raises UserError with the first that is damaged."""
+    if not is_pack(path):
+        raise UserError(f"{path}: no pack, or none that is whole")
+    pack = Pack(path)
+    for i in range(len(pack)):
+        try:
+            pack.record(i)
+        except ValueError as error:
+            raise UserError(f"{path}/{pack.name(i)}: {error}") from error
+    sizes = np.stack([pack.width, pack.height])
+    head = {k: v for k, v in pack.head.items() if k not in ("columns", "checks") and v is not None}
+    return dict(pack=path, images=len(pack), bytes=len(pack.bytes), largest=sizes.max(1).tolist(),
+                pixels=int((sizes[0].astype(np.int64) * sizes[1]).sum()), **head)
+
+
 def main(args):
+    if args.info:
+        return check_pack(args.info)
+    if args.pack:
+        return pack_folder(args)
+    usual = get_args_parser().parse_args([])
+    for key in ("lossless", "max_side", "raw", "quality", "exif", "workers", "on_corrupt", "overwrite"):
+        if getattr(args, key) != getattr(usual, key):
+            raise UserError(f"--{key.replace('_', '-')} goes with --pack", code=2)
     if args.import_imagenet:
         if not args.out:
             raise UserError("--import-imagenet needs --out FOLDER", code=2)

@@ -41,7 +41,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -362,10 +362,11 @@ def reader(model, amp):
 def examine(path):
     """-> (format, digest of the file) or (None, complaint)"""
     try:
-        with open(path, "rb") as f:
-            content = f.read()
-        data.decode(content)
-        return Image.open(io.BytesIO(content)).format, hashlib.blake2b(content, digest_size=16).digest()
+        data.load(path)
+        content, kind = data.read(path), "pixels"  # of a pack
+        with contextlib.suppress(UnidentifiedImageError):
+            kind = Image.open(io.BytesIO(content)).format
+        return kind, hashlib.blake2b(content, digest_size=16).digest()
     except (OSError, ValueError) as error:
         return None, f"{path}: {error}"
 
@@ -856,8 +857,7 @@ def report(model, val, classes, args, world, most=24):
         write_atomic(os.path.join(args.out, "confusion.svg"), confusion_svg(matrix, classes).encode())
         tiles = []
         for i in wrong[:most]:
-            with open(val.path(i), "rb") as f:
-                image = data.decode(f.read(), exif=args.exif)
+            image = data.load(val.path(i), args.exif)
             p = logits[i].softmax(0)[predicted[i]].item()
             tiles.append((image, f"{os.path.basename(val.path(i))}\nis {classes[labels[i]]}\n"
                           f"taken for {classes[predicted[i]]}, {100 * p:.0f} %"))
@@ -1430,8 +1430,7 @@ def detect(args, world, stop, most=16):
     if world.rank == 0 and not args.eval_only:
         tiles = []
         for i in sorted(found)[:most]:
-            with open(val.path(i), "rb") as f:
-                picture = data.decode(f.read())
+            picture = data.load(val.path(i))
             tiles.append((draw_boxes(picture, found[i], truth[i], classes, args.score_threshold),
                           os.path.basename(val.path(i))))
         write_atomic(os.path.join(args.out, "predictions.png"), contact_sheet(tiles))

@@ -1,0 +1,242 @@
+"""Packs: what is in them against the folder they were made of, everywhere a folder goes, and everything that is wrong
+with one."""
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from resnet50 import UserError
+
+MODES = {"lossless": ["--lossless"], "jpeg": ["--max-side", "48", "--quality", "80"], "raw": ["--raw", "40"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The demo set's layout, with images of other sizes, kinds and names"""
+    root = data.make_demo(str(tmp_path_factory.mktemp("folder") / "set"), train=7, val=3)
+    noise = np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(os.path.join(root, "train", "disk", "über lang.png"))
+    Image.fromarray(noise[:, :, 0]).save(os.path.join(root, "train", "ring", "grey.jpg"), quality=95)
+    Image.fromarray(noise[:31, :17]).save(os.path.join(root, "train", "ring", "small.jpg"), quality=95)
+    os.makedirs(os.path.join(root, "train", "ring", "deep", "er"))
+    Image.fromarray(noise).save(os.path.join(root, "train", "ring", "deep", "er", "tall.bmp"))
+    return root
+
+
+def pack(root, out, *flags):
+    return data.main(data.get_args_parser().parse_args(["--pack", str(root), "--out", str(out), *map(str, flags)]))
+
+
+@pytest.fixture(scope="module")
+def packs(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("packs")
+    for mode, flags in MODES.items():
+        pack(folder, root / mode, *flags, "--workers", 2)
+    return {mode: str(root / mode) for mode in MODES}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pack_is_the_folder(mode, folder, packs):
+    theirs, ours = (data.open_folder(root) for root in (folder, packs[mode]))
+    assert theirs[2:4] == ours[2:4] and len(theirs[0]) == 74 and len(theirs[1]) == 30
+    for a, b in zip(theirs[:2], ours[:2]):
+        assert (a.labels == b.labels).all() and len(a) == len(b)
+        for i in range(len(a)):
+            assert os.path.relpath(a.path(i), folder) == os.path.relpath(b.path(i), packs[mode])
+            image, packed = data.load(a.path(i)), data.load(b.path(i))
+            if mode == "lossless":
+                assert data.read(a.path(i)) == data.read(b.path(i)) and np.array_equal(image, packed)
+                continue
+            side = (min if mode == "raw" else max)(image.size)
+            scale = min(1, (40 if mode == "raw" else 48) / side)
+            assert packed.size == tuple(round(n * scale) for n in image.size) and packed.mode == "RGB"
+            again = image.resize(packed.size, Image.Resampling.BICUBIC)
+            error = np.abs(np.asarray(again, float) - np.asarray(packed)).mean()
+            assert error == 0 if scale == 1 and mode == "raw" else error < (2 if mode == "raw" else 25)
+    info = data.main(data.get_args_parser().parse_args(["--info", packs[mode]]))
+    assert info["images"] == 104 and info["mode"] == mode and info["bytes"] == os.path.getsize(packs[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, packs, tmp_path, run, monkeypatch):
+    pack(folder, tmp_path / "one", *MODES[mode], "--workers", 0)
+    with open(packs[mode], "rb") as a, open(tmp_path / "one", "rb") as b:
+        wanted = a.read()
+        assert wanted == b.read()
+    kill = "import data\ndata.BLOCK = 20\ninner = os.fsync\ncount = [0]\ndef fsync(fd):\n    inner(fd)\n" \
+           "    count[0] += 1\n    if count[0] == 3: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
+    out = tmp_path / "two"
+    flags = ["--pack", folder, "--out", out, *MODES[mode], "--workers", 0]
+    assert run(*flags, script="data.py", before=kill).returncode == -signal.SIGKILL and not out.exists()
+    with open(f"{out}.part", "ab") as f:
+        f.write(b"what was being written")
+    with open(f"{out}.part.log") as f:
+        lines = f.read().splitlines()
+    assert len(lines) == 3  # the settings, two blocks; the third was synced but not noted
+    read = []
+    monkeypatch.setattr(data, "packed", lambda path, inner=data.packed, **k: read.append(path) or inner(path, **k))
+    pack(folder, out, *MODES[mode], "--workers", 0)
+    assert len(read) == 104 - 40 and out.read_bytes() == wanted and sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_other_settings_start_anew(folder, tmp_path, run):
+    out = tmp_path / "x"
+    kill = "import data\ndata.BLOCK = 20\ndef fsync(fd):\n    os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
+    run("--pack", folder, "--out", out, "--raw", 30, "--workers", 0, script="data.py", before=kill)
+    assert os.path.exists(f"{out}.part")
+    pack(folder, out, "--raw", 20, "--workers", 0)
+    assert data.load(f"{out}/val/ring/0000.jpg").size == (20, 20)
+
+
+def test_training_on_a_lossless_pack_is_training_on_the_folder(tiny, run, tmp_path):
+    pack(tiny, tmp_path / "pack", "--lossless", "--workers", 0)
+    results = []
+    for root in (tiny, tmp_path / "pack"):
+        done = run("--data", root, "--epochs", 1, "--batch-size", 10, "--image-size", 32, "--workers", 1, "--out",
+                   tmp_path / f"out{len(results)}", "--amp-dtype", "float32", "--recipe", "demo",
+                   env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-1000:]
+        result = json.loads(done.stdout.splitlines()[-1])
+        results.append({k: result[k] for k in ("top1", "top5", "loss", "samples_seen")})
+    assert results[0] == results[1]
+    states = [torch.load(tmp_path / f"out{i}" / "last.pt", weights_only=True)["model"] for i in (0, 1)]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_a_flat_folder_splits_as_before(folder, tmp_path):
+    flat = os.path.join(folder, "train")
+    pack(flat, tmp_path / "flat", "--raw", 16, "--workers", 0)
+    theirs, ours = data.open_folder(flat, val_split=0.3), data.open_folder(str(tmp_path / "flat"), val_split=0.3)
+    for a, b in zip(theirs[:2], ours[:2]):
+        assert [os.path.relpath(a.path(i), flat) for i in range(len(a))] == [
+            os.path.relpath(b.path(i), tmp_path / "flat") for i in range(len(b))]
+    assert len(data.scan_unlabelled(str(tmp_path / "flat"))) == len(data.scan_unlabelled(flat)) == 74
+
+
+def test_names_of_equal_hashes_are_told_apart(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "name_key", lambda name: len(name) % 3)
+    pack(folder, tmp_path / "x", "--raw", 16, "--workers", 0)
+    files = data.open_folder(str(tmp_path / "x"))[0]
+    for i in range(len(files)):
+        inner = os.path.relpath(files.path(i), tmp_path / "x")
+        there = data.open_pack(str(tmp_path / "x"))
+        assert there.name(there.find(inner)) == inner
+    assert there.find("train/none.jpg") is None
+    with pytest.raises(OSError, match="no such image"):
+        data.load(str(tmp_path / "x" / "train" / "none.jpg"))
+
+
+def orientation(path):
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+
+
+def test_orientation_tags(tmp_path):
+    (tmp_path / "set" / "a").mkdir(parents=True)
+    orientation(tmp_path / "set" / "a" / "x.jpg")
+    for mode, flags in MODES.items():
+        pack(tmp_path / "set", tmp_path / mode, *flags, "--workers", 0)
+        assert data.load(str(tmp_path / mode / "a" / "x.jpg")).size == (30, 20)
+        if mode == "lossless":
+            assert data.load(str(tmp_path / mode / "a" / "x.jpg"), exif=True).size == (20, 30)
+            continue
+        with pytest.raises(UserError, match="packed without, and keeps no orientation"):
+            data.load(str(tmp_path / mode / "a" / "x.jpg"), exif=True)
+        pack(tmp_path / "set", tmp_path / (mode + "2"), *flags, "--workers", 0, "--exif")
+        assert data.load(str(tmp_path / (mode + "2") / "a" / "x.jpg"), exif=True).size == (20, 30)
+
+
+# ---------------------------------------------------------------------------------------------------- what is wrong
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_damaged_byte_is_noticed(mode, packs, tmp_path):
+    """In a record by the image's name and its place; in the index at once; a short file by its length."""
+    good = open(packs[mode], "rb").read()
+    rng, path = np.random.default_rng(0), str(tmp_path / "damaged")
+    there = data.Pack(packs[mode])
+    first_column = min(offset for offset, _ in there.head["columns"].values())
+    covered = np.zeros(len(good), bool)
+    for offset, size in [*there.head["columns"].values(), *zip(there.offset.tolist(), there.size.tolist())]:
+        covered[offset:offset + size] = True
+    covered[there.head["columns"]["names"][0] + there.head["columns"]["names"][1]:] = True
+    for at in rng.choice(np.flatnonzero(covered), 60):
+        bad = bytearray(good)
+        bad[at] ^= 1 << int(rng.integers(8))
+        with open(path, "wb") as f:
+            f.write(bad)
+        with pytest.raises(UserError) as caught:
+            data.check_pack(path)
+        i = int(np.searchsorted(there.offset, at, side="right")) - 1
+        if at < first_column:
+            assert there.name(i) in str(caught.value) and f"bytes {there.offset[i]} to" in str(caught.value)
+        assert path in str(caught.value) and caught.value.code == 3
+    for length in [0, 5, 30, len(good) // 2, len(good) - 1, *rng.integers(0, len(good), 20).tolist()]:
+        with open(path, "wb") as f:
+            f.write(good[:length])
+        with pytest.raises(UserError, match="no pack|cut short|no class folders|no such folder|damaged"):
+            data.check_pack(path)
+
+
+def test_a_damaged_image_travels_as_a_complaint(packs, tmp_path):
+    """As one in a folder does: training takes the next, evaluation counts it."""
+    path = str(tmp_path / "pack")
+    shutil.copy(packs["raw"], path)
+    files = data.open_folder(path)[0]
+    there = data.Pack(path)
+    i = there.find(os.path.relpath(files.path(3), path))
+    with open(path, "r+b") as f:
+        f.seek(int(there.offset[i]) + 5)
+        f.write(b"\xaa\x55\xaa")
+    for replace in (True, False):
+        images = data.Images(files, lambda _: lambda image: torch.zeros(1), replace=replace)
+        pixels, label, complaint = images[(0, 3, 0)]
+        assert files.path(3) in complaint and f"damaged at bytes {there.offset[i]}" in complaint
+        assert (pixels is not None) == replace and (label == files.labels[4] if replace else label == -1)
+
+
+def test_images_that_do_not_decode(folder, tmp_path):
+    root = tmp_path / "set"
+    shutil.copytree(folder, root)
+    (root / "train" / "disk" / "bad.jpg").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="disk/bad.jpg: not an image.*--on-corrupt skip"):
+        pack(root, tmp_path / "x", "--raw", 16, "--workers", 2)
+    found = pack(root, tmp_path / "x", "--raw", 16, "--workers", 2, "--on-corrupt", "skip")
+    assert found["images"] == 104 and found["corrupt"] == 1
+    assert len(data.open_folder(str(tmp_path / "x"))[0]) == 74
+
+
+def test_a_full_disk(folder, tmp_path, run):
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    done = run("--pack", folder, "--out", tmp_path / "x", "--raw", 64, "--workers", 0, script="data.py", before=limit)
+    assert done.returncode == 3 and "not written" in done.stderr.splitlines()[-1] and not (tmp_path / "x").exists()
+    pack(folder, tmp_path / "x", "--raw", 64, "--workers", 0)
+    assert data.check_pack(str(tmp_path / "x"))["images"] == 104
+
+
+@pytest.mark.parametrize("flags, complaint, code", [
+    ([], "one of --lossless", 2), (["--raw", 9, "--lossless"], "one of --lossless", 2), (["--raw", 0], "from 1", 2),
+    (["--raw", 9, "--quality", 5], "goes with --max-side", 2), (["--max-side", 9, "--quality", 0], "--quality, 1", 2),
+    (["--lossless", "--exif"], "--exif: a lossless pack", 2), (["--raw", 9, "--pack", "nowhere"], "no such folder", 3)])
+def test_what_packing_cannot_honour_is_refused(flags, complaint, code, folder, tmp_path):
+    with pytest.raises(UserError) as caught:
+        pack(folder, tmp_path / "x", *flags)
+    assert complaint in str(caught.value) and caught.value.code == code and os.listdir(tmp_path) == []
+
+
+def test_packs_are_not_overwritten_and_folders_not_described_as_packs(folder, packs, tmp_path):
+    with pytest.raises(UserError, match="exists; --overwrite"):
+        pack(folder, packs["raw"], "--raw", 9)
+    (tmp_path / "x").write_text("text")
+    for args, match in ((["--info", tmp_path / "x"], "no pack"), (["--info", tmp_path / "none"], "no pack"),
+                        (["--raw", "9"], "--raw goes with --pack"), (["--data", tmp_path / "x"], "no such folder")):
+        with pytest.raises(UserError, match=match):
+            data.main(data.get_args_parser().parse_args([str(a) for a in args]))
