@@ -285,7 +285,7 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                 f.write(MAGIC)
                 notes.write(json.dumps(digest) + "\n")
             results = map(work, paths) if not workers else stack.enter_context(
-                multiprocessing.get_context("fork").Pool(workers, ignore_interrupt)).imap(work, paths, 16)
+                multiprocessing.get_context("fork").Pool(workers, start_packer)).imap(work, paths, 16)
             while done < len(names):
                 block, bad = [], []
                 for name in names[done:done + BLOCK]:
@@ -313,8 +313,10 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     return dict(images=len(rows), corrupt=len(complaints), bytes=os.path.getsize(out))
 
 
-def ignore_interrupt():
+def start_packer():
+    """Ctrl-C is its parent's affair; SIGTERM must end it, whatever handler it inherits, or terminate() waits for ever"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def read_log(log, part, digest):

@@ -206,8 +206,12 @@ def test_images_that_do_not_decode(folder, tmp_path):
     root = tmp_path / "set"
     shutil.copytree(folder, root)
     (root / "train" / "disk" / "bad.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="disk/bad.jpg: not an image.*--on-corrupt skip"):
-        pack(root, tmp_path / "x", "--raw", 16, "--workers", 2)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # what its processes inherit must not keep them
+    try:
+        with pytest.raises(UserError, match="disk/bad.jpg: not an image.*--on-corrupt skip"):
+            pack(root, tmp_path / "x", "--raw", 16, "--workers", 2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     found = pack(root, tmp_path / "x", "--raw", 16, "--workers", 2, "--on-corrupt", "skip")
     assert found["images"] == 104 and found["corrupt"] == 1
     assert len(data.open_folder(str(tmp_path / "x"))[0]) == 74
