@@ -314,7 +314,7 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
 
 
 def start_packer():
-    """Ctrl-C is its parent's affair; SIGTERM must end it, whatever handler it inherits, or terminate() waits for ever"""
+    """Ctrl-C is its parent's affair; SIGTERM must end it, whatever handler it inherits, or terminate() never returns"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -418,7 +418,7 @@ def images_below(root, folder=""):
 
 def scan_unlabelled(root):
     """Every image below root -> Files, with the label that cross entropy ignores. Raises UserError if there is none."""
-    if not os.path.isdir(root):
+    if not is_folder(root):
         raise UserError(f"{root}: no such folder")
     names = images_below(root)
     if not names:
