@@ -15,12 +15,15 @@ mid-epoch by arithmetic.
 import argparse
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import functools
 import hashlib
 import io
+import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -29,6 +32,7 @@ import signal
 import struct
 import sys
 import tarfile
+import threading
 import warnings
 import zlib
 
@@ -36,6 +40,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
+import csrc
 from resnet50 import UserError, run_script
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # what a stranger may send to a server
@@ -95,21 +100,20 @@ def grey16(image):
 
 MAGIC = b"resnet50pack/1\r\n"
 BLOCK = 256  # images between two notes of how far a pack has got
-COLUMNS = dict(key="<u8", offset="<u8", size="<u4", width="<u4", height="<u4", crc="<u4", end="<u8")
+COLUMNS = dict(key="<u8", offset="<u8", size="<u4", width="<u4", height="<u4", crc="<u4", end="<u8", shard="<u2")
 
 
 class Pack:
     """One file with all images of a folder, memory-mapped: MAGIC, records, the columns of an index, a JSON head, its
     length as uint64 and MAGIC again. Columns have an entry per image in the order of names: offset, size, width, height
-    and CRC-32 of its record, end of its name in `names`; and a hash of each name, sorted, with the position it belongs
-    to. A record is what the image file was, or uint8 (height, width, 3)."""
+    and CRC-32 of its record, end of its name in `names`, number of the shard; and a hash of each name, sorted, with the
+    position it belongs to. Shards are files beside it, FILE.000 and so on, with the records. A record is an image file,
+    or uint8 (height, width, 3)."""
 
     def __init__(self, path):
         self.path = path
-        try:
-            self.bytes = np.memmap(path, np.uint8, "r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        self.maps = [mapped(path)]
+        self.bytes = np.frombuffer(self.maps[0], np.uint8)
         tail = len(MAGIC) + 8
         if len(self.bytes) < 2 * tail or self.bytes[-len(MAGIC):].tobytes() != MAGIC:
             raise UserError(f"{path}: cut short at byte {len(self.bytes)}: a pack ends with its index")
@@ -122,9 +126,22 @@ class Pack:
                 if len(part) != size or zlib.crc32(part) != self.head["checks"][name]:
                     raise ValueError(f"column {name} at byte {offset}")
                 setattr(self, name, part.view(kind))
+            shards = shard_names(path, self.head["shards"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged index ({type(error).__name__}: {error})") from error
-        self.seen = bytearray(len(self.key))  # whose checksum was compared by this process
+        if shards:
+            self.maps = [mapped(p) for p in shards]
+        self.parts = [np.frombuffer(m, np.uint8) for m in self.maps]
+        for k, part in enumerate(shards):
+            ends = (self.offset.astype(np.int64) + self.size)[self.shard == k]
+            if len(self.parts[k]) != ends.max(initial=len(MAGIC)):
+                raise UserError(f"{part}: {len(self.parts[k])} bytes, expected {ends.max(initial=len(MAGIC))}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody writes into them
+            self.tensors = [torch.from_numpy(p) for p in self.parts]
+        self.seen = np.zeros(len(self.key), bool)  # whose checksum was compared by this process
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        self.leaves_memory = sum(map(len, self.parts)) > memory / 2
 
     def __len__(self):
         return len(self.key)
@@ -158,22 +175,57 @@ class Pack:
 
     def record(self, i):
         """-> uint8 view of an image's bytes. Raises ValueError where they are not what was written."""
-        begin, size = int(self.offset[i]), int(self.size[i])
-        part = self.bytes[begin:begin + size]
+        begin, size, shard = int(self.offset[i]), int(self.size[i]), int(self.shard[i])
+        part = self.parts[shard][begin:begin + size]
         if not self.seen[i]:
             if zlib.crc32(part) != self.crc[i]:
-                raise ValueError(f"damaged at bytes {begin} to {begin + size} of {self.path}")
-            self.seen[i] = 1
+                where = (shard_names(self.path, self.head["shards"]) or [self.path])[shard]
+                raise ValueError(f"damaged at bytes {begin} to {begin + size} of {where}")
+            self.seen[i] = True
         return part
+
+    def content(self, index, exif=False):
+        """Files.content of the records at those positions. Those that may not be in memory are asked for all at once,
+        and no more than they: the system would read each in pieces, with several times as much around them."""
+        self.check_exif(exif)
+        for i in index if self.leaves_memory else index[~self.seen[index]]:
+            begin, size = int(self.offset[i]), int(self.size[i])
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self.maps[self.shard[i]].madvise(mmap.MADV_WILLNEED, page, begin + size - page)
+        places = np.stack([self.shard[index], self.offset[index], self.size[index]], 1).astype(np.int64)
+        seen = np.stack([self.height[index], self.width[index]], 1).astype(np.int64)
+        turns = exif and self.head["mode"] == "lossless"
+        for row in range(len(index)) if turns else np.flatnonzero(self.seen[index] == 0):
+            try:
+                record = self.record(index[row])
+                if turns and has_exif(record[:1 << 16].tobytes()):
+                    seen[row] = 0
+            except ValueError:
+                seen[row] = 0
+        places[seen[:, 0] == 0, 2] = 0
+        sizes = seen if self.head["mode"] == "raw" else np.zeros_like(seen)
+        return self.tensors, torch.from_numpy(places), torch.from_numpy(sizes), seen
 
     def image(self, i, exif=False):
         """-> PIL image, mode RGB"""
-        if exif and not self.head["exif"] and self.head["mode"] != "lossless":
-            raise UserError(f"{self.path}: --exif: was packed without, and keeps no orientation", code=2)
+        self.check_exif(exif)
         part = self.record(i)
         if self.head["mode"] == "raw":
             return Image.fromarray(part.reshape(int(self.height[i]), int(self.width[i]), 3))
         return decode(part.tobytes(), exif=exif and self.head["mode"] == "lossless")
+
+    def check_exif(self, exif):
+        if exif and not self.head["exif"] and self.head["mode"] != "lossless":
+            raise UserError(f"{self.path}: --exif: was packed without, and keeps no orientation", code=2)
+
+
+def mapped(path):
+    """-> a file's memory map"""
+    try:
+        with open(path, "rb") as f:
+            return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: empty
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def name_key(name):
@@ -245,7 +297,8 @@ def packed(path, mode, side, quality, exif):
         image = decode(content, exif=exif and mode != "lossless")
         width, height = image.size
         if mode == "lossless":
-            return content, width, height
+            restarted = with_restarts(content)
+            return restarted if np.array_equal(decode(restarted), image) else content, width, height
         scale = side / (min if mode == "raw" else max)(width, height)
         if scale < 1:
             width, height = (max(1, round(scale * n)) for n in (width, height))
@@ -253,64 +306,99 @@ def packed(path, mode, side, quality, exif):
         if mode == "raw":
             return image.tobytes(), width, height
         if scale >= 1 and not exif and content[:2] == b"\xff\xd8":
-            return content, width, height  # small enough as it is
+            return with_restarts(content), width, height  # small enough as it is
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
-        return buffer.getvalue(), width, height
+        return with_restarts(buffer.getvalue()), width, height
     except (OSError, ValueError) as error:
         return f"{path}: {error}", None, None
 
 
-def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, skip=False):
-    """Writes all images below a folder into one file, the same bytes whatever the workers. Killed, it goes on at the
-    last BLOCK when it is called with the same arguments. -> dict of counts"""
+def with_restarts(content):
+    """A JPEG file -> the same with restart markers, so that what lies outside a crop need not be decoded; others as
+    they are"""
+    made = csrc.jpeg_restart(torch.frombuffer(bytearray(content), dtype=torch.uint8)) if content else ()
+    return made.numpy().tobytes() if len(made) else content
+
+
+def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, skip=False, shards=0):
+    """Writes all images below a folder into one file, or their records into `shards` more, the same bytes whatever the
+    workers. Killed, it goes on at the last BLOCK when it is called with the same arguments. -> dict of counts"""
     names = images_below(root)
     if not names:
         raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")
+    if shards > len(names):
+        raise UserError(f"--shards {shards}: {root} has {len(names)} images", code=2)
     states = [os.stat(os.path.join(root, n)) for n in names]
-    about = [mode, side, quality, exif, skip, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
+    about = [mode, side, quality, exif, skip, shards, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-    part, log = out + ".part", out + ".part.log"
-    rows, complaints, done = read_log(log, part, digest)
+    log, index, parts = out + ".part.log", out + ".part", shard_names(out, shards)
+    rows, complaints, done = read_log(log, parts or [index], digest)
+    if not is_log(log, digest) and (found := [p for p in parts if os.path.exists(p)]):
+        raise UserError(f"{found[0]}: exists, and is none of this pack's", code=2)
+    csrc.load()  # once, before there are processes
     work = functools.partial(packed, mode=mode, side=side, quality=quality, exif=exif)
     paths = (os.path.join(root, n) for n in names[done:])
     try:
         with contextlib.ExitStack() as stack:
-            f = stack.enter_context(open(part, "r+b" if done else "wb"))
             notes = stack.enter_context(open(log, "a" if done else "w"))
-            if done:
-                f.truncate(rows[-1][0] + rows[-1][1] if rows else len(MAGIC))
-                f.seek(0, os.SEEK_END)
-            else:
-                f.write(MAGIC)
+            if not done:
                 notes.write(json.dumps(digest) + "\n")
+                notes.flush()
             results = map(work, paths) if not workers else stack.enter_context(
                 multiprocessing.get_context("fork").Pool(workers, start_packer)).imap(work, paths, 16)
+            f, at, size = None, None, sum(r[1] for r in rows)
             while done < len(names):
                 block, bad = [], []
-                for name in names[done:done + BLOCK]:
+                for j in range(done, min(done + BLOCK, len(names))):
+                    if (shard := j * (shards or 1) // len(names)) != at:
+                        f, at = stack.enter_context(open_part((parts or [index])[shard], rows, shard, f)), shard
                     content, width, height = next(results)
                     if width is None:
                         bad.append(content)
                         if not skip:
                             raise UserError(f"{content} (--on-corrupt skip leaves such files out)")
                         continue
-                    block.append([f.tell(), len(content), width, height, zlib.crc32(content), name])
+                    block.append([f.tell(), len(content), width, height, zlib.crc32(content), shard, names[j]])
                     f.write(content)
-                done += min(BLOCK, len(names) - done)
+                done = j + 1
                 f.flush()
                 os.fsync(f.fileno())
                 notes.write(json.dumps([done, block, bad]) + "\n")
                 notes.flush()
-                rows, complaints = rows + block, complaints + bad
-                print(f"\r{done} of {len(names)} images, {f.tell() / 1e9:.2f} GB", end="", file=sys.stderr)
+                rows += block
+                complaints += bad
+                size += sum(r[1] for r in block)
+                print(f"\r{done} of {len(names)} images, {size / 1e9:.2f} GB", end="", file=sys.stderr)
             print(file=sys.stderr)
-            write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif))
-        os.replace(part, out)
+            if parts or f is None:
+                f = stack.enter_context(open_part(index, [] if parts else rows, 0, f))
+            write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif,
+                                      shards=shards))
+        os.replace(index, out)
         os.unlink(log)
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); the same command goes on") from error
-    return dict(images=len(rows), corrupt=len(complaints), bytes=os.path.getsize(out))
+    return dict(images=len(rows), corrupt=len(complaints), bytes=sum(os.path.getsize(p) for p in [out, *parts]))
+
+
+def shard_names(out, shards):
+    return [f"{out}.{k:03}" for k in range(shards)]
+
+
+def open_part(path, rows, shard, before):
+    """-> file at the end of what `rows` say is in it; `before`, the one until now, is kept first"""
+    if before:
+        before.flush()
+        os.fsync(before.fileno())
+    end = next((r[0] + r[1] for r in reversed(rows) if r[5] == shard), 0)
+    f = open(path, "r+b" if end else "wb")
+    if not end:
+        f.write(MAGIC)
+    else:
+        f.truncate(end)
+        f.seek(0, os.SEEK_END)
+    return f
 
 
 def start_packer():
@@ -319,26 +407,34 @@ def start_packer():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def read_log(log, part, digest):
+def is_log(log, digest):
+    with contextlib.suppress(OSError, ValueError):
+        with open(log) as f:
+            return json.loads(f.readline()) == digest
+    return False
+
+
+def read_log(log, parts, digest):
     """-> (rows, complaints, images done) of an unfinished pack of the same images and settings"""
     rows, complaints, done = [], [], 0
-    with contextlib.suppress(OSError, ValueError):
-        size = os.path.getsize(part)
-        with open(log) as f:
-            if json.loads(f.readline()) == digest:
-                for line in f:
-                    count, block, bad = json.loads(line)
-                    if block and block[-1][0] + block[-1][1] > size:
-                        break
-                    rows, complaints, done = rows + block, complaints + bad, count
+    if not is_log(log, digest):
+        return rows, complaints, done
+    with contextlib.suppress(OSError, ValueError), open(log) as f:
+        f.readline()
+        for line in f:
+            count, block, bad = json.loads(line)
+            if any(r[0] + r[1] > os.path.getsize(parts[r[5]]) for r in block[-1:]):
+                break
+            rows, complaints, done = rows + block, complaints + bad, count
     return rows, complaints, done
 
 
 def write_index(f, rows, head):
-    keys = np.array([name_key(r[5]) for r in rows], "<u8")
+    keys = np.array([name_key(r[6]) for r in rows], "<u8")
     order = np.argsort(keys, kind="stable")
-    encoded = [os.fsencode(r[5]) for r in rows]
-    columns = dict(zip(("offset", "size", "width", "height", "crc"), np.array([r[:5] for r in rows], "<u8").T))
+    encoded = [os.fsencode(r[6]) for r in rows]
+    numbers = np.array([r[:6] for r in rows], "<u8").reshape(-1, 6).T
+    columns = dict(zip(("offset", "size", "width", "height", "crc", "shard"), numbers))
     columns.update(key=keys[order], end=np.cumsum([len(e) for e in encoded]))
     columns = {k: columns[k].astype(kind) for k, kind in COLUMNS.items()}
     columns.update(order=order.astype("<u4"), names=np.frombuffer(b"".join(encoded), "u1"))
@@ -365,6 +461,8 @@ class Files:
         self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
         self.labels = np.asarray(labels, dtype=np.int32)
+        self.pack = pack_of(root)[0]
+        self.positions = np.full(len(names) if self.pack else 0, -1)  # in the pack, once they were looked for
 
     def __len__(self):
         return len(self.ends)
@@ -372,6 +470,30 @@ class Files:
     def path(self, i):
         begin = self.ends[i - 1] if i else 0
         return os.path.join(self.root, os.fsdecode(self.blob[begin:self.ends[i]].tobytes()))
+
+    def content(self, index, exif=False):
+        """-> files, places int64 (N, 3) and sizes int64 (N, 2) as csrc.crop_images takes them, for positions (N,), and
+        int64 array (N, 2): height and width of all that may be decoded, and zeros for what is damaged, or
+        turned by an EXIF tag that counts"""
+        if self.pack:
+            for i in index[self.positions[index] < 0]:
+                self.positions[i] = self.pack.find(os.path.relpath(self.path(i), self.pack.path))
+            return self.pack.content(self.positions[index], exif)
+        parts = []
+        for i in index:
+            try:
+                parts.append(np.fromfile(self.path(i), np.uint8))
+            except OSError:
+                parts.append(np.empty(0, np.uint8))
+            if not len(parts[-1]):
+                parts[-1] = np.zeros(1, np.uint8)  # no JPEG
+        files = [torch.from_numpy(p) for p in parts]
+        places = torch.tensor([[i, 0, len(p)] for i, p in enumerate(parts)])
+        seen = csrc.jpeg_sizes(files, places).numpy()
+        if exif:
+            seen[[has_exif(p[:1 << 16].tobytes()) for p in parts]] = 0
+        places[torch.from_numpy(seen[:, 0] == 0), 2] = 0
+        return files, places, torch.zeros(len(parts), 2, dtype=torch.int64), seen
 
     def select(self, keep):
         """-> the Files at the positions `keep` (int array)."""
@@ -545,13 +667,100 @@ class RandAugmentNoise(torch.nn.Module):
         return self.inner(image)
 
 
+class Transform:
+    """What becomes of an image: a box of it, resized with antialiasing to uint8 (size, size, 3) and mirrored or not,
+    and then `rest` of that. crops(heights, widths, seeds), arrays of N, gives the boxes as csrc.crop_images has them,
+    int64 (N, 9), from nothing but the seeds. JPEGs are decoded smaller where `gap` times the resized size is left;
+    `resize` is that of the short side, where the box is the whole image."""
+
+    def __init__(self, size, kernel, crops, rest=None, gap=0, resize=None):
+        if kernel not in ("bilinear", "bicubic"):
+            raise UserError(f"interpolation {kernel}: expected bilinear or bicubic")
+        self.size, self.kernel, self.crops, self.rest, self.gap = size, kernel, crops, rest, gap
+        self.resize = resize or size
+
+    def __call__(self, image, seed=0):
+        """PIL image, mode RGB -> uint8 (size, size, 3)"""
+        pixels = np.array(image)
+        return self.finish(self.cut(pixels, pixels.shape[:2], self.gap, seed), seed)
+
+    def encoded(self, content, formats=TRAIN_FORMATS, exif=False, gap=None):
+        """The bytes of an image file, as decode() takes them -> uint8 (size, size, 3). Raises ValueError as it does."""
+        gap, found = self.gap if gap is None else gap, None
+        if content and not (exif and has_exif(content)):
+            found = self.cut(np.frombuffer(bytearray(content), np.uint8), (0, 0), gap, 0)
+        return self(decode(content, formats, exif, gap * self.resize)) if found is None else self.finish(found, 0)
+
+    def cut(self, values, size, gap, seed):
+        """RGB pixels of that size, or a file and zeros -> uint8 (size, size, 3), None if that is no intact JPEG"""
+        files = [torch.from_numpy(values.reshape(-1))]
+        places, sizes = torch.tensor([[0, 0, values.size]]), torch.tensor([size])
+        seen = sizes if size[0] else csrc.jpeg_sizes(files, places)
+        if not seen.all():
+            return None
+        crops = torch.from_numpy(self.crops(*seen.numpy().T, np.array([seed], np.uint64)))
+        out = torch.empty(1, self.size, self.size, 3, dtype=torch.uint8)
+        done = csrc.crop_images(out.permute(0, 3, 1, 2), files, places, sizes, crops, self.kernel, gap)
+        return out[0] if done else None
+
+    def finish(self, pixels, seed):
+        """The rest, with torch's default generator at the seed and then where it was"""
+        if not self.rest:
+            return pixels
+        outer = torch.get_rng_state()  # without workers this is the training process's own generator
+        torch.default_generator.manual_seed(int(seed))
+        try:
+            return self.rest(pixels)
+        finally:
+            torch.set_rng_state(outer)
+
+
+def has_exif(content):
+    return content.find(b"Exif\0\0", 0, 1 << 16) >= 0
+
+
+def uniform(seeds, count):
+    """uint64 (N,) -> float64 (N, count), 0 <= x < 1: SplitMix64 (Steele, Lea and Flood, 2014) from each seed"""
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = np.asarray(seeds, np.uint64)[:, None] + steps
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53
+
+
+def random_crops(heights, widths, seeds, size, scale, hflip):
+    """The boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3, from the same distribution: the first of ten
+    that fits, or the largest in the middle."""
+    low, high = np.log(3 / 4), np.log(4 / 3)
+    numbers, area = uniform(seeds, 23), (heights * widths)[:, None]
+    area = area * (scale + (1 - scale) * numbers[:, :10])
+    ratio = np.exp(low + (high - low) * numbers[:, 10:20])
+    w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
+    first = np.arange(len(seeds)), fits.argmax(1)
+    w, h, fits = w[first], h[first], fits.any(1)
+    w = np.where(fits, w, np.minimum(widths, np.rint(heights * (4 / 3)).astype(np.int64)))
+    h = np.where(fits, h, np.minimum(heights, np.rint(widths / (3 / 4)).astype(np.int64)))
+    top, left = heights - h, widths - w
+    top = np.where(fits, np.floor(numbers[:, 20] * (top + 1)), top // 2)
+    left = np.where(fits, np.floor(numbers[:, 21] * (left + 1)), left // 2)
+    whole, zero = np.full_like(w, size), np.zeros_like(w)
+    return np.stack([top, left, h, w, whole, whole, zero, zero, numbers[:, 22] < hflip], 1).astype(np.int64)
+
+
+def centre_crops(heights, widths, seeds, resize, crop):
+    """torchvision's Resize, which gives the short side `resize` pixels, and CenterCrop"""
+    short = np.minimum(heights, widths)
+    h, w = resize * heights // short, resize * widths // short
+    top, left = (np.rint((n - crop) / 2).astype(np.int64) for n in (h, w))
+    zero = np.zeros_like(h)
+    return np.stack([zero, zero, heights, widths, h, w, top, left, zero], 1)
+
+
 def train_transform(size, preprocess, args):
-    """-> callable: PIL RGB -> uint8 (size, size, 3). Random numbers come from torch's default generator."""
+    """-> Transform. What comes after the crop draws from torch's default generator."""
     from torchvision.transforms import InterpolationMode, v2
-    mode, grey = InterpolationMode(preprocess["interpolation"]), [round(255 * m) for m in preprocess["mean"]]
-    steps = [v2.RandomResizedCrop(size, scale=(args.crop_scale, 1.0), interpolation=mode, antialias=True)]
-    if args.hflip:
-        steps.append(v2.RandomHorizontalFlip(args.hflip))
+    grey, steps = [round(255 * m) for m in preprocess["mean"]], []
     if args.rotation:
         steps.append(v2.RandomRotation(args.rotation, interpolation=InterpolationMode.BILINEAR, fill=grey))
     if args.elastic:
@@ -563,22 +772,24 @@ def train_transform(size, preprocess, args):
         steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=grey))
     if args.color_jitter:
         steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
-    pipeline = v2.Compose(steps)
+    pipeline = v2.Compose(steps) if steps else None
     erase = v2.RandomErasing(args.random_erase, value=grey) if args.random_erase else None
 
-    def apply(image):
-        pixels = torch.from_numpy(np.array(pipeline(image)))
+    def rest(pixels):
+        if pipeline:
+            pixels = torch.from_numpy(np.array(pipeline(Image.fromarray(pixels.numpy()))))
         return erase(pixels.permute(2, 0, 1)).permute(1, 2, 0) if erase else pixels
-    return apply
+    crops = functools.partial(random_crops, size=size, scale=args.crop_scale, hflip=args.hflip)
+    return Transform(size, preprocess["interpolation"], crops, rest if pipeline or erase else None, gap=2)
 
 
 def eval_transform(preprocess):
-    """-> callable: PIL RGB -> uint8 (crop, crop, 3): short side to `resize`, centre crop. Deterministic."""
-    from torchvision.transforms import InterpolationMode, v2
-    pipeline = v2.Compose([
-        v2.Resize(preprocess["resize"], InterpolationMode(preprocess["interpolation"]), antialias=True),
-        v2.CenterCrop(preprocess["crop"])])
-    return lambda image: torch.from_numpy(np.array(pipeline(image)))
+    """-> Transform: short side to `resize`, centre crop. Deterministic."""
+    resize, crop = preprocess["resize"], preprocess["crop"]
+    if resize < crop:
+        raise UserError(f"the short side is resized to {resize} pixels, and {crop} are cut out: expected no more")
+    return Transform(crop, preprocess["interpolation"], functools.partial(centre_crops, resize=resize, crop=crop),
+                     resize=resize)
 
 
 # ------------------------------------------------------------------------------------- order, loading, mixing
@@ -599,28 +810,53 @@ class Images(torch.utils.data.Dataset):
         self.files, self.seed, self.exif, self.replace = files, seed, exif, replace
         self.transform_at, self.cached = transform_at, (None, None)  # epoch -> transform
 
-    def __getitem__(self, key):
-        epoch, index, repeat = key
-        if self.cached[0] != epoch:
-            self.cached = (epoch, self.transform_at(epoch))
-        outer = torch.get_rng_state()  # without workers this is the training process's own generator
-        torch.default_generator.manual_seed(seed_for(self.seed, epoch, index, repeat))
-        try:
-            complaint = None
-            for candidate in range(index, index + (16 if self.replace else 1)):
-                path = self.files.path(candidate % len(self.files))
-                try:
-                    image = load(path, self.exif)
-                    return *self.sample(image, candidate % len(self.files)), complaint
-                except (OSError, ValueError) as error:
-                    complaint = complaint or f"{path}: {error}"
-            return None, -1, complaint
-        finally:
-            torch.set_rng_state(outer)
+    def transform(self, epoch):
+        cached = self.cached  # by threads that may be at different epochs
+        if cached[0] != epoch:
+            self.cached = cached = epoch, self.transform_at(epoch)
+        return cached[1]
 
-    def sample(self, image, i):
+    def __getitem__(self, key):
+        complaint, index = None, key[1]
+        for candidate in range(index, index + (16 if self.replace else 1)):
+            i = candidate % len(self.files)
+            try:
+                return *self.sample(load(self.files.path(i), self.exif), i, key), complaint
+            except (OSError, ValueError) as error:
+                complaint = complaint or f"{self.files.path(i)}: {error}"
+        return None, -1, complaint
+
+    def sample(self, image, i, key):
         """PIL RGB image, its position in the files -> what a batch holds of it: pixels and label"""
-        return self.cached[1](image), int(self.files.labels[i])
+        return self.transform(key[0])(image, seed_for(self.seed, *key)), int(self.files.labels[i])
+
+    def batch(self, keys, empty=torch.empty):
+        """Keys of one epoch -> what collate() makes of their samples, decoded in one call by csrc.crop_images. Other
+        formats than JPEG, and whatever is wrong with a file, are __getitem__'s. Any number of threads, if nothing comes
+        after the crop. empty(N, H, W, 3, dtype=) gives the memory."""
+        transform = self.transform(keys[0][0])
+        seeds = np.array([seed_for(self.seed, *key) for key in keys], np.uint64)
+        index = np.array([i for _, i, _ in keys])
+        files, places, sizes, seen = self.files.content(index, self.exif)
+        out = empty(len(keys), transform.size, transform.size, 3, dtype=torch.uint8)
+        pixels, labels = out.permute(0, 3, 1, 2), torch.from_numpy(self.files.labels[index].astype(np.int64))
+        kept, complaints = [], []
+        # what has no size is no JPEG: it gets a box, but no pixels
+        crops = torch.from_numpy(transform.crops(*np.maximum(seen, 1).T, seeds))
+        done = csrc.crop_images(pixels, files, places, sizes, crops, transform.kernel, transform.gap)
+        for row, (key, good) in enumerate(zip(keys, done.tolist())):
+            if good and transform.rest:
+                out[row] = transform.finish(out[row], seeds[row])
+            elif not good:
+                sample, label, complaint = self[key]
+                complaints += [complaint] if complaint else []
+                if sample is None:
+                    continue
+                out[row], labels[row] = sample, label
+            kept.append(row)
+        return (pixels, labels, complaints) if len(kept) == len(keys) else (pixels[kept], labels[kept], complaints)
+
+    __getitems__ = batch  # of a DataLoader's worker
 
 
 def collate(samples):
@@ -682,10 +918,62 @@ def eval_batches(n, batch_size, rank=0, world=1):
     return [[(0, i, 0) for i in mine[b:b + batch_size]] for b in range(0, len(mine), batch_size)]
 
 
+class Threads:
+    """The batches of a data set in their order, made by threads ahead of the reader. They decode without Python's
+    lock and hand over what they made, uncopied. One more is prepared each time that the reader had to wait, up to two
+    per thread. Memory that is not pinned is used again once nobody has a batch from it."""
+
+    def __init__(self, images, batches, workers, pin):
+        self.images, self.batches, self.workers, self.pin = images, batches, workers, pin
+        self.lock, self.arrays = threading.Lock(), []
+        self.unused, = [sys.getrefcount(a) for a in [np.empty(0)]]  # of one that only such a list holds
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        keys = iter(self.batches)
+        if not self.workers:
+            yield from (self.images.batch(k, self.empty) for k in keys)
+            return
+        pool, ahead, depth = concurrent.futures.ThreadPoolExecutor(self.workers), collections.deque(), self.workers + 1
+        try:
+            while True:
+                ahead.extend(pool.submit(self.images.batch, k, self.empty)
+                             for k in itertools.islice(keys, depth - len(ahead)))
+                if not ahead:
+                    return
+                depth = min(depth + (not ahead[0].done()), max(2 * self.workers, 2))
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def empty(self, *size, dtype):
+        if self.pin:  # kept and used again by PyTorch, which knows of the copies under way
+            return torch.empty(size, dtype=dtype, pin_memory=True)
+        count = int(np.prod(size))
+        with self.lock:
+            free = [a for a in self.arrays if sys.getrefcount(a) == self.unused]
+            found = next((a for a in free if len(a) >= count), None)
+            if found is None:
+                # those of another image size go
+                self.arrays = [a for a in self.arrays if not any(a is f for f in free)]
+                found = np.empty(count, np.uint8)
+                self.arrays.append(found)
+            return torch.from_numpy(found[:count]).view(size)
+
+
 def make_loader(dataset, batches, workers, pin):
-    """-> DataLoader over batches of keys, yielding (pixels, labels, complaints). Ctrl-C and SIGTERM reach the whole
-    process group, but only the training process may act on them; its workers leave when it does. (They cannot ignore
-    SIGTERM for good: it is what multiprocessing ends them with when the interpreter exits, waiting without a limit.)"""
+    """-> iterable over batches of keys, yielding (pixels, labels, complaints): by threads, or by a DataLoader's
+    processes where augmentations draw from torch's generator, of which a process has one. Ctrl-C and SIGTERM reach the
+    whole process group, but only the training process may act on them; its workers leave when it does. (They cannot
+    ignore SIGTERM for good: it is what multiprocessing ends them with when the interpreter exits, waiting without a
+    limit.)"""
+    whole = isinstance(dataset, Images) and dataset.__getitems__
+    if whole:
+        csrc.load()  # once, before there are threads or processes
+        if not dataset.transform(0).rest:
+            return Threads(dataset, batches, workers, pin)
     leaving = multiprocessing.RawValue("b", 0)
     atexit.register(setattr, leaving, "value", 1)  # runs before multiprocessing's own exit function
 
@@ -695,10 +983,14 @@ def make_loader(dataset, batches, workers, pin):
 
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-        collate_fn=getattr(dataset, "collate", collate),
+        collate_fn=as_it_is if whole else getattr(dataset, "collate", collate),
         persistent_workers=workers > 0, worker_init_fn=start_worker,
         generator=torch.Generator(),  # or it draws from ours
         multiprocessing_context="fork" if workers else None)
+
+
+def as_it_is(batch):
+    return batch
 
 
 def make_mixer(mixup_alpha, cutmix_alpha, classes):
@@ -902,10 +1194,12 @@ def get_args_parser():
     group.add_argument("--val-labels", metavar="FILE", help="validation labels as text, instead of the devkit")
     group = parser.add_argument_group("packs")
     group.add_argument("--pack", metavar="FOLDER", help="write all its images into one file; say how:")
-    group.add_argument("--lossless", action="store_true", help="as the files are")
+    group.add_argument("--lossless", action="store_true", help="the files' own pixels, JPEGs with restart markers")
     group.add_argument("--max-side", type=int, metavar="N", help="as JPEGs whose long side is N at most")
     group.add_argument("--raw", type=int, metavar="N", help="as pixels, the short side N at most")
     group.add_argument("--quality", type=int, metavar="Q", help="with --max-side: of JPEG (default 90)")
+    group.add_argument("--shards", type=int, default=0, metavar="N",
+                       help="put the images into N files beside it, FILE.000 and so on")
     group.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
     group.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that pack")
     group.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
@@ -927,6 +1221,10 @@ def pack_folder(args):
         refuse("--max-side and --raw take a number from 1, --workers one from 0")
     if args.quality is not None and (mode != "jpeg" or not 1 <= args.quality <= 100):
         refuse("--quality, 1 to 100, goes with --max-side")
+    if not 0 <= args.shards <= 1000:
+        refuse(f"--shards {args.shards}: takes a number up to 1000")
+    if args.shards and args.overwrite:
+        refuse("--overwrite would leave a pack without its images for a while: with --shards remove the old one")
     if args.exif and mode == "lossless":
         refuse("--exif: a lossless pack keeps the orientation tags; it is the reader's flag")
     if not os.path.isdir(args.pack):
@@ -934,7 +1232,7 @@ def pack_folder(args):
     if os.path.exists(args.out) and not args.overwrite:
         refuse(f"{args.out}: exists; --overwrite replaces it")
     return dict(make_pack(args.pack, args.out, mode, None if side is True else side, args.quality or 90, args.workers,
-                          args.exif, args.on_corrupt == "skip"), pack=args.out, mode=mode)
+                          args.exif, args.on_corrupt == "skip", args.shards), pack=args.out, mode=mode)
 
 
 def check_pack(path):
@@ -949,7 +1247,8 @@ def check_pack(path):
             raise UserError(f"{path}/{pack.name(i)}: {error}") from error
     sizes = np.stack([pack.width, pack.height])
     head = {k: v for k, v in pack.head.items() if k not in ("columns", "checks") and v is not None}
-    return dict(pack=path, images=len(pack), bytes=len(pack.bytes), largest=sizes.max(1).tolist(),
+    size = len(pack.bytes) + (sum(map(len, pack.parts)) if pack.head["shards"] else 0)
+    return dict(pack=path, images=len(pack), bytes=size, largest=sizes.max(1).tolist(),
                 pixels=int((sizes[0].astype(np.int64) * sizes[1]).sum()), **head)
 
 
@@ -959,7 +1258,7 @@ def main(args):
     if args.pack:
         return pack_folder(args)
     usual = get_args_parser().parse_args([])
-    for key in ("lossless", "max_side", "raw", "quality", "exif", "workers", "on_corrupt", "overwrite"):
+    for key in ("lossless", "max_side", "raw", "quality", "shards", "exif", "workers", "on_corrupt", "overwrite"):
         if getattr(args, key) != getattr(usual, key):
             raise UserError(f"--{key.replace('_', '-')} goes with --pack", code=2)
     if args.import_imagenet:

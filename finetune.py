@@ -631,7 +631,6 @@ class FineTuning(train.Plan):
                 # the step's generator: a resumed run draws the same images
                 keys = [(int(draw), int(i), 0) for draw, i in zip(torch.randint(2 ** 31, (len(target),)),
                                                                   torch.randint(len(self.target), (len(target),)))]
-                # one after the other: their augmentations share torch's generator
                 batch, _, bad = data.collate([images[key] for key in keys])
                 train.check_corrupt(bad, args.on_corrupt)
                 amp = dict(dtype=self.amp or torch.bfloat16, enabled=self.amp is not None)
@@ -1078,20 +1077,22 @@ class BoxImages(data.Images):
     """Images at their scale with boxes: pixels uint8 (H, W, 3), and as label float32 (1 + K, 5): height, width, the
     original's height and width, index; then x1, y1, x2, y2, label of each box in the scaled image. In training flipped
     and scaled by chance, and without the boxes that are ignored."""
+    __getitems__ = None  # they come one by one
 
     def __init__(self, files, known, args, replace):
         super().__init__(files, lambda _: None, args.seed, replace=replace)
         self.known, self.args = known, args
 
-    def sample(self, image, i):
+    def sample(self, image, i, key):
+        chance = torch.Generator().manual_seed(data.seed_for(self.seed, *key))
         args, known = self.args, self.known[self.files.path(i)]
         scale = scale_of(*image.size, args.image_size, args.max_size)
         boxes, labels, flip = known.boxes, known.labels, False
         if self.replace:
             use = ~(known.crowd | known.ignored)
             boxes, labels = boxes[use], labels[use]
-            scale *= 1.25 ** (2 * torch.rand(()).item() - 1)
-            flip = torch.rand(()).item() < args.hflip
+            scale *= 1.25 ** (2 * torch.rand((), generator=chance).item() - 1)
+            flip = torch.rand((), generator=chance).item() < args.hflip
         width, height = (max(1, round(side * scale)) for side in image.size)
         pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
         rows = np.zeros((1 + len(boxes), 5), np.float32)

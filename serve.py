@@ -322,8 +322,7 @@ def decode(network, encoded, args, gate):
         raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
     with gate:
         try:
-            enough = 0 if args.full_decode else 2 * network.net.preprocess["resize"]
-            return network.transform(data.decode(encoded, FORMATS, args.exif, enough)).permute(2, 0, 1)
+            return network.transform.encoded(encoded, FORMATS, args.exif, 0 if args.full_decode else 2).permute(2, 0, 1)
         except ValueError as error:
             raise Refusal(400, str(error)[:200]) from None
         except Exception as error:

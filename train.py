@@ -166,7 +166,7 @@ def add_training_args(p):
                    help="images per process and forward pass; 'auto': the largest that fits")
     g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forward passes per optimizer step")
     g.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N",
-                   help="loader processes")
+                   help="loader threads; processes where augmentations follow the crop")
     g.add_argument("--val-split", type=float, metavar="F",
                    help="share held out where there is no val/ (0.1 if not given)")
     g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")

@@ -6,7 +6,7 @@
 
 A call goes to torch.ops.resnet50.*, which torch.compile and torch.export see as one operation; a program that runs an
 exported graph calls csrc.load() first. Without a compiler the same operations run as plain PyTorch (csrc/reference.py)
-and give the same int8 bits.
+and give the same int8 bits. JPEGs are decoded where the compiler finds the headers of libjpeg-turbo.
 
 RESNET50_EXT            off: plain PyTorch; cpu: no CUDA kernels; require: a build that fails is an error; unset:
                         whatever can be had. CUDA kernels are built where PyTorch has CUDA and nvcc is found.
@@ -17,6 +17,7 @@ TORCH_CUDA_ARCH_LIST    GPUs to compile for; unset: those that are here, or 8.0;
 TORCH_EXTENSIONS_DIR    where builds are kept (~/.cache/resnet50); MAX_JOBS, CXX and CUDA_HOME as for any extension
 """
 import contextlib
+import functools
 import glob
 import hashlib
 import logging
@@ -78,7 +79,22 @@ def compilers():
     nvcc = "cpu"
     if torch.version.cuda and os.environ.get("RESNET50_EXT") != "cpu":
         nvcc = version(os.path.join(cuda_home(), "bin", "nvcc"), more=gpus())
-    return version(*shlex.split(os.environ.get("CXX") or "c++")), nvcc
+    return version(*cxx(), more=" ".join(libjpeg())), nvcc
+
+
+def cxx():
+    return shlex.split(os.environ.get("CXX") or "c++")
+
+
+@functools.lru_cache(1)
+def libjpeg():
+    """-> flags of a compiler that finds the headers of libjpeg-turbo, whose crop and skip csrc/cpu/jpeg.cpp needs"""
+    about = "#include <stdio.h>\n#include <jpeglib.h>\n#ifndef LIBJPEG_TURBO_VERSION\n#error\n#endif\n"
+    with contextlib.suppress(OSError):
+        found = subprocess.run([*cxx(), *cflags(), "-x", "c++", "-E", "-"], input=about, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return ["-DUSE_LIBJPEG"] * (not found.returncode)
+    return []
 
 
 def cuda_home():
@@ -194,8 +210,8 @@ def compile_into(folder, name, cuda):
         if cuda:
             cpp_extension.CUDA_HOME = cuda_home()
         with arch_list(gpus() if cuda else None):
-            cpp_extension.load("resnet50", wanted, extra_cflags=cflags() + ["-DUSE_CUDA"] * cuda,
-                               extra_ldflags=openmp() + extra,
+            cpp_extension.load("resnet50", wanted, extra_cflags=cflags() + ["-DUSE_CUDA"] * cuda + libjpeg(),
+                               extra_ldflags=openmp() + ["-ljpeg"] * bool(libjpeg()) + extra,
                                extra_cuda_cflags=CUDA_FLAGS, build_directory=temporary, with_cuda=cuda,
                                is_python_module=False)
         library, = glob.glob(os.path.join(temporary, "resnet50*.so"))
@@ -319,6 +335,11 @@ def _fake_pack_bf16(*args):
     return args[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
 
 
+def _fake_jpeg_restart(*args):
+    reference.check_jpeg_restart(*args)
+    return args[0].new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
 def _fake_network(name, pixels, plan, classes):
     return pixels.new_empty(reference.check_network(name, pixels, plan, classes), dtype=torch.float32)
 
@@ -346,6 +367,9 @@ FAKES = {
     "network_bf16": lambda *args: _fake_network("network_bf16", *args),
     "gemm_int8": _fake_gemm_int8, "pack_int8": _fake_pack_int8, "pack_bf16": _fake_pack_bf16,
     "network_profile": _fake_network_profile,
+    "jpeg_sizes": lambda *args: args[1].new_empty(reference.check_jpeg_sizes(*args)),
+    "jpeg_restart": _fake_jpeg_restart,
+    "crop_images": lambda *args: args[0].new_empty(reference.check_crop_images(*args), dtype=torch.bool),
     "max_pool_int8": lambda *args: _nhwc(args[0], reference.check_max_pool_int8(*args)),
     "avg_pool_int8": lambda *args: args[0].new_empty(reference.check_avg_pool_int8(*args)),
     "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
@@ -421,6 +445,32 @@ def avg_pool_int8(x, mult):
     """uint8 (N, C, H, W) NHWC, mult int32 (1) -> uint8 (N, C): clamp(RNE(j / 2^22 * sum)), j = mult / (H W) rounded."""
     load()
     return torch.ops.resnet50.avg_pool_int8(x, mult)
+
+
+def jpeg_sizes(files, places):
+    """files, a list of uint8 (bytes), places int64 (N, 3): which of them, offset and length -> int64 (N, 2): height and
+    width of those JPEGs that crop_images decodes: 8-bit grey or colour, with an end. Zeros for all others."""
+    load()
+    return torch.ops.resnet50.jpeg_sizes(files, places)
+
+
+def jpeg_restart(file, pixels=64):
+    """A JPEG file uint8 (bytes) -> one with the same coefficients and metadata, sequential, with a restart marker about
+    every `pixels` columns; empty if it is damaged, no JPEG, or there is no libjpeg-turbo."""
+    load()
+    return torch.ops.resnet50.jpeg_restart(file, pixels)
+
+
+def crop_images(out, files, places, sizes, crops, kernel="bilinear", gap=0):
+    """Writes a box of each image, resized with antialiasing and cut to out's size, into out uint8 (N, 3, H, W) NHWC on
+    the CPU, in the caller's thread and without Python's lock. Row i of crops int64 (N, 9): the box (top, left, height,
+    width), its size when resized, the first row and column wanted of that, and 1 to mirror. An image lies in `files` at
+    places[i], as jpeg_sizes has them: a JPEG, or, where sizes int64 (N, 2) has its height and width, RGB pixels. Only
+    what the box needs of a JPEG is decoded, at a half, a quarter or an eighth of its size where `gap` (0: never) times
+    the resized size is left. -> bool (N): which were written. The others are no intact JPEGs. Pixels are those of
+    torch.nn.functional.interpolate(antialias=True) on the decoded box, bit for bit."""
+    load()
+    return torch.ops.resnet50.crop_images(out, files, places, sizes, crops, kernel, gap)
 
 
 def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):

@@ -1,11 +1,14 @@
 // Schemas of library `resnet50` and their CPU bindings, on torch's stable ABI (kernels are free of torch headers).
 // csrc/__init__.py parses the m.def lines below when it must register the PyTorch reference instead of this file.
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/crop_resize.h"
+#include "cpu/jpeg.h"
 #include "cpu/kernels.h"
 #include "cpu/network.h"
 
@@ -24,6 +27,10 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
         "bool relu=True, int[] stride=[1, 1], int[] padding=[0, 0], int groups=1) -> Tensor");
   m.def("max_pool_int8(Tensor x, int kernel, int stride, int padding) -> Tensor");
   m.def("avg_pool_int8(Tensor x, Tensor mult) -> Tensor");
+  m.def("jpeg_sizes(Tensor[] files, Tensor places) -> Tensor");
+  m.def("jpeg_restart(Tensor file, int pixels) -> Tensor");
+  m.def("crop_images(Tensor(a!) out, Tensor[] files, Tensor places, Tensor sizes, Tensor crops, str kernel, int gap) "
+        "-> Tensor");
   m.def("bn_relu(Tensor x, Tensor weight, Tensor bias, Tensor? residual, float eps, bool relu) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("bn_relu_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, Tensor mean, Tensor invstd, "
@@ -223,3 +230,100 @@ Tensor conv_bn_relu(const Tensor& x, const Tensor& weight, const Tensor& scale, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) { m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu)); }
+
+// ------------------------------------------------------------------------------------------------------ images
+
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+void check_files(const char* op, const Tensors& files) {
+  for (const Tensor& file : files) check(file, op, "files", ScalarType::Byte, "uint8", {-1}, "(bytes,)", CPU);
+}
+
+// Row i of places, (which file, offset, bytes), lies within it.
+const uint8_t* file_at(const char* op, const Tensors& files, const Tensor& places, int64_t i, int64_t& bytes) {
+  const int64_t *place = data<int64_t>(places) + 3 * i, which = place[0], offset = place[1];
+  const int64_t size = which >= 0 && which < int64_t(files.size()) ? files[which].size(0) : -1;
+  bytes = place[2];
+  STD_TORCH_CHECK(offset >= 0 && bytes >= 0 && offset <= size && bytes <= size - offset, op, ": places[", i, "] = (",
+                  which, ", ", offset, ", ", bytes, ") lies outside the ", files.size(), " files");
+  return data<uint8_t>(files[which]) + offset;
+}
+
+Tensor jpeg_sizes(Tensors files, const Tensor& places) {
+  const char* op = "jpeg_sizes";
+  check_files(op, files);
+  check(places, op, "places", ScalarType::Long, "int64", {-1, 3}, "(N, 3)", CPU);
+  const int64_t n = places.size(0);
+  Tensor out = torch::stable::empty({n, 2}, ScalarType::Long);
+  auto* sizes = static_cast<int64_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0, bytes; i < n; i++) {
+    const uint8_t* file = file_at(op, files, places, i, bytes);
+    const r50::JpegSize size = r50::jpeg_size(file, bytes);
+    sizes[2 * i] = size.height, sizes[2 * i + 1] = size.width;
+  }
+  return out;
+}
+
+Tensor jpeg_restart(const Tensor& file, int64_t pixels) {
+  const char* op = "jpeg_restart";
+  check(file, op, "file", ScalarType::Byte, "uint8", {-1}, "(bytes,)", CPU);
+  STD_TORCH_CHECK(pixels > 0, op, ": pixels must be positive, got ", pixels);
+  const std::vector<uint8_t> made = r50::jpeg_restart(data<uint8_t>(file), file.size(0), pixels);
+  Tensor out = torch::stable::empty({int64_t(made.size())}, ScalarType::Byte);
+  std::copy(made.begin(), made.end(), static_cast<uint8_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor crop_images(Tensor out, Tensors files, const Tensor& places, const Tensor& sizes, const Tensor& crops,
+                   std::string kernel, int64_t gap) {
+  const char* op = "crop_images";
+  check(out, op, "out", ScalarType::Byte, "uint8", {-1, 3, -1, -1}, "(N, 3, H, W)", CPU);
+  check_files(op, files);
+  const int64_t n = out.size(0), h = out.size(2), w = out.size(3);
+  const std::string rows = "(" + std::to_string(n);
+  check(places, op, "places", ScalarType::Long, "int64", {n, 3}, (rows + ", 3)").c_str(), CPU);
+  check(sizes, op, "sizes", ScalarType::Long, "int64", {n, 2}, (rows + ", 2)").c_str(), CPU);
+  check(crops, op, "crops", ScalarType::Long, "int64", {n, 9}, (rows + ", 9)").c_str(), CPU);
+  STD_TORCH_CHECK(kernel == "bilinear" || kernel == "bicubic", op, ": kernel must be bilinear or bicubic, got ", kernel);
+  STD_TORCH_CHECK(gap >= 0, op, ": gap must not be negative, got ", gap);
+  const auto filter = kernel == "bilinear" ? r50::Kernel::bilinear : r50::Kernel::bicubic;
+  Tensor done = torch::stable::empty({n}, ScalarType::Bool);
+  auto* good = static_cast<bool*>(done.mutable_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  for (int64_t i = 0, bytes; i < n; i++) {
+    const uint8_t* file = file_at(op, files, places, i, bytes);
+    const int64_t *c = data<int64_t>(crops) + 9 * i, *size = data<int64_t>(sizes) + 2 * i;
+    const bool raw = size[0] || size[1];
+    constexpr int64_t MOST = 1 << 16;
+    STD_TORCH_CHECK(std::min({c[0], c[1], c[6], c[7]}) >= 0 && std::min({c[2], c[3], c[4], c[5]}) > 0 &&
+                        std::max({c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]}) <= MOST && c[6] + h <= c[4] &&
+                        c[7] + w <= c[5],
+                    op, ": crops[", i, "]: expected (top, left, height, width, resized height, resized width, row, "
+                    "column, flip) with ", h, "x", w, " pixels of the resized box");
+    STD_TORCH_CHECK(!raw || (size[0] > 0 && size[1] > 0 && size[0] <= MOST && size[1] <= MOST &&
+                             bytes == size[0] * size[1] * 3 && c[0] + c[2] <= size[0] && c[1] + c[3] <= size[1]),
+                    op, ": image ", i, " of ", bytes, " bytes is no ", size[0], "x", size[1], " RGB image around its box");
+    r50::JpegPixels p{file, file + bytes, size[0], size[1], 0, 0, 1};
+    const int64_t enough[] = {gap * c[4], gap * c[5]};
+    good[i] = raw || r50::jpeg_decode(file, bytes, c, enough, p);
+    if (!good[i]) continue;
+    const auto axis = [&](int d, int64_t first, int64_t most, int64_t count, bool flip) {
+      const double start = double(c[d]) / p.shrink - double(first), length = double(c[2 + d]) / p.shrink;
+      return r50::Axis{start, length, int64_t(start), std::min(int64_t(std::ceil(start + length)), most), c[4 + d],
+                       c[6 + d], count, flip};
+    };
+    r50::crop_resize(p.rows, p.width * 3, p.end, axis(0, p.top, p.height, h, false), axis(1, p.left, p.width, w, c[8]),
+                     filter, to + i * h * w * 3);
+  }
+  return done;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) {
+  m.impl("jpeg_sizes", TORCH_BOX(&jpeg_sizes));
+  m.impl("jpeg_restart", TORCH_BOX(&jpeg_restart));
+  m.impl("crop_images", TORCH_BOX(&crop_images));
+}

@@ -14,7 +14,7 @@ MAX_NUMEL = 2 ** 31  # the kernels address the pixels of a batch with int32
 
 # ------------------------------------------------------------------------------------------------------ checks
 
-def expect(op, name, tensor, dtypes, shape, device=None):
+def expect(op, name, tensor, dtypes, shape, device=None, most=MAX_NUMEL):
     """`shape` holds numbers, and names for free sizes. Memory is channels_last for 4 dimensions, else contiguous."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
@@ -27,7 +27,7 @@ def expect(op, name, tensor, dtypes, shape, device=None):
     refuse(not tensor.is_contiguous(memory_format=layout),
            f"{op}: {name} must be {str(layout).removeprefix('torch.').removesuffix('_format')}, expected {sizes}, "
            f"got strides {tensor.stride()}")
-    refuse(tensor.numel() >= MAX_NUMEL, f"{op}: {name} must have fewer than 2^31 elements, got {tuple(tensor.shape)}")
+    refuse(tensor.numel() >= most, f"{op}: {name} must have fewer than 2^31 elements, got {tuple(tensor.shape)}")
 
 
 def refuse(bad, message):
@@ -102,6 +102,30 @@ def check_avg_pool_int8(x, mult):
     expect("avg_pool_int8", "x", x, torch.uint8, ("N", "C", "H", "W"))
     expect("avg_pool_int8", "mult", mult, torch.int32, (1,), x.device)
     return x.shape[:2]
+
+
+def check_jpeg_sizes(files, places):
+    for file in files:
+        expect("jpeg_sizes", "files", file, torch.uint8, ("bytes",), most=2 ** 63)
+    expect("jpeg_sizes", "places", places, torch.int64, ("N", 3))
+    return len(places), 2
+
+
+def check_jpeg_restart(file, pixels):
+    expect("jpeg_restart", "file", file, torch.uint8, ("bytes",))
+    refuse(pixels < 1, f"jpeg_restart: pixels must be positive, got {pixels}")
+
+
+def check_crop_images(out, files, places, sizes, crops, kernel, gap):
+    op, n = "crop_images", len(out)
+    expect(op, "out", out, torch.uint8, ("N", 3, "H", "W"))
+    for file in files:
+        expect(op, "files", file, torch.uint8, ("bytes",), most=2 ** 63)
+    for name, tensor, columns in (("places", places, 3), ("sizes", sizes, 2), ("crops", crops, 9)):
+        expect(op, name, tensor, torch.int64, (n, columns))
+    refuse(kernel not in ("bilinear", "bicubic"), f"{op}: kernel must be bilinear or bicubic, got {kernel}")
+    refuse(gap < 0, f"{op}: gap must not be negative, got {gap}")
+    return n,
 
 
 def check_pack_int8(weight, mult, bias, gain=None, weight2=None):
@@ -242,6 +266,36 @@ def avg_pool_int8(x, mult):
     return requantize(x.sum((2, 3), dtype=torch.int64), (mult + pixels // 2) // pixels).to(torch.uint8)
 
 
+def jpeg_sizes(files, places):
+    """Which JPEGs crop_images decodes: PyTorch itself none"""
+    return torch.zeros_like(places[:, :2])
+
+
+def jpeg_restart(file, pixels):
+    """A JPEG file -> the same coefficients with restart markers about every `pixels` columns; empty if it is none"""
+    return file[:0].clone()
+
+
+def crop_images(out, files, places, sizes, crops, kernel, gap):
+    """csrc.crop_images for pixels. PyTorch itself decodes no JPEG: those are not written. -> bool (N): which were"""
+    done = torch.zeros(len(out), dtype=torch.bool)
+    for i, ((which, offset, count), (h, w), crop) in enumerate(zip(*(t.tolist() for t in (places, sizes, crops)))):
+        refuse(not 0 <= which < len(files) or min(offset, count) < 0 or offset + count > len(files[which]),
+               f"crop_images: places[{i}] lies outside the {len(files)} files")
+        top, left, height, width, full_h, full_w, row, column, flip = crop
+        refuse(min(top, left, row, column) < 0 or min(height, width) < 1 or row + out.shape[2] > full_h
+               or column + out.shape[3] > full_w or (h or w) and (h < 1 or w < 1 or count != h * w * 3 or
+                                                                 top + height > h or left + width > w),
+               f"crop_images: crops[{i}] does not fit its image or the size {tuple(out.shape[2:])}")
+        if h:
+            box = files[which][offset:offset + count].view(1, h, w, 3)[:, top:top + height, left:left + width]
+            made = F.interpolate(box.contiguous().permute(0, 3, 1, 2), (full_h, full_w), mode=kernel, antialias=True)
+            made = made[..., row:row + out.shape[2], column:column + out.shape[3]]
+            out[i:i + 1] = made.flip(3) if flip else made
+            done[i] = True
+    return done
+
+
 def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
     """relu(conv(x, weight) * scale + bias + residual). x float32 or bfloat16 (N, C, H, W), weight (O, C / groups, kh,
     kw) and residual of the same type, scale and bias float32 (O); computed in float32, rounded to x's type once."""
@@ -277,5 +331,7 @@ def bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
 OPERATIONS = {"conv_int8": (check_conv_int8, conv_int8), "gemm_int8": (check_gemm_int8, gemm_int8),
               "max_pool_int8": (check_max_pool_int8, max_pool_int8),
               "avg_pool_int8": (check_avg_pool_int8, avg_pool_int8),
+              "jpeg_sizes": (check_jpeg_sizes, jpeg_sizes), "jpeg_restart": (check_jpeg_restart, jpeg_restart),
+              "crop_images": (check_crop_images, crop_images),
               "conv_bn_relu": (check_conv_bn_relu, conv_bn_relu), "bn_relu": (check_bn_relu, bn_relu),
               "bn_relu_backward": (check_bn_relu_backward, bn_relu_backward)}

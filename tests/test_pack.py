@@ -2,6 +2,7 @@
 with one."""
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import data
-from resnet50 import UserError
+from resnet50 import PREPROCESS, UserError
 
 MODES = {"lossless": ["--lossless"], "jpeg": ["--max-side", "48", "--quality", "80"], "raw": ["--raw", "40"]}
 
@@ -51,7 +52,8 @@ def test_a_pack_is_the_folder(mode, folder, packs):
             assert os.path.relpath(a.path(i), folder) == os.path.relpath(b.path(i), packs[mode])
             image, packed = data.load(a.path(i)), data.load(b.path(i))
             if mode == "lossless":
-                assert data.read(a.path(i)) == data.read(b.path(i)) and np.array_equal(image, packed)
+                assert np.array_equal(image, packed)
+                assert a.path(i).endswith("jpg") or data.read(a.path(i)) == data.read(b.path(i))
                 continue
             side = (min if mode == "raw" else max)(image.size)
             scale = min(1, (40 if mode == "raw" else 48) / side)
@@ -83,6 +85,56 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, p
     monkeypatch.setattr(data, "packed", lambda path, inner=data.packed, **k: read.append(path) or inner(path, **k))
     pack(folder, out, *MODES[mode], "--workers", 0)
     assert len(read) == 104 - 40 and out.read_bytes() == wanted and sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_shards_hold_the_same(folder, packs, tmp_path, run):
+    """Killed between and inside of shards, and resumed; damage, a shard that is missing, cut short or not its own"""
+    wanted = pack(folder, tmp_path / "one", *MODES["raw"], "--shards", 5, "--workers", 2)
+    parts = [f"one.{k:03}" for k in range(5)]
+    assert sorted(os.listdir(tmp_path)) == ["one", *parts]
+    assert wanted["bytes"] == sum(os.path.getsize(tmp_path / n) for n in ["one", *parts])
+    info = data.main(data.get_args_parser().parse_args(["--info", str(tmp_path / "one")]))
+    assert info["bytes"] == wanted["bytes"] and info["shards"] == 5 and info["images"] == 104
+    sizes = [os.path.getsize(tmp_path / n) for n in parts]
+    assert max(sizes) < 2 * min(sizes)
+    images = [data.Images(data.open_folder(root)[0], lambda _: data.eval_transform(dict(PREPROCESS, resize=9, crop=8)))
+              for root in (packs["raw"], str(tmp_path / "one"))]
+    keys = [(0, i, 0) for i in range(0, 74, 3)]
+    (a, y, _), (b, z, _) = (i.batch(keys) for i in images)
+    assert torch.equal(a, b) and torch.equal(y, z)
+    for at in (1, 2, 3, 5, 6, 8, 9, 10, 11):  # of the calls of fsync, some of them within a shard
+        kill = "import data\ndata.BLOCK = 13\ninner = os.fsync\ncount = [0]\ndef fsync(fd):\n    inner(fd)\n" \
+               f"    count[0] += 1\n    if count[0] == {at}: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
+        out = tmp_path / f"at{at}"
+        flags = ["--pack", folder, "--out", out, *MODES["raw"], "--workers", 0, "--shards", 5]
+        assert run(*flags, script="data.py", before=kill).returncode == -signal.SIGKILL and not out.exists()
+        data.main(data.get_args_parser().parse_args([str(f) for f in flags]))
+        for n in ["one", *parts]:
+            other = n.replace("one", f"at{at}")
+            assert (tmp_path / n).read_bytes() == (tmp_path / other).read_bytes()
+            os.unlink(tmp_path / other)
+        assert sorted(os.listdir(tmp_path)) == ["one", *parts]
+    content = (tmp_path / "one.003").read_bytes()
+    there = data.Pack(str(tmp_path / "one"))
+    i = int(np.flatnonzero(there.shard == 3)[1])
+    for damaged, said in ((content[:-1], "one.003: [0-9]+ bytes, expected"), (content + b"x", "one.003: [0-9]+ bytes"),
+                          (None, "one.003: No such file"),
+                          (content[:there.offset[i]] + bytes(3) + content[there.offset[i] + 3:],
+                           f"{re.escape(there.name(i))}: damaged at bytes {there.offset[i]} to .*one.003")):
+        os.unlink(tmp_path / "one.003")
+        if damaged is not None:
+            (tmp_path / "one.003").write_bytes(damaged)
+        with pytest.raises(UserError, match=said):
+            data.check_pack(str(tmp_path / "one"))
+        (tmp_path / "one.003").write_bytes(content)
+    (tmp_path / "x.001").write_bytes(b"mine")
+    for flags, said in (((tmp_path / "x", "--shards", 3), "x.001: exists"),
+                        ((tmp_path / "y", "--shards", 105), "--shards 105: .* 104 images"),
+                        ((tmp_path / "y", "--shards", 3, "--overwrite"), "remove the old one"),
+                        ((tmp_path / "y", "--shards", -1), "--shards -1")):
+        with pytest.raises(UserError, match=said):
+            pack(folder, *flags, "--raw", 20)
+    assert (tmp_path / "x.001").read_bytes() == b"mine"
 
 
 def test_other_settings_start_anew(folder, tmp_path, run):
@@ -150,6 +202,8 @@ def test_orientation_tags(tmp_path):
             continue
         with pytest.raises(UserError, match="packed without, and keeps no orientation"):
             data.load(str(tmp_path / mode / "a" / "x.jpg"), exif=True)
+        with pytest.raises(UserError, match="packed without, and keeps no orientation"):
+            data.scan_unlabelled(str(tmp_path / mode)).content(np.array([0]), exif=True)
         pack(tmp_path / "set", tmp_path / (mode + "2"), *flags, "--workers", 0, "--exif")
         assert data.load(str(tmp_path / (mode + "2") / "a" / "x.jpg"), exif=True).size == (20, 30)
 
@@ -185,6 +239,22 @@ def test_every_damaged_byte_is_noticed(mode, packs, tmp_path):
             data.check_pack(path)
 
 
+def test_what_may_be_on_disk_is_asked_for(packs):
+    """Whole records, once, as long as the pack fits into memory"""
+    class Map:
+        def madvise(self, what, start, length):
+            assert start % os.sysconf("SC_PAGE_SIZE") == 0
+            asked.append((start, start + length))
+    there = data.Pack(packs["raw"])
+    there.maps, index = [Map()], np.array([3, 70, 9])
+    for large, expected in ((False, 3), (False, 0), (True, 3)):
+        asked, there.leaves_memory = [], large
+        there.content(index)
+        assert len(asked) == expected
+        for (start, end), i in zip(asked, index):
+            assert start <= there.offset[i] and end == int(there.offset[i]) + int(there.size[i])
+
+
 def test_a_damaged_image_travels_as_a_complaint(packs, tmp_path):
     """As one in a folder does: training takes the next, evaluation counts it."""
     path = str(tmp_path / "pack")
@@ -196,8 +266,12 @@ def test_a_damaged_image_travels_as_a_complaint(packs, tmp_path):
         f.seek(int(there.offset[i]) + 5)
         f.write(b"\xaa\x55\xaa")
     for replace in (True, False):
-        images = data.Images(files, lambda _: lambda image: torch.zeros(1), replace=replace)
+        images = data.Images(files, lambda _: data.eval_transform(dict(PREPROCESS, resize=9, crop=8)), replace=replace)
         pixels, label, complaint = images[(0, 3, 0)]
+        many, labels, complaints = images.batch([(0, k, 0) for k in range(2, 6)])
+        assert complaints == [complaint] and len(labels) == len(many) == 3 + replace
+        assert labels.tolist() == files.labels[[2, 4, 4, 5] if replace else [2, 4, 5]].tolist()
+        assert torch.equal(many[-1].permute(1, 2, 0), images[(0, 5, 0)][0])
         assert files.path(3) in complaint and f"damaged at bytes {there.offset[i]}" in complaint
         assert (pixels is not None) == replace and (label == files.labels[4] if replace else label == -1)
 

@@ -19,13 +19,13 @@ namespace {
 constexpr const char* NAMES[] = {"plain", "avx2", "vnni", "amx"};
 
 struct Features {
-  bool avx2 = false, avx512 = false, vnni = false, avx512_bf16 = false, amx = false;
+  bool avx2 = false, avx512 = false, vnni = false, vbmi = false, avx512_bf16 = false, amx = false;
 };
 
 Features detect() {
   Features f;
 #if defined(RESNET50_EMULATED)  // the tests' build runs every path on any CPU
-  f = {true, true, true, true, true};
+  f = {true, true, true, true, true, true};
 #elif defined(__x86_64__)
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return f;
@@ -36,7 +36,7 @@ Features detect() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
   f.avx2 = ymm && fma && (b & bit_AVX2);
   f.avx512 = f.avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
-  f.vnni = f.avx512 && (c & (1u << 11));
+  f.vnni = f.avx512 && (c & (1u << 11)), f.vbmi = f.vnni && (c & (1u << 1));
   const bool amx = (d & (1u << 24)) && (d & (1u << 25)) && (d & (1u << 22));  // tiles, int8, bf16
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) f.avx512_bf16 = f.avx512 && (a & (1u << 5));
 #if defined(__linux__)
@@ -77,6 +77,7 @@ const State& state() {
 Isa isa() { return state().isa; }
 const char* isa_name() { return NAMES[int(isa())]; }
 bool has_avx512() { return state().features.avx512 && isa() >= Isa::vnni; }
+bool has_avx512_vbmi() { return state().features.vbmi && isa() >= Isa::vnni; }
 bool has_avx512_bf16() { return state().features.avx512_bf16 && isa() >= Isa::vnni; }
 
 }  // namespace r50

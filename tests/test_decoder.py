@@ -1,0 +1,388 @@
+"""The decoder and the resize of csrc/ against Pillow, torchvision and PyTorch; batches by threads; damaged files."""
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+import csrc
+import data
+from csrc import reference
+from resnet50 import PREPROCESS
+from tests.conftest import ROOT
+
+KINDS = {"444": dict(subsampling=0), "422": dict(subsampling=1), "420": dict(subsampling=2), "grey": {},
+         "progressive": dict(subsampling=2, progressive=True), "coarse": dict(subsampling=2, quality=20),
+         "fine": dict(subsampling=0, quality=100), "restarts": dict(subsampling=2, restart_marker_blocks=3)}
+SIZES = [(97, 131), (64, 64), (17, 200), (1, 1), (8, 9), (300, 33)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def decoder():
+    if not csrc.available() or not csrc.libjpeg():
+        pytest.skip("the extension was built without libjpeg-turbo")
+
+
+def photograph(h, w, seed=0):
+    """uint8 (h, w, 3): smooth, with edges and noise"""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((w, h), Image.Resampling.BICUBIC)
+    return np.clip(np.asarray(coarse).astype(int) + rng.normal(0, 12, (h, w, 3)) * (rng.random((h, w, 1)) < 0.5),
+                   0, 255).astype(np.uint8)
+
+
+def encoded(h, w, kind, seed=0):
+    buffer = io.BytesIO()
+    image = Image.fromarray(photograph(h, w, seed))
+    (image.convert("L") if kind == "grey" else image).save(buffer, "JPEG", **{"quality": 90, **KINDS[kind]})
+    return buffer.getvalue()
+
+
+def tensor(content):
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def crop(content, row, size, kernel="bilinear", gap=0, shape=(0, 0), function=csrc.crop_images):
+    """One image -> uint8 (3, H, W), or None"""
+    out = torch.full((1, 3, *size), 77, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    files = content if isinstance(content, torch.Tensor) else tensor(content)
+    place, shape, row = (torch.tensor([x]) for x in ((0, 0, len(files)), shape, row))
+    done = function(out, [files], place, shape, row, kernel, gap)
+    return out[0] if done else None
+
+
+def random_case(rng, h, w, most=90):
+    """-> a row of crops, and the size of what is wanted"""
+    height, width = (int(rng.integers(1, n + 1)) for n in (h, w))
+    full = rng.integers(1, most, 2)
+    size = [int(rng.integers(1, n + 1)) for n in full]
+    row = [rng.integers(0, h - height + 1), rng.integers(0, w - width + 1), height, width, *full,
+           *(rng.integers(0, n - s + 1) for n, s in zip(full, size)), rng.integers(0, 2)]
+    return [int(n) for n in row], size
+
+
+def naive(pixels, row, size, kernel="bilinear"):
+    top, left, height, width, h, w, y, x, flip = row
+    box = torch.from_numpy(pixels[top:top + height, left:left + width].copy()).permute(2, 0, 1)[None]
+    box = box.contiguous(memory_format=torch.channels_last)
+    made = F.interpolate(box, (h, w), mode=kernel, antialias=True)[0, :, y:y + size[0], x:x + size[1]]
+    return made.flip(2) if flip else made
+
+
+# -------------------------------------------------------------------------------------------------------- resize
+
+@pytest.mark.parametrize("kernel", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("function", [csrc.crop_images, reference.crop_images], ids=["extension", "pytorch"])
+def test_the_resize_is_pytorchs(function, kernel):
+    rng = np.random.default_rng(1)
+    for i in range(300):
+        h, w = (int(n) for n in rng.integers(1, (8, 300)[i % 2], 2))
+        row, size = random_case(rng, h, w, (9, 240)[i // 2 % 2])
+        pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8) // 255 ** (i % 5 == 0) * 255 ** (i % 5 == 0)
+        got = crop(torch.from_numpy(pixels.reshape(-1)), row, size, kernel, shape=(h, w), function=function)
+        assert torch.equal(got, naive(pixels, row, size, kernel)), (h, w, row, size)
+
+
+def test_the_resize_is_as_exact_as_bytes_allow():
+    """Against float64, with the filter's formula: half a level for each of the two roundings, and their weights' own"""
+    rng = np.random.default_rng(2)
+    for _ in range(40):
+        h, w = (int(n) for n in rng.integers(1, 200, 2))
+        row, size = random_case(rng, h, w, 120)
+        pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
+        part = pixels[row[0]:row[0] + row[2], row[1]:row[1] + row[3]].astype(float)
+        for axis in (1, 0):
+            n, full = part.shape[axis], row[4 + axis]
+            centre, wide = (np.arange(full) + 0.5) * n / full, max(n / full, 1)
+            weights = np.maximum(0, 1 - np.abs(np.arange(n) + 0.5 - centre[:, None]) / wide)
+            part = np.moveaxis(np.tensordot(weights / weights.sum(1, keepdims=True), part, (1, axis)), 0, axis)
+        wanted = part[row[6]:row[6] + size[0], row[7]:row[7] + size[1]]
+        got = crop(torch.from_numpy(pixels.reshape(-1)), row, size, shape=(h, w)).permute(1, 2, 0).numpy()
+        assert np.abs((got[:, ::-1] if row[8] else got) - wanted).max() < 1.05
+
+
+@pytest.mark.parametrize("isa", ["plain", "avx2"])
+def test_every_instruction_set_gives_the_same_bytes(isa):
+    if ("plain", "avx2", "vnni", "amx").index(csrc.isa()) < ("plain", "avx2").index(isa):
+        pytest.skip(f"no {isa} here")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k",
+                           "resize_is_pytorchs and extension or boxes_of_jpegs and 420"], cwd=ROOT, text=True,
+                          env={**os.environ, "RESNET50_ISA": isa}, capture_output=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]
+
+
+# ---------------------------------------------------------------------------------------------------------- JPEG
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_of_jpegs_are_boxes_of_the_whole_image(kind):
+    """Any box of any file, with restart markers or without: Pillow's pixels, which libjpeg-turbo decodes whole"""
+    rng = np.random.default_rng(3)
+    for h, w in SIZES:
+        file = encoded(h, w, kind)
+        whole = np.array(data.decode(file))
+        assert csrc.jpeg_sizes([tensor(file)], torch.tensor([[0, 0, len(file)]])).tolist() == [[h, w]]
+        for pixels in (8, 32, 1000):
+            again = csrc.jpeg_restart(tensor(file), pixels)
+            assert len(again) and np.array_equal(np.array(data.decode(again.numpy().tobytes())), whole)
+            for _ in range(6):
+                row, size = random_case(rng, h, w)
+                wanted = naive(whole, row, size)
+                assert torch.equal(crop(file, row, size), wanted), (h, w, row)
+                assert torch.equal(crop(again, row, size), wanted), (h, w, pixels, row)
+
+
+def test_real_photographs(shared):
+    """Boxes as in training, of files and of the same with restart markers, against torchvision's decoder and resize"""
+    from torchvision.io import ImageReadMode, decode_jpeg
+    folder = os.path.join(shared, "raccoon", "train")
+    names = sorted(n for n in os.listdir(folder) if n.endswith(".jpg"))[:40]
+    for i, name in enumerate(names):
+        content = tensor(open(os.path.join(folder, name), "rb").read())
+        whole = decode_jpeg(content, ImageReadMode.RGB)
+        h, w = whole.shape[1:]
+        row = data.random_crops(np.array([h]), np.array([w]), np.array([i], np.uint64), 224, 0.08, 0.5)[0].tolist()
+        wanted = naive(whole.permute(1, 2, 0).numpy(), row, (224, 224))
+        for file in (content, csrc.jpeg_restart(content)):
+            assert (crop(file, row, (224, 224)).int() - wanted.int()).abs().max() <= 2, name
+
+
+@pytest.mark.parametrize("kind", ["444", "420", "grey", "progressive"])
+@pytest.mark.parametrize("restarts", [False, True])
+def test_large_boxes_are_decoded_smaller(kind, restarts):
+    """At 1/2, 1/4 and 1/8, with what the gap leaves; close to the whole decode, and equal where the gap forbids it"""
+    file = encoded(640, 480, kind)
+    content = csrc.jpeg_restart(tensor(file)) if restarts else tensor(file)
+    smooth = np.array(data.decode(file))
+    for size, row in (((60, 50), [0, 0, 640, 480]), ((31, 29), [37, 55, 500, 333]), ((20, 20), [101, 3, 170, 411])):
+        row = [*row, *size, 0, 0, 0]
+        wanted = naive(smooth, row, size).float()
+        small, exact = crop(content, row, size, gap=2), crop(content, row, size, gap=1000)
+        assert torch.equal(exact.float(), wanted)
+        error = small.float() - wanted
+        assert 0 < error.abs().max() < 12 and error.abs().mean() < 1 and abs(error.mean()) < 0.3
+
+
+def test_metadata_and_pixels_survive_restart_markers():
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[274] = 6
+    image = Image.fromarray(photograph(40, 70))
+    image.save(buffer, "JPEG", exif=exif, icc_profile=b"profile" * 100, comment=b"said", dpi=(72, 71))
+    again = Image.open(io.BytesIO(csrc.jpeg_restart(tensor(buffer.getvalue())).numpy().tobytes()))
+    assert again.getexif()[274] == 6 and again.info["icc_profile"] == b"profile" * 100
+    assert again.info["comment"] == b"said" and again.info["dpi"] == (72, 71) and again.size == (70, 40)
+
+
+def test_what_is_no_jpeg_of_ours():
+    whole = encoded(50, 60, "420")
+    cmyk, png = io.BytesIO(), io.BytesIO()
+    Image.fromarray(photograph(9, 9)).convert("CMYK").save(cmyk, "JPEG")
+    Image.fromarray(photograph(9, 9)).save(png, "PNG")
+    for content in (cmyk.getvalue(), png.getvalue(), b"x", whole[:-2], whole[:300], whole[:2], b"\xff\xd8" * 9):
+        assert csrc.jpeg_sizes([tensor(content)], torch.tensor([[0, 0, len(content)]])).tolist() == [[0, 0]]
+        assert len(csrc.jpeg_restart(tensor(content), 64)) == 0
+        assert crop(content, [0, 0, 5, 5, 4, 4, 0, 0, 0], (4, 4)) is None or content == whole[:-2]
+    assert crop(whole, [0, 0, 51, 5, 4, 4, 0, 0, 0], (4, 4)) is None  # a box outside
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+GOOD = dict(out=torch.zeros(2, 3, 4, 5, dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
+            files=[torch.zeros(n, dtype=torch.uint8) for n in (6 * 7 * 3, 130)],
+            places=torch.tensor([[0, 0, 126], [1, 4, 126]]),
+            sizes=torch.tensor([[6, 7]] * 2), crops=torch.tensor([[1, 2, 4, 5, 4, 5, 0, 0, 0]] * 2),
+            kernel="bilinear", gap=0)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(out=torch.zeros(2, 3, 4, 5, dtype=torch.uint8)), "out must be channels_last"),
+    (dict(out=torch.zeros(2, 4, 4, 5)), "out must be uint8"),
+    (dict(files=[torch.zeros(3)]), "files must be uint8"),
+    (dict(places=torch.tensor([[0, 0, 126]])), "places must be int64"),
+    (dict(sizes=torch.tensor([[6, 7]] * 2).int()), "sizes must be int64"),
+    (dict(crops=torch.zeros(2, 8, dtype=torch.int64)), "crops must be int64"),
+    (dict(kernel="nearest"), "kernel must be bilinear or bicubic"),
+    (dict(gap=-1), "gap must not be negative"),
+    *[(dict(places=torch.tensor([[0, 0, 126], wrong])), r"places\[1\].*outside the 2 files")
+      for wrong in ([0, 1, 126], [0, -1, 5], [0, 2 ** 62, 2 ** 62], [2, 0, 5], [-1, 0, 5])],
+    (dict(sizes=torch.tensor([[6, 7], [6, 8]])), "image 1|crops.1"),
+    (dict(sizes=torch.tensor([[6, 7], [-6, -7]])), "image 1|crops.1"),
+    (dict(crops=torch.tensor([[3, 2, 4, 5, 4, 5, 0, 0, 0]] * 2)), "image 0|crops.0"),
+    (dict(crops=torch.tensor([[0, 0, 6, 7, 4, 5, 1, 0, 0]] * 2)), r"crops\[0\]"),
+    (dict(crops=torch.tensor([[0, 0, 0, 7, 4, 5, 0, 0, 0]] * 2)), r"crops\[0\]"),
+    (dict(crops=torch.tensor([[-1, 0, 3, 7, 4, 5, 0, 0, 0]] * 2)), r"crops\[0\]")])
+def test_wrong_arguments_are_named(change, message):
+    for function in (csrc.crop_images, lambda *a: (reference.check_crop_images(*a), reference.crop_images(*a))):
+        with pytest.raises(RuntimeError, match=message):
+            function(*{**GOOD, **change}.values())
+
+
+def test_opcheck():
+    file = tensor(encoded(30, 40, "420"))
+    places = torch.tensor([[0, 0, len(file)]])
+    torch.library.opcheck(torch.ops.resnet50.crop_images.default, tuple(GOOD.values()))
+    torch.library.opcheck(torch.ops.resnet50.jpeg_sizes.default, ([file], places))
+    torch.library.opcheck(torch.ops.resnet50.jpeg_restart.default, (file, 32))
+
+
+# --------------------------------------------------------------------------------------------------- data sets
+
+def augmentation(*flags):
+    parser = argparse.ArgumentParser()
+    data.add_augment_args(parser)
+    return parser.parse_args(flags)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes of every kind of JPEG, PNGs, a CMYK file, one turned by its tag, and one cut short"""
+    root = tmp_path_factory.mktemp("decoder") / "set"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i, kind in enumerate(KINDS):
+            (root / name / f"{kind}.jpg").write_bytes(encoded(60 + 11 * i, 90 - 7 * i, kind, i))
+        Image.fromarray(photograph(33, 44)).save(root / name / "p.png")
+        Image.fromarray(photograph(33, 44)).convert("CMYK").save(root / name / "cmyk.jpg")
+        exif = Image.Exif()
+        exif[274] = 8
+        Image.fromarray(photograph(50, 70)).save(root / name / "turned.jpg", exif=exif)
+    (root / "a" / "short.jpg").write_bytes(encoded(50, 50, "420")[:-500])
+    return str(root)
+
+
+def batches(root, workers, exif=False, pin=False, epochs=(3,)):
+    files = data.scan_unlabelled(root)
+    images = data.Images(files, lambda _: data.train_transform(32, PREPROCESS, augmentation()), 7, exif, replace=True)
+    order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
+    loader = data.make_loader(images, order, workers, pin)
+    for epoch in epochs:
+        order.epoch = epoch
+        for pixels, labels, complaints in loader:
+            yield pixels.clone(), labels, complaints
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_batches_are_what_pillow_and_pytorch_make(folder, exif):
+    """Image by image, whatever the threads; a lossless pack gives the same"""
+    files = data.scan_unlabelled(folder)
+    order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
+    order.epoch = 3
+    images = data.Images(files, lambda _: data.train_transform(32, PREPROCESS, augmentation()), 7, exif, replace=True)
+    wanted = [data.collate([images[key] for key in keys]) for keys in order]
+    assert sum(len(c) for _, _, c in wanted) == 1
+    for workers in (0, 1, 3):
+        for (a, y, c), (b, z, d) in zip(batches(folder, workers, exif), wanted, strict=True):
+            assert torch.equal(a, b) and torch.equal(y, z) and c == d
+
+
+@pytest.mark.parametrize("exif", [False, True])
+def test_a_lossless_pack_gives_the_same_batches(folder, tmp_path, exif):
+    shutil.copytree(folder, tmp_path / "set")
+    os.unlink(tmp_path / "set" / "a" / "short.jpg")
+    out = str(tmp_path / "pack")
+    data.main(data.get_args_parser().parse_args(["--pack", str(tmp_path / "set"), "--out", out, "--lossless"]))
+    theirs, ours = (list(batches(str(root), 2, exif)) for root in (tmp_path / "set", out))
+    for (a, y, c), (b, z, d) in zip(theirs, ours, strict=True):
+        assert torch.equal(a, b) and torch.equal(y, z) and not c + d
+
+
+def test_without_the_extension_batches_differ_by_their_decoder_only(folder):
+    """Pillow and PyTorch instead: the same boxes, and here the same pixels"""
+    code = f"""if True:
+        import hashlib, sys, torch
+        sys.path.insert(0, {ROOT!r})
+        from tests.test_decoder import batches
+        for pixels, labels, complaints in batches({folder!r}, 2):
+            print(hashlib.sha256(pixels.contiguous().numpy().tobytes()).hexdigest(), len(complaints))"""
+    said = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "RESNET50_EXT": mode}, text=True,
+                           capture_output=True, check=True).stdout.splitlines()
+            for mode in ("off", os.environ.get("RESNET50_EXT", ""))]
+    assert said[0] == said[1] and len(said[0]) == 4
+
+
+def test_memory_is_used_again_and_a_reader_may_leave(folder):
+    files = data.scan_unlabelled(folder)
+    images = data.Images(files, lambda _: data.eval_transform(dict(PREPROCESS, resize=24, crop=24)))
+    loader = data.make_loader(images, data.eval_batches(len(files), 2), 2, False)
+    threads = threading.active_count()
+    for _ in range(10):
+        first = None
+        for pixels, _, _ in loader:
+            first = pixels if first is None else first
+        kept = first.clone()
+    assert len(loader.arrays) <= 2 + 4 + 2  # made or being made, ahead, and held here
+    for pixels, _, _ in loader:
+        break
+    assert torch.equal(first, kept) and torch.equal(pixels, kept)
+    assert threading.active_count() == threads
+
+
+def test_the_generator_is_left_alone(folder):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for _ in batches(folder, 0):
+        pass
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------- damaged files
+
+def build_fuzz(folder):
+    program, cpu = str(folder / "fuzz"), os.path.join(ROOT, "csrc", "cpu")
+    sources = [os.path.join(cpu, f"{name}.cpp") for name in ("jpeg", "crop_resize", "isa")]
+    sources.append(os.path.join(ROOT, "tests", "fuzz_jpeg.cpp"))
+    built = subprocess.run(["g++", "-std=c++20", "-O1", "-g", "-DUSE_LIBJPEG", "-fsanitize=address,undefined",
+                            "-fno-sanitize-recover=all", "-I", cpu, *sources, "-ljpeg", "-o", program],
+                           capture_output=True, text=True)
+    if built.returncode and "cannot find" in built.stderr and "san" in built.stderr:
+        pytest.skip("no sanitizer's library")
+    assert built.returncode == 0, built.stderr[-3000:]
+    return program
+
+
+def test_mutated_files_give_an_error_or_an_image(tmp_path):
+    """RESNET50_FUZZ=50000 for more of them. The decoder and the resize under AddressSanitizer, files with and without
+    restart markers."""
+    program, files = build_fuzz(tmp_path), []
+    for i, kind in enumerate(KINDS):
+        content = encoded(40 + 9 * i, 90 - 7 * i, kind)
+        for name, file in (("a", content), ("b", csrc.jpeg_restart(tensor(content), 16).numpy().tobytes())):
+            files.append(str(tmp_path / f"{kind}.{name}"))
+            with open(files[-1], "wb") as f:
+                f.write(file)
+    count = int(os.environ.get("RESNET50_FUZZ", "3000"))
+    done = subprocess.run([program, "1", str(count), *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes, decoded, restarted = map(int, done.stdout.split())
+    assert count > sizes > decoded > count / 20 and 0 < restarted < count / 8  # it got that far
+
+
+def test_mutated_files_in_a_data_set(tmp_path):
+    """Through data.Images: an image or a complaint that names the file, as Pillow alone gives it"""
+    rng = np.random.default_rng(4)
+    root = tmp_path / "set"
+    root.mkdir()
+    for i in range(120):
+        content = bytearray(encoded(40, 50, list(KINDS)[i % len(KINDS)], i))
+        for at in rng.integers(0, len(content), 1 + i % 4):
+            content[at] = rng.integers(0, 256)
+        (root / f"{i}.jpg").write_bytes(content[:len(content) if i % 3 else int(rng.integers(0, len(content)))])
+    files = data.scan_unlabelled(str(root))
+    images = data.Images(files, lambda _: data.eval_transform(dict(PREPROCESS, resize=24, crop=24)))
+    intact = 0
+    for i in range(len(files)):
+        pixels, _, complaints = images.batch([(0, i, 0)])
+        try:
+            data.load(files.path(i))
+            assert len(pixels) == 1 and not complaints
+            intact += 1
+        except ValueError as error:
+            assert len(pixels) == 0 and complaints == [f"{files.path(i)}: {error}"]
+    assert 20 < intact < 100
