@@ -158,7 +158,7 @@ class Pack:
         at = len(inner) + 1 if inner else 0
         parts = {name[at:].split("/", 1)[0] for name in self.all_names
                  if name.startswith(inner and inner + "/") and "/" in name[at:]}
-        return sorted(p for p in parts)
+        return sorted(parts)
 
     def below(self, inner, folder):
         at, inside = len(inner) + 1 if inner else 0, "/".join(p for p in (inner, folder) if p)

@@ -55,6 +55,16 @@ int main(int argc, char** argv) {
       r50::crop_resize(p.rows, p.width * 3, p.end, axis(0, p.top, p.height), axis(1, p.left, p.width),
                        r50::Kernel::bicubic, out.data());
     }
+    const int64_t rows = 1 + below(20), columns = 1 + below(40), top = below(rows), left = below(columns);
+    const std::vector<uint8_t> pixels(rows * columns * 3, 255);  // packed ones end where the allocation does
+    const int64_t high = 1 + below(24), wide = 1 + below(70);
+    std::vector<uint8_t> made(high * wide * 3);
+    r50::crop_resize(pixels.data(), columns * 3, pixels.data() + pixels.size(),
+                     {double(top), double(rows - top), top, rows, high, 0, high, false},
+                     {double(left), double(columns - left), left, columns, wide, 0, wide, i % 2 == 0},
+                     i % 3 ? r50::Kernel::bilinear : r50::Kernel::bicubic, made.data());
+    for (uint8_t value : made)
+      if (value != 255) return 1;
     if (bearable && i % 8 == 0) restarted += !r50::jpeg_restart(exact.data(), exact.size(), 16).empty();
   }
   std::printf("%ld %ld %ld\n", sizes, decoded, restarted);

@@ -208,6 +208,10 @@ def test_crops_are_distributed_as_torchvisions(size, scale):
     sides = [lambda c: c[:, 0], lambda c: c[:, 1], lambda c: c[:, 2], lambda c: c[:, 3],
              lambda c: c[:, 2] * c[:, 3], lambda c: c[:, 2] / c[:, 3], lambda c: c[:, 0] + c[:, 2]]
     assert max(distance(f(ours[:, :4].astype(float)), f(theirs)) for f in sides) < 0.0436
+    room = np.array(size) - ours[:, 2:4]
+    inside = ours[(room > 9).all(1), :2] / room[(room > 9).all(1)]
+    if len(inside) > 400:  # four standard deviations of numbers that have nothing to do with one another
+        assert abs(np.corrcoef(inside.T)[0, 1]) < 4 / len(inside) ** 0.5
 
 
 def test_uniform_numbers_are_even_and_unrelated():
