@@ -348,7 +348,7 @@ def build_fuzz(folder):
 
 
 def test_mutated_files_give_an_error_or_an_image(tmp_path):
-    """RESNET50_FUZZ=50000 for more of them. The decoder and the resize under AddressSanitizer, files with and without
+    """RESNET50_FUZZ says how many. The decoder and the resize under AddressSanitizer, files with and without
     restart markers."""
     program, files = build_fuzz(tmp_path), []
     for i, kind in enumerate(KINDS):
@@ -357,7 +357,7 @@ def test_mutated_files_give_an_error_or_an_image(tmp_path):
             files.append(str(tmp_path / f"{kind}.{name}"))
             with open(files[-1], "wb") as f:
                 f.write(file)
-    count = int(os.environ.get("RESNET50_FUZZ", "3000"))
+    count = int(os.environ.get("RESNET50_FUZZ", "60000"))
     done = subprocess.run([program, "1", str(count), *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     sizes, decoded, restarted = map(int, done.stdout.split())

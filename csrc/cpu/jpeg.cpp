@@ -136,6 +136,7 @@ bool cut(const uint8_t* f, int64_t n, const Headers& h, int64_t across, int64_t 
   int64_t segment = 0, begin = h.data_at, copied = 0;
   const int64_t last = (top + rows - 1) * across + left + columns - 1;
   for (int64_t at = begin; segment <= last;) {
+    if (at >= n - 1) return false;  // a marker was the file's last
     const auto* found = static_cast<const uint8_t*>(std::memchr(f + at, 0xff, n - 1 - at));
     if (!found) return false;
     at = found - f;
