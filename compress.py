@@ -15,6 +15,7 @@ as it came, on the same images and, in alternation, on this device. Unstructured
 """
 import argparse
 import copy
+import functools
 import html
 import json
 import math
@@ -44,7 +45,6 @@ from resnet50 import (
     ResNet50,
     UserError,
     add_model_args,
-    batch_norm_affine,
     build_model,
     conv_grid,
     count_macs,
@@ -572,9 +572,13 @@ def search(found, cost):
     return best * found.low, best * found.high
 
 
-def squared_error(counts, centres, ints, zero, scale):
-    """The squared error of quantization, summed over the values that a histogram counts"""
-    return torch.dot(counts, ((ints - zero) * scale - centres).square_()).item()
+def error_to(power):
+    """-> the error of quantization to this power, summed over the values that a histogram counts, for search(). 2.4 is
+    what the code of BRECQ takes (Li et al. 2021, arXiv 2102.05426): it spares the few values that are far off, which
+    are one image's."""
+    def cost(counts, centres, ints, zero, scale):
+        return torch.dot(counts, ((ints - zero) * scale - centres).abs_().pow_(power)).item()
+    return cost
 
 
 def clipped_divergence(counts, centres, ints, zero, scale):
@@ -592,8 +596,9 @@ def clipped_divergence(counts, centres, ints, zero, scale):
     return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0).sum().item()
 
 
-OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": lambda found: search(found, squared_error),
-             "entropy": lambda found: search(found, clipped_divergence)}
+OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": functools.partial(search, cost=error_to(2)),
+             "lp": functools.partial(search, cost=error_to(2.4)),
+             "entropy": functools.partial(search, cost=clipped_divergence)}
 
 
 def ranges_of(found, observer):
@@ -603,31 +608,44 @@ def ranges_of(found, observer):
     return {name: OBSERVERS[observer](s) if s.reach else (0.0, 0.0) for name, s in found.items()}
 
 
+def by_group(weight, conv):
+    """A convolution's (O, C / groups, kh, kw) -> a view (groups, O / groups, C / groups, kh, kw)"""
+    return weight.unflatten(0, (conv.groups, -1))
+
+
 def equalisation(model, found):
-    """{step name: Statistics} -> [(batch-norm, convolution behind it, float64 (C) factors)] for equalise()"""
-    pairs = []
-    for name, block in model.named_modules():
-        if isinstance(block, Bottleneck) and not block.split:
-            for source, bn, conv, last in (("conv1", "bn1", "conv2", block.bn2), ("conv2", "bn2", "conv3", block.bn3)):
-                peak = getattr(block, conv).weight.double() * batch_norm_affine(last)[0].view(-1, 1, 1, 1)
-                peak, reach = peak.abs().amax((0, 2, 3)), found[f"{name}.{source}"].max
-                factor = (reach.clamp(min=0.03 * reach.max()) / peak.clamp(min=0.01 * peak.median())).sqrt()
-                if factor.max() > 0 and factor.isfinite().all():  # not where all channels or weights are zero
-                    pairs.append((f"{name}.{bn}", f"{name}.{conv}", factor / factor.max()))
-    return pairs
+    """{step name: Statistics} -> [(batch-norm, [convolutions behind it], float64 (C) factors)] for equalise(): wherever
+    a ReLU's results go, through pooling or not, into convolutions alone; so not on the stream of the blocks"""
+    steps, origin, result = flatten(model), {"pixels": None}, []
+    for step in steps:
+        origin[step.name] = origin[step.x] if step.kind in ("maxpool", "pool") else step.name
+    stream = {origin[step.residual] for step in steps if step.residual}
+    for step in steps:
+        readers = [r for r in steps if origin[r.name] == r.name and origin[r.x] == step.name]
+        if not step.bn or not step.relu or step.residual or step.name in stream \
+                or any(r.kind != "conv" for r in readers):
+            continue
+        convs, reach = [model.get_submodule(r.name) for r in readers], found[step.name].max
+        peak = torch.stack([by_group(fold_norm(model, r)[0], conv).abs().amax((1, 3, 4)).flatten()
+                            for r, conv in zip(readers, convs)]).amax(0)
+        factor = (reach.clamp(min=0.03 * reach.max()) / peak.clamp(min=0.01 * peak.median())).sqrt()
+        if factor.max() > 0 and factor.isfinite().all():  # not where all channels or weights are zero
+            result.append((step.bn, [r.name for r in readers], factor / factor.max()))
+    return result
 
 
 @torch.no_grad()
 def equalise(model, batches):
-    """Cross-layer equalisation inside the blocks (Nagel et al. 2019, arXiv 1906.04721; with ranges of activations as
-    SmoothQuant, arXiv 2211.10438) -> a copy of the float network that computes the same. ReLU lets channel c be divided
-    by a factor before it and the next convolution's weights be multiplied by it: sqrt(largest activation / largest
-    weight), so that both have the same spread. Split attention, which has no such ReLU, stays as it is."""
+    """Cross-layer equalisation (Nagel et al. 2019, arXiv 1906.04721; with ranges of activations as SmoothQuant, arXiv
+    2211.10438) -> a copy of the float network that computes the same. ReLU lets channel c be divided by a factor before
+    it and the next convolutions' weights be multiplied by it: sqrt(largest activation / largest weight), so that both
+    have the same spread. What split attention reads, behind no such ReLU, stays as it is."""
     result = copy.deepcopy(model)
-    for bn, conv, factor in equalisation(model, gather(model, batches)):
+    for bn, convs, factor in equalisation(model, gather(model, batches)):
         result.get_submodule(bn).weight.div_(factor)
         result.get_submodule(bn).bias.div_(factor)
-        result.get_submodule(conv).weight.mul_(factor.view(1, -1, 1, 1))
+        for conv in map(result.get_submodule, convs):
+            by_group(conv.weight, conv).mul_(factor.view(conv.groups, 1, -1, 1, 1))
     return result
 
 
@@ -729,11 +747,11 @@ def scales_of(net):
 
 
 @torch.no_grad()
-def post_training(model, batches, observer="mse", correction="weights", found=None, **more):
+def post_training(model, batches, observer="lp", correction="weights", found=None, **more):
     """Post-training quantization of a float ResNet50 on the CPU, from `batches` of uint8 pixels (N, 3, H, W) ->
     Int8ResNet50: ranges by `observer`, then Correction, for which all pixels run at once: of "weights" and biases, of
     "biases" alone, or "none". `found` is gather(model, batches), if it is known; `more` is quantize()'s: float_layers,
-    bits, per_tensor. Where channels differ much, model = equalise(model, batches)."""
+    bits, per_tensor. `model` had better be equalise(model, batches)."""
     batches = list(batches)
     found = found or gather(model, batches)
     net = quantize(model, ranges=ranges_of(found, observer), **more)
@@ -1397,9 +1415,10 @@ def get_args_parser():
     g.add_argument("--qat-ranges", choices=("learned", "observed"), default="learned")
     g.add_argument("--freeze-bn-epochs", type=int, default=0, metavar="N",
                    help="batch statistics for so long, then the running ones")
-    g.add_argument("--observer", choices=OBSERVERS, default="mse", help="what chooses the range of activations")
-    g.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=False,
-                   help="even out channels inside blocks first")
+    g.add_argument("--observer", choices=OBSERVERS, default="lp",
+                   help="what chooses the range of activations; mse, lp: squared errors, errors to the power of 2.4")
+    g.add_argument("--equalise", action=argparse.BooleanOptionalAction, default=True,
+                   help="even out channels first, between one convolution and the next")
     g.add_argument("--correction", choices=("weights", "biases", "none"), default="weights",
                    help="weights: rounded so that their errors cancel on the calibration images, and biases shifted to "
                         "the float network's channel means; biases: these alone")

@@ -75,16 +75,17 @@ def quantized(x, low, high):
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
 
 
+@pytest.mark.parametrize("observer, power", [("mse", 2), ("lp", 2.4)])
 @pytest.mark.parametrize("kind", ["relu", "signed", "constant"])
-def test_mse_finds_the_least_error_of_the_values_themselves(kind):
+def test_search_finds_the_least_error_of_the_values_themselves(kind, observer, power):
     x = values_of(kind).double()
     found = statistics(x.float())
 
     def error(low, high):
-        return (quantized(x, low, high) - x).square().sum().item()
+        return (quantized(x, low, high) - x).abs().pow(power).sum().item()
     tried = [error(f * found.low, f * found.high) for f in np.linspace(0.05, 1, 400)]
-    got = error(*compress.OBSERVERS["mse"](found))
-    assert got <= 1.03 * min(tried) + 1e-4 * x.square().sum().item() * (kind == "constant")
+    got = error(*compress.OBSERVERS[observer](found))
+    assert got <= 1.03 * min(tried) + 1e-4 * x.abs().pow(power).sum().item() * (kind == "constant")
     assert kind == "constant" or got < error(found.low, found.high)
 
 
@@ -118,7 +119,7 @@ def test_every_observer_gives_a_network(case):
         ranges = compress.ranges_of(found, observer)
         assert ranges.keys() == found.keys() and all(low <= 0 <= high for low, high in ranges.values())
         assert all(low >= found[k].low - 1e-6 and high <= found[k].high + 1e-6 for k, (low, high) in ranges.items())
-        if observer in ("minmax", "mse"):
+        if observer in ("minmax", "mse", "lp"):
             got = resnet50.quantize(model, ranges=ranges)(torch.cat(batches))
             assert (got - logits).std() < 0.1 * logits.std()
     ours, theirs = compress.ranges_of(found, "minmax"), resnet50.observe(model, batches)
@@ -135,8 +136,16 @@ def test_equalisation_leaves_the_function_and_narrows_the_ranges(case):
     a, b = (copy.deepcopy(m).double()(x) for m in (model, equal))
     assert (a - b).abs().max() <= 1e-6 * a.abs().max()  # factors are float32, as weights are
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    changed = [k for k, v in equal.state_dict().items() if not torch.equal(v, before[k])]
-    assert bool(changed) == (model.config["attention"] != "split")
+    changed = {k for k, v in equal.state_dict().items() if not torch.equal(v, before[k])}
+    split, deep = model.config["attention"] == "split", model.config["stem"] == "deep"
+    norms = ["bn1"] + ["conv1.1", "conv1.4"] * deep + [f"{name}.{norm}" for name, block in model.named_modules()
+                                                       if isinstance(block, resnet50.Bottleneck)
+                                                       for norm in ("bn1", "bn2")[:1 if split else 2]]
+    for norm in norms:
+        assert {f"{norm}.weight", f"{norm}.bias"} <= changed
+    assert {k for k in changed if k.endswith("bias")} == {f"{norm}.bias" for norm in norms}
+    for key in ("conv1", "conv2.conv" if split else "conv3", f"downsample.{int(split)}"):
+        assert f"layer1.0.{key}.weight" in changed
 
 
 @pytest.mark.parametrize("variant", ["plain", "se"])
