@@ -615,15 +615,14 @@ def by_group(weight, conv):
 
 def equalisation(model, found):
     """{step name: Statistics} -> [(batch-norm, [convolutions behind it], float64 (C) factors)] for equalise(): wherever
-    a ReLU's results go, through pooling or not, into convolutions alone; so not on the stream of the blocks"""
+    a ReLU's results go, through pooling or not, into convolutions alone; so not on the stream of the blocks, where a
+    step has a residual or, at a stage's begin, no ReLU"""
     steps, origin, result = flatten(model), {"pixels": None}, []
     for step in steps:
         origin[step.name] = origin[step.x] if step.kind in ("maxpool", "pool") else step.name
-    stream = {origin[step.residual] for step in steps if step.residual}
     for step in steps:
         readers = [r for r in steps if origin[r.name] == r.name and origin[r.x] == step.name]
-        if not step.bn or not step.relu or step.residual or step.name in stream \
-                or any(r.kind != "conv" for r in readers):
+        if not step.bn or not step.relu or step.residual or any(r.kind != "conv" for r in readers):
             continue
         convs, reach = [model.get_submodule(r.name) for r in readers], found[step.name].max
         peak = torch.stack([by_group(fold_norm(model, r)[0], conv).abs().amax((1, 3, 4)).flatten()

@@ -156,6 +156,26 @@ def test_equalisation_is_exact_in_float64(variant):
     assert (a - b).abs().max() <= 1e-12 * a.abs().max()
 
 
+def test_equalised_channels_reach_as_far_as_their_weights():
+    """sqrt(activation / weight) makes both proportional, over all that read a channel; rows of weights have scales of
+    their own, so what their batch-norms become does not count."""
+    model, pixels = build("plain"), photographs(6, 75, 50)
+    equal = compress.equalise(model, [pixels])
+    before, after = (compress.gather(m, [pixels]) for m in (model, equal))
+    for source, *readers in (("conv1", ("layer1.0.conv1", "layer1.0.bn1"),
+                              ("layer1.0.downsample.0", "layer1.0.downsample.1")),
+                             ("layer2.0.conv1", ("layer2.0.conv2", "layer2.0.bn2")),
+                             ("layer3.0.conv2", ("layer3.0.conv3", "layer3.0.bn3"))):
+        peak = 0.0
+        for conv, norm in readers:
+            bn = model.get_submodule(norm)
+            gain = (bn.weight / (bn.running_var + bn.eps).sqrt()).abs().view(-1, 1)
+            peak = np.maximum(peak, (equal.get_submodule(conv).weight.abs().amax((2, 3)) * gain).amax(0).numpy())
+        reach = before[source].max.numpy()
+        ratio = (after[source].max.numpy() / peak)[reach > 0.04 * reach.max()]
+        assert len(ratio) > 5 and ratio.max() < 1.001 * ratio.min()
+
+
 def test_equalisation_helps_where_channels_differ():
     """Channels 30 times larger than others, undone by the next convolution, cost nothing once they are equalised."""
     model, pixels = build("plain"), photographs(6, 75, 50)
