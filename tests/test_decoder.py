@@ -257,9 +257,14 @@ def folder(tmp_path_factory):
     return str(root)
 
 
-def batches(root, workers, exif=False, pin=False, epochs=(3,)):
+def images_of(files, exif=False, flags=()):
+    args = augmentation(*flags)
+    return data.Images(files, lambda _: data.train_transform(32, PREPROCESS, args), 7, exif, replace=True)
+
+
+def batches(root, workers, exif=False, pin=False, epochs=(3,), flags=()):
     files = data.scan_unlabelled(root)
-    images = data.Images(files, lambda _: data.train_transform(32, PREPROCESS, augmentation()), 7, exif, replace=True)
+    images = images_of(files, exif, flags)
     order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
     loader = data.make_loader(images, order, workers, pin)
     for epoch in epochs:
@@ -274,12 +279,37 @@ def test_batches_are_what_pillow_and_pytorch_make(folder, exif):
     files = data.scan_unlabelled(folder)
     order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
     order.epoch = 3
-    images = data.Images(files, lambda _: data.train_transform(32, PREPROCESS, augmentation()), 7, exif, replace=True)
+    images = images_of(files, exif)
     wanted = [data.collate([images[key] for key in keys]) for keys in order]
     assert sum(len(c) for _, _, c in wanted) == 1
     for workers in (0, 1, 3):
         for (a, y, c), (b, z, d) in zip(batches(folder, workers, exif), wanted, strict=True):
             assert torch.equal(a, b) and torch.equal(y, z) and c == d
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_follows_the_crop_is_torchvisions_with_the_images_seed(folder, workers):
+    from torchvision.transforms import v2
+    files = data.scan_unlabelled(folder)
+    order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
+    order.epoch = 3
+    plain, erase = images_of(files), v2.RandomErasing(1.0, value=[round(255 * m) for m in PREPROCESS["mean"]])
+    found = list(batches(folder, workers, flags=("--random-erase", "1")))
+    assert len(found) == len(order)
+    for keys, (pixels, _, _) in zip(order, found):
+        for key, got in zip(keys, pixels, strict=True):
+            crop = plain[key][0].permute(2, 0, 1)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(data.seed_for(7, *key))
+                assert torch.equal(got, erase(crop)) and not torch.equal(got, crop)
+
+
+def test_training_decodes_large_boxes_smaller(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(640, 480, "444"))
+    images = images_of(data.scan_unlabelled(str(tmp_path)), flags=("--crop-scale", "0.9"))
+    key = 3, 0, 0
+    small, whole = images.batch([key])[0][0].float(), images[key][0].permute(2, 0, 1).float()  # Pillow decodes this one
+    assert 0 < (small - whole).abs().max() < 12 and (small - whole).abs().mean() < 1
 
 
 @pytest.mark.parametrize("exif", [False, True])

@@ -291,6 +291,17 @@ def test_images_that_do_not_decode(folder, tmp_path):
     assert len(data.open_folder(str(tmp_path / "x"))[0]) == 74
 
 
+def test_a_lossless_pack_keeps_files_whose_pixels_restart_markers_would_change(folder, tmp_path, monkeypatch):
+    with open(os.path.join(folder, "train", "ring", "small.jpg"), "rb") as f:
+        other = f.read()
+    monkeypatch.setattr(data, "with_restarts", lambda content: other)
+    pack(folder, tmp_path / "x", "--lossless", "--workers", 0)
+    made = data.Pack(str(tmp_path / "x"))
+    for i in range(len(made)):
+        with open(os.path.join(folder, made.name(i)), "rb") as f:
+            assert made.record(i).tobytes() == f.read()
+
+
 def test_a_full_disk(folder, tmp_path, run):
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
             "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
