@@ -2,6 +2,7 @@
 import argparse
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,18 @@ def test_metadata_and_pixels_survive_restart_markers():
     again = Image.open(io.BytesIO(csrc.jpeg_restart(tensor(buffer.getvalue())).numpy().tobytes()))
     assert again.getexif()[274] == 6 and again.info["icc_profile"] == b"profile" * 100
     assert again.info["comment"] == b"said" and again.info["dpi"] == (72, 71) and again.size == (70, 40)
+
+
+def test_a_lost_segment_is_damage_and_moves_nothing():
+    """Below it the pixels would be those of their neighbours."""
+    content = csrc.jpeg_restart(tensor(encoded(160, 200, "444"))).numpy().tobytes()
+    marks = [m.start() for m in re.finditer(rb"\xff[\xd0-\xd7]", content)]
+    assert len(marks) > 40
+    lost = content[:marks[10]] + content[marks[11]:]
+    assert crop(tensor(content), [96, 0, 32, 200, 32, 200, 0, 0, 0], (32, 200)) is not None
+    assert crop(tensor(lost), [96, 0, 32, 200, 32, 200, 0, 0, 0], (32, 200)) is None
+    # a file that never was damaged, behind one that was
+    assert crop(tensor(content), [0, 0, 160, 200, 160, 200, 0, 0, 0], (160, 200)) is not None
 
 
 def test_what_is_no_jpeg_of_ours():

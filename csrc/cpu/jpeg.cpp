@@ -174,7 +174,6 @@ bool decode(Decoder& d, const uint8_t* f, int64_t n, const int64_t box[4], int s
     jpeg_create_decompress(&info);
     d.made = true;
   }
-  info.err->num_warnings = 0;
   jpeg_mem_src(&info, const_cast<unsigned char*>(f), n);  // older headers have no const
   jpeg_read_header(&info, TRUE);
   info.out_color_space = JCS_RGB, info.dct_method = JDCT_ISLOW, info.do_fancy_upsampling = TRUE;
