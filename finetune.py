@@ -82,7 +82,7 @@ CLASSIFIES = (  # and those that it has no use for
     "drop_path", "dropout", "repeated_aug", "crop_scale")
 # What a strategy sets where the command line does not
 STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
-                  gradual=dict(epochs=8, lr=1e-4, layer_decay=0.5),
+                  gradual=dict(epochs=8, lr=1e-4, layer_decay=1.0),
                   layers=dict(epochs=8, lr=1e-4, layer_decay=0.5),
                   full=dict(epochs=8, lr=1e-4, layer_decay=1.0),
                   lora=dict(epochs=8, lr=1e-4, layer_decay=1.0),
@@ -629,9 +629,8 @@ class FineTuning(train.Plan):
             if aligns:
                 source = self.seen
                 # the step's generator: a resumed run draws the same images
-                keys = [(int(draw), int(i), 0) for draw, i in zip(torch.randint(2 ** 31, (len(target),)),
-                                                                  torch.randint(len(self.target), (len(target),)))]
-                batch, _, bad = data.collate([images[key] for key in keys])
+                draws, index = (torch.randint(n, (len(target),)).tolist() for n in (2 ** 31, len(self.target)))
+                batch, _, bad = images.batch([(0, i, draw) for i, draw in zip(index, draws)])
                 train.check_corrupt(bad, args.on_corrupt)
                 amp = dict(dtype=self.amp or torch.bfloat16, enabled=self.amp is not None)
                 with torch.autocast(self.world.device.type, **amp):

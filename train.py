@@ -371,6 +371,13 @@ class LAMB(torch.optim.Optimizer):
                 p.sub_(update, alpha=group["lr"])
 
 
+def begin_momentum(optimizer, *_):
+    """Gives what is trained for the first time a momentum of zero: where stages are unfrozen one by one, SGD's fused
+    step takes no group of which only some parameters have one"""
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+
 def make_optimizer(model, name, weight_decay, momentum, share=lambda name: 1.0):
     """Weight decay on what has more than one dimension: not on batch-norm, not on biases. The rate is set at every
     step, in each group to `lr_share` of the schedule's, which is share(parameter's name)."""
@@ -382,7 +389,10 @@ def make_optimizer(model, name, weight_decay, momentum, share=lambda name: 1.0):
     groups = [dict(params=found.get((part, decays), []), weight_decay=weight_decay if decays else 0.0, lr_share=part)
               for part in sorted({part for part, _ in found}, reverse=True) for decays in (True, False)]
     if name in ("sgd", "nesterov"):
-        return torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=name == "nesterov", fused=True)
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=name == "nesterov", fused=True)
+        if momentum:
+            optimizer.register_step_pre_hook(begin_momentum)
+        return optimizer
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.1, fused=True)
     return LARS(groups, lr=0.1, momentum=momentum) if name == "lars" else LAMB(groups, lr=0.1)

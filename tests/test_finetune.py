@@ -363,7 +363,8 @@ def test_data_check_of_damaged_files(shapes, tmp_path):
 
 STOPPED = ["--strategy", "gradual", "--epochs", 3, "--model-ema-decay", 0.9, "--mixup-alpha", 0.2, "--dropout", 0.1]
 RUNS = {"head": ["--strategy", "head", "--epochs", 3, "--views", 2, "--opt", "nesterov", "--dropout", 0.2],
-        "gradual": STOPPED, "layers": ["--strategy", "layers:2", "--epochs", 2, "--swa-start", 0.4, "--l2-sp", 0.01],
+        "gradual": STOPPED, "momentum": ["--strategy", "gradual", "--epochs", 3, "--opt", "sgd", "--layer-decay", 1],
+        "layers": ["--strategy", "layers:2", "--epochs", 2, "--swa-start", 0.4, "--l2-sp", 0.01],
         "full": ["--strategy", "full", "--epochs", 2, "--drop-path", 0.2, "--ohem", 0.5, "--balanced"],
         "lora": ["--strategy", "lora", "--epochs", 2, "--model-ema-decay", 0.9],
         "adapter": ["--strategy", "adapter", "--epochs", 2, "--opt", "sgd", "--loss", "focal"],

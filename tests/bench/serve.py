@@ -8,7 +8,7 @@ against the usual FastAPI + uvicorn server of the same int8 network.
 The contenders alternate, round by round, on the same images and threads, each alone while it is measured:
   offline   decoder threads and batches of 32 in one process, no HTTP: the ceiling
   ours      serve.py, closed loop: so many connections, each sends the next image when it has its answer
-  fastapi   one uvicorn process, decode and predict in the handler, as tutorials have it
+  fastapi   one uvicorn process, Pillow, torchvision's transforms and predict in the handler, as tutorials have it
 Then, at half of ours' rate, an open loop: requests leave at random times (Poisson) whatever the server does, and a
 latency counts from when its request should have left. batch 1: decode and predict of one image, alone.
 ratio.p99_to_latency is the open loop's 99th percentile over that, ratio.fastapi_at_equal_p99 the highest of some rates
@@ -38,17 +38,18 @@ import io, os
 import torch, uvicorn
 from fastapi import FastAPI, File, UploadFile
 from PIL import Image
-import data
+from torchvision import transforms
 from resnet50 import build_model, load_checkpoint, predict
 app, path = FastAPI(), os.environ["CHECKPOINT"]
 checkpoint = load_checkpoint(path)
 model, classes = build_model(checkpoint, path), checkpoint["classes"]
-transform = data.eval_transform(model.preprocess)
+transform = transforms.Compose([transforms.Resize(model.preprocess["resize"]),
+                                transforms.CenterCrop(model.preprocess["crop"]), transforms.PILToTensor()])
 
 @app.post("/predict")
 async def classify(image: UploadFile = File(...)):
     picture = Image.open(io.BytesIO(await image.read())).convert("RGB")
-    pixels = transform(picture).permute(2, 0, 1).unsqueeze(0)
+    pixels = transform(picture).unsqueeze(0)
     with torch.inference_mode():
         probabilities = predict(model, pixels.contiguous(memory_format=torch.channels_last)).softmax(1)[0]
     p, i = probabilities.max(0)
