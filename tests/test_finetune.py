@@ -621,6 +621,22 @@ def test_target_domain_is_scored(tune, shapes, tmp_path):
     assert result["target_top1"] is None
 
 
+def test_a_step_draws_target_images_anew_in_crops_of_their_own(source, shapes, tmp_path):
+    for name, shape in (("a.jpg", "disk"), ("b.jpg", "square")):
+        shutil.copy(os.path.join(shapes, "val", shape, "0000.jpg"), tmp_path / name)
+    plan, model, _ = plan_of(source, shapes, "--strategy", "layers:1", "--target-domain", tmp_path)
+    loss, passed = plan.teach(train.make_loss("ce")), []
+    model.register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].clone()))
+
+    def target_of(seed):
+        torch.manual_seed(seed)
+        assert loss(model(torch.zeros(8, 3, 32, 32)), torch.zeros(8, dtype=torch.int64)).isfinite()
+        return passed.pop()
+    first, again, other = (target_of(seed) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len({row.numpy().tobytes() for row in first}) > 2  # than there are images
+
+
 def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path):
     flags = ("--data", shapes, "--checkpoint", source, "--batch-size", 2, "--workers", 0, "--amp-dtype", "float32")
     done = run(*flags, "--out", tmp_path / "two", "--strategy", "gradual", "--epochs", 3, script="finetune.py",
