@@ -953,7 +953,7 @@ def open_sets(args, checkpoint, model, world, trains):
 def read_pixels(files, model, args):
     """-> (uint8 pixels (N, 3, H, W) NHWC, labels (N)) of all the files, as in evaluation"""
     images = data.Images(files, lambda _: data.eval_transform(model.preprocess))
-    parts = list(data.make_loader(images, data.eval_batches(len(files), 32), args.workers, False))
+    parts = list(data.make_loader(images, data.eval_batches(len(files), 32), args.workers))
     complaints = [c for part in parts for c in part[2]]
     train.check_corrupt(complaints, args.on_corrupt)
     pixels = [p for p, y, _ in parts if len(y)]

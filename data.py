@@ -100,6 +100,7 @@ def grey16(image):
 
 MAGIC = b"resnet50pack/1\r\n"
 BLOCK = 256  # images between two notes of how far a pack has got
+MIXED = 256  # chunks of neighbouring images that are mixed, where an order keeps them together
 COLUMNS = dict(key="<u8", offset="<u8", size="<u4", width="<u4", height="<u4", crc="<u4", end="<u8", shard="<u2")
 
 
@@ -184,14 +185,22 @@ class Pack:
             self.seen[i] = True
         return part
 
-    def content(self, index, exif=False):
-        """Files.content of the records at those positions. Those that may not be in memory are asked for all at once,
-        and no more than they: the system would read each in pieces, with several times as much around them."""
-        self.check_exif(exif)
-        for i in index if self.leaves_memory else index[~self.seen[index]]:
-            begin, size = int(self.offset[i]), int(self.size[i])
+    def ask(self, index):
+        """Has the system begin to read records, all at once, neighbours in one piece, and no more than they: it would
+        read each in pieces by itself, with several times as much around them."""
+        places = np.stack([self.shard[index], self.offset[index], self.offset[index] + self.size[index]], 1)
+        places = places[np.lexsort(places.T[::-1])].astype(np.int64)
+        new = np.diff(places[:, 0], prepend=-1) != 0
+        new[1:] |= places[1:, 1] > places[:-1, 2] + mmap.PAGESIZE
+        first = np.flatnonzero(new)
+        for (shard, begin, _), end in zip(places[first], places[np.append(first, len(index))[1:] - 1, 2]):
             page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self.maps[self.shard[i]].madvise(mmap.MADV_WILLNEED, page, begin + size - page)
+            self.maps[shard].madvise(mmap.MADV_WILLNEED, page, end - page)
+
+    def content(self, index, exif=False):
+        """Files.content of the records at those positions"""
+        self.check_exif(exif)
+        self.ask(index if self.leaves_memory else index[~self.seen[index]])
         places = np.stack([self.shard[index], self.offset[index], self.size[index]], 1).astype(np.int64)
         seen = np.stack([self.height[index], self.width[index]], 1).astype(np.int64)
         turns = exif and self.head["mode"] == "lossless"
@@ -463,6 +472,12 @@ class Files:
         self.labels = np.asarray(labels, dtype=np.int32)
         self.pack = pack_of(root)[0]
         self.positions = np.full(len(names) if self.pack else 0, -1)  # in the pack, once they were looked for
+        self.keep_together(0)
+
+    def keep_together(self, chunk):
+        """Reads neighbours of a pack, `chunk` at a time, as one piece: for an Order of such chunks"""
+        self.chunk, self.asked = chunk, 0
+        self.asked_at = np.full(len(self) // chunk + 1 if chunk else 0, -2 * MIXED)
 
     def __len__(self):
         return len(self.ends)
@@ -476,9 +491,14 @@ class Files:
         int64 array (N, 2): height and width of all that may be decoded, and zeros for what is damaged, or
         turned by an EXIF tag that counts"""
         if self.pack:
-            for i in index[self.positions[index] < 0]:
-                self.positions[i] = self.pack.find(os.path.relpath(self.path(i), self.pack.path))
-            return self.pack.content(self.positions[index], exif)
+            if self.chunk:
+                chunks = np.unique(index // self.chunk)
+                chunks = chunks[self.asked - self.asked_at[chunks] >= 2 * MIXED]  # not lately
+                self.asked_at[chunks] = self.asked + np.arange(len(chunks))
+                self.asked += len(chunks)
+                around = (chunks[:, None] * self.chunk + np.arange(self.chunk)).reshape(-1)
+                self.pack.ask(self.in_pack(around[around < len(self)]))
+            return self.pack.content(self.in_pack(index), exif)
         parts = []
         for i in index:
             try:
@@ -494,6 +514,12 @@ class Files:
             seen[[has_exif(p[:1 << 16].tobytes()) for p in parts]] = 0
         places[torch.from_numpy(seen[:, 0] == 0), 2] = 0
         return files, places, torch.zeros(len(parts), 2, dtype=torch.int64), seen
+
+    def in_pack(self, index):
+        """Positions here -> positions in the pack"""
+        for i in index[self.positions[index] < 0]:
+            self.positions[i] = self.pack.find(os.path.relpath(self.path(i), self.pack.path))
+        return self.positions[index]
 
     def select(self, keep):
         """-> the Files at the positions `keep` (int array)."""
@@ -669,27 +695,33 @@ class RandAugmentNoise(torch.nn.Module):
 
 class Transform:
     """What becomes of an image: a box of it, resized with antialiasing to uint8 (size, size, 3) and mirrored or not,
-    and then `rest` of that. crops(heights, widths, seeds), arrays of N, gives the boxes as csrc.crop_images has them,
-    int64 (N, 9), from nothing but the seeds. JPEGs are decoded smaller where `gap` times the resized size is left;
-    `resize` is that of the short side, where the box is the whole image."""
+    then `rest` of that, and then a rectangle of the colour `fill` with probability `erase`. crops(heights, widths,
+    seeds), arrays of N, gives the boxes as csrc.crop_images has them, int64 (N, 9), from nothing but the seeds. JPEGs
+    are decoded smaller where `gap` times the resized size is left; `resize` is that of the short side, where the box is
+    the whole image."""
 
-    def __init__(self, size, kernel, crops, rest=None, gap=0, resize=None):
+    def __init__(self, size, kernel, crops, rest=None, gap=0, resize=None, erase=0.0, fill=(0, 0, 0)):
         if kernel not in ("bilinear", "bicubic"):
             raise UserError(f"interpolation {kernel}: expected bilinear or bicubic")
         self.size, self.kernel, self.crops, self.rest, self.gap = size, kernel, crops, rest, gap
-        self.resize = resize or size
+        self.resize, self.erase, self.fill = resize or size, erase, torch.tensor(fill, dtype=torch.uint8)
 
     def __call__(self, image, seed=0):
         """PIL image, mode RGB -> uint8 (size, size, 3)"""
         pixels = np.array(image)
-        return self.finish(self.cut(pixels, pixels.shape[:2], self.gap, seed), seed)
+        pixels = self.cut(pixels, pixels.shape[:2], self.gap, seed)
+        self.finish([pixels], np.array([seed], np.uint64))
+        return pixels
 
     def encoded(self, content, formats=TRAIN_FORMATS, exif=False, gap=None):
         """The bytes of an image file, as decode() takes them -> uint8 (size, size, 3). Raises ValueError as it does."""
         gap, found = self.gap if gap is None else gap, None
         if content and not (exif and has_exif(content)):
             found = self.cut(np.frombuffer(bytearray(content), np.uint8), (0, 0), gap, 0)
-        return self(decode(content, formats, exif, gap * self.resize)) if found is None else self.finish(found, 0)
+        if found is None:
+            return self(decode(content, formats, exif, gap * self.resize))
+        self.finish([found], np.zeros(1, np.uint64))
+        return found
 
     def cut(self, values, size, gap, seed):
         """RGB pixels of that size, or a file and zeros -> uint8 (size, size, 3), None if that is no intact JPEG"""
@@ -703,16 +735,20 @@ class Transform:
         done = csrc.crop_images(out.permute(0, 3, 1, 2), files, places, sizes, crops, self.kernel, gap)
         return out[0] if done else None
 
-    def finish(self, pixels, seed):
-        """The rest, with torch's default generator at the seed and then where it was"""
-        if not self.rest:
-            return pixels
-        outer = torch.get_rng_state()  # without workers this is the training process's own generator
-        torch.default_generator.manual_seed(int(seed))
-        try:
-            return self.rest(pixels)
-        finally:
-            torch.set_rng_state(outer)
+    def finish(self, images, seeds):
+        """What comes after the crop, for each of images, uint8 (size, size, 3), in place: the rest, with torch's
+        default generator at the image's seed and then where it was, and the rectangle"""
+        if self.rest:
+            outer = torch.get_rng_state()  # without workers this is the training process's own generator
+            try:
+                for image, seed in zip(images, seeds.tolist()):
+                    torch.default_generator.manual_seed(seed)
+                    image.copy_(self.rest(image))
+            finally:
+                torch.set_rng_state(outer)
+        if self.erase:
+            for image, (top, left, h, w) in zip(images, erasures(seeds, self.size, self.erase).tolist()):
+                image[top:top + h, left:left + w] = self.fill
 
 
 def has_exif(content):
@@ -748,6 +784,21 @@ def random_crops(heights, widths, seeds, size, scale, hflip):
     return np.stack([top, left, h, w, whole, whole, zero, zero, numbers[:, 22] < hflip], 1).astype(np.int64)
 
 
+def erasures(seeds, size, probability):
+    """The rectangles of torchvision's RandomErasing in squares of `size` pixels, from the same distribution: with that
+    probability the first of ten, area 2 to 33 %, height 0.3 to 3.3 of the width, that fits. -> int64 (N, 4): top, left,
+    height and width, zeros for none."""
+    numbers = uniform(seeds, 46)[:, 23:]  # behind those of random_crops
+    area = size * size * (0.02 + (0.33 - 0.02) * numbers[:, :10])
+    ratio = np.exp(np.log(0.3) + (np.log(3.3) - np.log(0.3)) * numbers[:, 10:20])
+    h, w = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (h < size) & (w < size)
+    first = np.arange(len(seeds)), fits.argmax(1)
+    h, w, chosen = h[first], w[first], fits.any(1) & (numbers[:, 22] < probability)
+    top, left = np.floor(numbers[:, 20] * (size - h + 1)), np.floor(numbers[:, 21] * (size - w + 1))
+    return np.where(chosen[:, None], np.stack([top, left, h, w], 1), 0).astype(np.int64)
+
+
 def centre_crops(heights, widths, seeds, resize, crop):
     """torchvision's Resize, which gives the short side `resize` pixels, and CenterCrop"""
     short = np.minimum(heights, widths)
@@ -758,7 +809,7 @@ def centre_crops(heights, widths, seeds, resize, crop):
 
 
 def train_transform(size, preprocess, args):
-    """-> Transform. What comes after the crop draws from torch's default generator."""
+    """-> Transform. What comes between crop and erasing draws from torch's default generator."""
     from torchvision.transforms import InterpolationMode, v2
     grey, steps = [round(255 * m) for m in preprocess["mean"]], []
     if args.rotation:
@@ -772,15 +823,13 @@ def train_transform(size, preprocess, args):
         steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=grey))
     if args.color_jitter:
         steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
-    pipeline = v2.Compose(steps) if steps else None
-    erase = v2.RandomErasing(args.random_erase, value=grey) if args.random_erase else None
 
     def rest(pixels):
-        if pipeline:
-            pixels = torch.from_numpy(np.array(pipeline(Image.fromarray(pixels.numpy()))))
-        return erase(pixels.permute(2, 0, 1)).permute(1, 2, 0) if erase else pixels
+        image = functools.reduce(lambda image, step: step(image), steps, Image.fromarray(pixels.numpy()))
+        return torch.from_numpy(np.array(image))
     crops = functools.partial(random_crops, size=size, scale=args.crop_scale, hflip=args.hflip)
-    return Transform(size, preprocess["interpolation"], crops, rest if pipeline or erase else None, gap=2)
+    return Transform(size, preprocess["interpolation"], crops, rest if steps else None, gap=2, erase=args.random_erase,
+                     fill=grey)
 
 
 def eval_transform(preprocess):
@@ -832,8 +881,8 @@ class Images(torch.utils.data.Dataset):
 
     def batch(self, keys, empty=torch.empty):
         """Keys of one epoch -> what collate() makes of their samples, decoded in one call by csrc.crop_images. Other
-        formats than JPEG, and whatever is wrong with a file, are __getitem__'s. Any number of threads, if nothing comes
-        after the crop. empty(N, H, W, 3, dtype=) gives the memory."""
+        formats than JPEG, and whatever is wrong with a file, are __getitem__'s. Any number of threads, if the transform
+        has no rest. empty(N, H, W, 3, dtype=) gives the memory."""
         transform = self.transform(keys[0][0])
         seeds = np.array([seed_for(self.seed, *key) for key in keys], np.uint64)
         index = np.array([i for _, i, _ in keys])
@@ -844,10 +893,10 @@ class Images(torch.utils.data.Dataset):
         # what has no size is no JPEG: it gets a box, but no pixels
         crops = torch.from_numpy(transform.crops(*np.maximum(seen, 1).T, seeds))
         done = csrc.crop_images(pixels, files, places, sizes, crops, transform.kernel, transform.gap)
+        if transform.rest or transform.erase:
+            transform.finish([out[row] for row in np.flatnonzero(done)], seeds[done.numpy()])
         for row, (key, good) in enumerate(zip(keys, done.tolist())):
-            if good and transform.rest:
-                out[row] = transform.finish(out[row], seeds[row])
-            elif not good:
+            if not good:
                 sample, label, complaint = self[key]
                 complaints += [complaint] if complaint else []
                 if sample is None:
@@ -871,11 +920,13 @@ def collate(samples):
 class Order:
     """The training order as a batch sampler: batches of keys for process `rank` of `world`. A step uses `accumulate`
     batches from every process. Set .epoch and .start (samples of the epoch already used, all processes together) before
-    iterating. The images of a step are the same whatever the number of processes, if the global batch is."""
+    iterating. The images of a step are the same whatever the number of processes, if the global batch is. With `chunk`
+    so many neighbours are used near to one another, in a stretch of MIXED such chunks: they can be read as one piece,
+    and those in use fit into memory."""
 
-    def __init__(self, labels, batch_size, rank=0, world=1, accumulate=1, seed=0, repeats=1, balanced=False):
+    def __init__(self, labels, batch_size, rank=0, world=1, accumulate=1, seed=0, repeats=1, balanced=False, chunk=0):
         self.labels, self.batch_size, self.rank, self.world, self.seed = labels, batch_size, rank, world, seed
-        self.accumulate, self.repeats, self.balanced = accumulate, repeats, balanced
+        self.accumulate, self.repeats, self.balanced, self.chunk = accumulate, repeats, balanced, chunk
         self.global_batch = batch_size * world * accumulate
         # of a whole epoch; the rest of the permutation is left out
         self.steps = max(1, len(labels) // self.global_batch)
@@ -895,7 +946,13 @@ class Order:
             repeat = np.empty(total, dtype=np.int64)
             repeat[position] = np.arange(total) - first
             return order, repeat
-        order = torch.randperm(n, generator=generator).numpy()
+        if self.chunk:
+            chunks = -(-n // self.chunk)
+            begins = torch.randperm(chunks, generator=generator)[torch.arange(n) // self.chunk]
+            delays = min(MIXED, chunks) * torch.rand(n, generator=generator, dtype=torch.float64)
+            order = torch.argsort((begins + delays) % chunks).numpy()  # around the end: its start is as mixed
+        else:
+            order = torch.randperm(n, generator=generator).numpy()
         position = np.arange(total)
         slot = position // self.repeats
         return order[slot % n], position % self.repeats + slot // n * self.repeats
@@ -963,12 +1020,48 @@ class Threads:
             return torch.from_numpy(found[:count]).view(size)
 
 
-def make_loader(dataset, batches, workers, pin):
-    """-> iterable over batches of keys, yielding (pixels, labels, complaints): by threads, or by a DataLoader's
-    processes where augmentations draw from torch's generator, of which a process has one. Ctrl-C and SIGTERM reach the
-    whole process group, but only the training process may act on them; its workers leave when it does. (They cannot
-    ignore SIGTERM for good: it is what multiprocessing ends them with when the interpreter exits, waiting without a
-    limit.)"""
+class Ahead:
+    """The batches of a loader in a GPU's memory. Each is copied, by a stream of its own, while the network works on the
+    one before."""
+
+    def __init__(self, loader, device):
+        self.loader, self.device = loader, device
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        stream, before = torch.cuda.Stream(self.device), None
+        for pixels, labels, complaints in self.loader:
+            with torch.cuda.stream(stream):
+                tensors = [t.to(self.device, non_blocking=True) for t in (pixels, labels)]
+                batch = tensors, complaints, stream.record_event()
+            if before:
+                yield self.hand_over(*before)
+            before = batch
+        if before:
+            yield self.hand_over(*before)
+
+    def hand_over(self, tensors, complaints, copied):
+        reader = torch.cuda.current_stream(self.device)
+        reader.wait_event(copied)
+        for tensor in tensors:
+            tensor.record_stream(reader)  # or their memory would be the next copies' while it is read
+        return *tensors, complaints
+
+
+def make_loader(dataset, batches, workers, device="cpu"):
+    """-> iterable over batches of keys, yielding (pixels, labels, complaints), the tensors on the device: by threads,
+    or by a DataLoader's processes where augmentations draw from torch's generator, of which a process has one."""
+    device = torch.device(device)
+    loader = host_loader(dataset, batches, workers, pin=device.type == "cuda")
+    return Ahead(loader, device) if device.type == "cuda" else loader
+
+
+def host_loader(dataset, batches, workers, pin):
+    """Of batches in the host's memory. Ctrl-C and SIGTERM reach the whole process group, but only the training process
+    may act on them; its workers leave when it does. (They cannot ignore SIGTERM for good: it is what multiprocessing
+    ends them with when the interpreter exits, waiting without a limit.)"""
     whole = isinstance(dataset, Images) and dataset.__getitems__
     if whole:
         csrc.load()  # once, before there are threads or processes

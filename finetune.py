@@ -79,7 +79,7 @@ CLASSIFIES = (  # and those that it has no use for
     "mixup_alpha", "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights",
     "random_erase", "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize",
     "exif", "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
-    "drop_path", "dropout", "repeated_aug", "crop_scale")
+    "drop_path", "dropout", "repeated_aug", "crop_scale", "shuffle_chunk")
 # What a strategy sets where the command line does not
 STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
                   gradual=dict(epochs=8, lr=1e-4, layer_decay=1.0),
@@ -584,7 +584,7 @@ class FineTuning(train.Plan):
         read, parts, n = reader(self.net, self.amp), [], len(images.files)
         batches = [[(epoch, i, 0) for _, i, _ in batch] for epoch in range(views)
                    for batch in data.eval_batches(n, 32, world.rank, world.size)]
-        loader = iter(data.make_loader(images, batches, args.workers, world.device.type == "cuda"))
+        loader = iter(data.make_loader(images, batches, args.workers, world.device))
         with torch.no_grad():
             for at in range(views * len(data.eval_batches(n, 32, 0, world.size))):
                 if self.stop.poll():  # collective: as often in every process
@@ -593,7 +593,7 @@ class FineTuning(train.Plan):
                 if at < len(batches):
                     pixels, labels, bad = next(loader)
                     train.check_corrupt(bad, "error" if len(labels) < len(batches[at]) else args.on_corrupt)
-                    parts.append(read(pixels.to(world.device, non_blocking=True)).cpu())
+                    parts.append(read(pixels).cpu())
         mine = torch.cat(parts).view(views, -1, parts[0].shape[1]) if parts else torch.zeros(views, 0, 1)
         values = torch.empty(views, n, self.net.get_submodule(self.stages[0][0]).weight.shape[1])
         for rank, theirs in enumerate(world.gather(mine)):
@@ -696,7 +696,7 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
     images, workers = plan.images(
         files, lambda _: data.train_transform(args.image_size, model.preprocess, args), args, True)
     order = data.Order(files.labels, min(args.batch_size, len(files)), seed=args.seed)
-    loader, rates, losses, smooth = data.make_loader(images, order, workers, False), [], [], 0.0
+    loader, rates, losses, smooth = data.make_loader(images, order, workers, world.device), [], [], 0.0
     epochs = -(-steps // order.steps)
     for epoch in range(epochs):
         order.epoch = epoch
@@ -705,7 +705,7 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_share"]
             torch.manual_seed(data.seed_for(args.seed, 4, len(rates)))
-            loss, _, applied = train.train_step(model, model, [(pixels.to(world.device), labels.to(world.device))],
+            loss, _, applied = train.train_step(model, model, [(pixels, labels)],
                                                 optimizer, loss_fn, amp=plan.amp)
             smooth = 0.9 * smooth + 0.1 * loss.item()
             if plan.stop.poll():
@@ -1230,7 +1230,7 @@ def find_boxes(model, loader, world, poll=lambda: False, rounds=None, on_corrupt
             complaints += len(bad)
             if pixels is None or not len(rows):
                 continue
-            images = normalize(pixels.to(world.device, non_blocking=True), model.preprocess)
+            images = normalize(pixels, model.preprocess)
             for image, (h, w, height, width, index) in zip(images, rows[:, 0].tolist()):
                 # alone: what the largest image of a batch adds to the others' borders would change their scores
                 image = image[None, :, :-(-int(h) // 32) * 32, :-(-int(w) // 32) * 32]
@@ -1423,7 +1423,7 @@ def detect(args, world, stop, most=16):
     model.to(world.device)
     images = BoxImages(val, known, args, replace=False)
     batches = data.eval_batches(len(val), args.batch_size, world.rank, world.size)
-    loader = data.make_loader(images, batches, args.workers, False)
+    loader = data.make_loader(images, batches, args.workers, world.device)
     found, corrupt = find_boxes(model, loader, world, on_corrupt=args.on_corrupt)
     truth = {i: known[val.path(i)] for i in range(len(val))}
     score = mean_average_precision(found, truth, len(classes))

@@ -167,6 +167,9 @@ def add_training_args(p):
     g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forward passes per optimizer step")
     g.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N",
                    help="loader threads; processes where augmentations follow the crop")
+    g.add_argument("--shuffle-chunk", type=int, default=0, metavar="N",
+                   help="use N neighbouring images near to one another, so that a pack larger than memory is read in "
+                        f"pieces of N; {data.MIXED} such chunks are mixed (default: every image by itself)")
     g.add_argument("--val-split", type=float, metavar="F",
                    help="share held out where there is no val/ (0.1 if not given)")
     g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
@@ -548,7 +551,7 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
     device = world.device
     loader = loader or data.make_loader(dataset,
                                         data.eval_batches(len(dataset.files), batch_size, world.rank, world.size),
-                                        workers, device.type == "cuda")
+                                        workers, device)
     training = model.training
     model.eval()
     sums, complaints = torch.zeros(4, dtype=torch.float64, device=device), []
@@ -563,7 +566,6 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
             check_corrupt(bad, on_corrupt)
             if pixels is None or not len(labels):
                 continue
-            pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                 logits = predict(model, pixels)
                 if tta:
@@ -1021,6 +1023,8 @@ def check_args(args):
         refuse("--class-weights works with --loss ce and focal")
     if args.balanced and args.repeated_aug > 1:
         refuse("--balanced and --repeated-aug exclude each other")
+    if args.shuffle_chunk < 0 or args.shuffle_chunk and args.balanced:
+        refuse("--shuffle-chunk takes a number from 1, and excludes --balanced, which draws images one by one")
     if args.sync_bn and args.fused_bn:
         refuse("--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)")
     if args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -1090,7 +1094,8 @@ def train(args, world, stop, plan=Plan()):
         args.batch_size = find_batch_size(model, args.image_size, amp, world,
                                           limit=max(1, min(1024, len(files) // world.size)))
     order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
-                       args.repeated_aug, args.balanced)
+                       args.repeated_aug, args.balanced, args.shuffle_chunk)
+    files.keep_together(args.shuffle_chunk)
     weights = None
     if args.class_weights == "balanced":
         counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
@@ -1132,10 +1137,10 @@ def train(args, world, stop, plan=Plan()):
     images, workers = plan.images(
         files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args), args, True)
     val_images, _ = plan.images(val_files, lambda _: data.eval_transform(model.preprocess), args, False)
-    loader = data.make_loader(images, order, workers, device.type == "cuda")
+    loader = data.make_loader(images, order, workers, device)
     val_batch = args.batch_size * 2
     val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
-                                  workers, device.type == "cuda")
+                                  workers, device)
     result, stopped, corrupt = None, stop.poll(), set()
     begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
     window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
@@ -1161,7 +1166,7 @@ def train(args, world, stop, plan=Plan()):
             check_corrupt(complaints, args.on_corrupt)
             if any(len(labels) != args.batch_size for _, labels, _ in micro):
                 raise UserError(f"too many damaged files in a row, from {complaints[0]}")
-            micro = [(p.to(device, non_blocking=True), y.to(device, non_blocking=True)) for p, y, _ in micro]
+            micro = [(pixels, labels) for pixels, labels, _ in micro]
             torch.manual_seed(data.seed_for(args.seed, 1, progress["step"], world.rank))  # mixing, dropout, drop-path
             loss, correct, applied = train_step(net, model, micro, optimizer, loss_fn,
                                                 scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm,

@@ -1,6 +1,7 @@
 """Decoding, folders, order, augmentation and archives: against PIL, torchvision and counting by hand."""
 import argparse
 import collections
+import contextlib
 import io
 import os
 import tarfile
@@ -251,6 +252,30 @@ def test_random_erase_fills_with_the_mean():
     assert colours == {(1, 2, 3), (124, 116, 104)}
 
 
+def test_rectangles_are_erased_as_torchvision_does_it():
+    """Their sizes and places: quantiles within sampling error, and the share that is erased"""
+    from torchvision.transforms import v2
+    erase, n, size = v2.RandomErasing(0.3, value=0), 20000, 50
+    torch.manual_seed(0)
+    theirs = []
+    for _ in range(n):
+        black = erase(torch.ones(1, size, size))[0] == 0
+        rows, columns = (black.any(d).nonzero()[:, 0].tolist() for d in (1, 0))
+        theirs.append([rows[0], columns[0], len(rows), len(columns)] if rows else [0] * 4)
+    theirs, ours = np.array(theirs), data.erasures(np.arange(n, dtype=np.uint64), size, 0.3)
+    kept = [boxes[boxes[:, 2] > 0] for boxes in (theirs, ours)]
+    assert abs(len(kept[0]) - len(kept[1])) < 4 * np.sqrt(2 * n * 0.3 * 0.7)
+    assert (ours[:, :2] + ours[:, 2:] <= size).all()
+    both = [np.column_stack([boxes, boxes[:, 2] * boxes[:, 3], boxes[:, 2] / boxes[:, 3]]) for boxes in kept]
+    for a, b in zip(both[0].T, both[1].T):  # two-sample Kolmogorov-Smirnov, at one in 20,000
+        values = np.union1d(a, b)
+        distance = np.abs(np.searchsorted(np.sort(a), values, "right") / len(a)
+                          - np.searchsorted(np.sort(b), values, "right") / len(b)).max()
+        assert distance < 2.25 * np.sqrt(1 / len(a) + 1 / len(b))
+    crops = data.random_crops(np.full(n, 90), np.full(n, 90), np.arange(n, dtype=np.uint64), size, 0.08, 0.5)
+    assert abs(np.corrcoef(crops[:, 0], ours[:, 0])[0, 1]) < 0.03  # no number is used twice
+
+
 @pytest.mark.parametrize("size", [(91, 63), (63, 91), (40, 40), (33, 2000), (4, 3)])
 @pytest.mark.parametrize("resize, crop", [(40, 32), (35, 35), (41, 32)])
 def test_eval_transform_is_resize_and_centre_crop(size, resize, crop):
@@ -289,6 +314,99 @@ def test_a_step_uses_the_same_images_on_any_number_of_processes(world, accumulat
     steps = [sorted(k for r in ranks for b in r[s * accumulate:(s + 1) * accumulate] for k in b)
              for s in range(len(ranks[0]) // accumulate)]
     assert steps == whole
+
+
+@pytest.mark.parametrize("n, world", [(9999, 1), (9999, 4), (900, 1), (5, 1)])
+def test_an_order_of_chunks_uses_neighbours_near_one_another(n, world):
+    chunk, batch = 8, 4 if n > 5 else 5
+    labels = np.zeros(n, np.int32)
+    parts = [[i for b in keys_of(data.Order(labels, batch, r, world, chunk=chunk), epoch=1) for _, i, _ in b]
+             for r in range(world)]
+    used = np.stack(parts, 1).reshape(-1)
+    assert len(np.unique(used)) == len(used) == n // (batch * world) * batch * world
+    assert (used != np.stack([[i for b in keys_of(data.Order(labels, batch, r, world, chunk=chunk), epoch=2)
+                               for _, i, _ in b] for r in range(world)], 1).reshape(-1)).any()
+    if n < 9000:
+        return
+    slots = np.full(n, -1)
+    slots[used] = np.arange(len(used))
+    stretch, spread = data.MIXED * chunk, []
+    for begin in range(0, n, chunk):
+        places = np.sort(slots[begin:begin + chunk][slots[begin:begin + chunk] >= 0])
+        # the shortest way around the epoch's end that has all of them
+        spread.append(n - np.diff(np.append(places, places[0] + n)).max())
+    assert max(spread) < 1.1 * stretch and np.mean(spread) > 0.7 * stretch * (chunk - 1) / (chunk + 1)
+    # any 256 in a row are of many chunks, at the beginning too
+    assert min(len(np.unique(used[k:k + 256] // chunk)) for k in range(0, len(used) - 256, 256)) > 140
+
+
+def test_batches_are_copied_to_a_gpu_one_ahead(monkeypatch):
+    """What is asked of CUDA, in order: each copy on the second stream before the network gets the batch before it; the
+    network's stream waits for the copy of its own batch alone, and the allocator knows that it uses the memory"""
+    said = []
+
+    class Stream:
+        def __init__(self, device):
+            self.copies = 0
+
+        def record_event(self):
+            return self.copies
+
+    class Batch:
+        def __init__(self, name):
+            self.name = name
+
+        def to(self, device, non_blocking):
+            assert non_blocking and streams, "a copy on the network's own stream"
+            streams[-1].copies = self.name
+            said.append(f"copy {self.name}")
+            return self
+
+        def record_stream(self, stream):
+            assert stream is reader
+            said.append(f"keep {self.name}")
+
+    class Reader:
+        def wait_event(self, event):
+            said.append(f"wait {event}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    streams, reader = [], Reader()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: reader)
+    loader = data.Ahead([(Batch(f"{i}p"), Batch(f"{i}y"), [str(i)]) for i in range(3)], "cuda")
+    for i, (pixels, labels, complaints) in enumerate(loader):
+        assert (pixels.name, labels.name, complaints) == (f"{i}p", f"{i}y", [str(i)])
+        said.append(f"use {i}")
+    assert len(loader) == 3 and said == [
+        "copy 0p", "copy 0y", "copy 1p", "copy 1y", "wait 0y", "keep 0p", "keep 0y", "use 0",
+        "copy 2p", "copy 2y", "wait 1y", "keep 1p", "keep 1y", "use 1", "wait 2y", "keep 2p", "keep 2y", "use 2"]
+    assert list(data.Ahead([], "cuda")) == []
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_on_a_gpu_are_those_of_the_cpu(tiny, workers):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    files = data.open_folder(tiny)[0]
+    images = data.Images(files, lambda _: data.train_transform(64, PREPROCESS, arguments()), replace=True)
+    order, busy = data.Order(files.labels, 8), torch.randn(2000, 2000, device="cuda")
+    pairs = zip(data.make_loader(images, order, workers, "cuda"), data.make_loader(images, order, workers), strict=True)
+    sums = []
+    for (pixels, labels, _), (wanted, right, _) in pairs:
+        assert pixels.is_cuda and pixels.is_contiguous(memory_format=torch.channels_last)
+        for _ in range(20):
+            busy = busy @ busy / 2000  # the stream is behind with its work
+        sums.append(((pixels.double() * torch.arange(64, device="cuda")).sum(), labels.sum(),
+                     (wanted.double() * torch.arange(64)).sum(), right.sum()))
+    assert all(a.item() == c.item() and b.item() == d.item() for a, b, c, d in sums)
 
 
 def test_order_resumes_by_arithmetic():
@@ -334,7 +452,7 @@ def batches_of(root, workers, epoch=2, flags=("--auto-augment", "ta_wide")):
     order = data.Order(train.labels, 8, seed=9)
     order.epoch = epoch
     images = data.Images(train, lambda e: data.train_transform(32, PREPROCESS, arguments(*flags)), seed=9, replace=True)
-    return list(data.make_loader(images, order, workers, pin=False))
+    return list(data.make_loader(images, order, workers))
 
 
 def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny):
@@ -363,7 +481,7 @@ def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
     assert (pixels.shape == (16, 16, 3) and label == files.labels[at + 1]
             and "a/3.jpg" in complaint and "cut short" in complaint)
     assert data.Images(files, crop)[(0, at, 0)][:2] == (None, -1)
-    loader = data.make_loader(data.Images(files, crop), data.eval_batches(len(files), 5), 1, False)
+    loader = data.make_loader(data.Images(files, crop), data.eval_batches(len(files), 5), 1)
     seen = list(loader)
     assert sum(len(y) for _, y, _ in seen) == 11 and sum(len(c) for _, _, c in seen) == 1
     os.unlink(files.path(0))

@@ -275,11 +275,11 @@ def images_of(files, exif=False, flags=()):
     return data.Images(files, lambda _: data.train_transform(32, PREPROCESS, args), 7, exif, replace=True)
 
 
-def batches(root, workers, exif=False, pin=False, epochs=(3,), flags=()):
+def batches(root, workers, exif=False, epochs=(3,), flags=()):
     files = data.scan_unlabelled(root)
     images = images_of(files, exif, flags)
     order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
-    loader = data.make_loader(images, order, workers, pin)
+    loader = data.make_loader(images, order, workers)
     for epoch in epochs:
         order.epoch = epoch
         for pixels, labels, complaints in loader:
@@ -306,15 +306,21 @@ def test_what_follows_the_crop_is_torchvisions_with_the_images_seed(folder, work
     files = data.scan_unlabelled(folder)
     order = data.Order(np.zeros(len(files), np.int32), 5, seed=1)
     order.epoch = 3
-    plain, erase = images_of(files), v2.RandomErasing(1.0, value=[round(255 * m) for m in PREPROCESS["mean"]])
-    found = list(batches(folder, workers, flags=("--random-erase", "1")))
-    assert len(found) == len(order)
-    for keys, (pixels, _, _) in zip(order, found):
-        for key, got in zip(keys, pixels, strict=True):
-            crop = plain[key][0].permute(2, 0, 1)
+    plain, jitter = images_of(files), v2.ColorJitter(0.4, 0.4, 0.4)
+    erased = images_of(files, flags=("--random-erase", "1"))
+    both = batches(folder, workers, flags=("--color-jitter", "0.4", "--random-erase", "1"))
+    fill = torch.tensor([round(255 * m) for m in PREPROCESS["mean"]], dtype=torch.uint8)[:, None]
+    for keys, (pixels, _, _), (with_erasing, _, _) in zip(
+            order, batches(folder, workers, flags=("--color-jitter", "0.4")), both, strict=True):
+        for key, got, then in zip(keys, pixels, with_erasing, strict=True):
+            crop = plain[key][0]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(data.seed_for(7, *key))
-                assert torch.equal(got, erase(crop)) and not torch.equal(got, crop)
+                wanted = torch.from_numpy(np.array(jitter(Image.fromarray(crop.numpy())))).permute(2, 0, 1)
+            assert torch.equal(got, wanted) and not torch.equal(got, crop.permute(2, 0, 1))
+            place = (erased[key][0] != crop).any(2)  # the same rectangle, on top of the jitter
+            assert place.any() and torch.equal(then[:, ~place], wanted[:, ~place])
+            assert (then[:, place] == fill).all()
 
 
 def test_training_decodes_large_boxes_smaller(tmp_path):
@@ -353,7 +359,7 @@ def test_without_the_extension_batches_differ_by_their_decoder_only(folder):
 def test_memory_is_used_again_and_a_reader_may_leave(folder):
     files = data.scan_unlabelled(folder)
     images = data.Images(files, lambda _: data.eval_transform(dict(PREPROCESS, resize=24, crop=24)))
-    loader = data.make_loader(images, data.eval_batches(len(files), 2), 2, False)
+    loader = data.make_loader(images, data.eval_batches(len(files), 2), 2)
     threads = threading.active_count()
     for _ in range(10):
         first = None

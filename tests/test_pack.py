@@ -151,7 +151,8 @@ def test_training_on_a_lossless_pack_is_training_on_the_folder(tiny, run, tmp_pa
     results = []
     for root in (tiny, tmp_path / "pack"):
         done = run("--data", root, "--epochs", 1, "--batch-size", 10, "--image-size", 32, "--workers", 1, "--out",
-                   tmp_path / f"out{len(results)}", "--amp-dtype", "float32", "--recipe", "demo",
+                   tmp_path / f"out{len(results)}", "--amp-dtype", "float32", "--recipe", "demo", "--random-erase", 0.5,
+                   "--shuffle-chunk", 4,
                    env={"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-1000:]
         result = json.loads(done.stdout.splitlines()[-1])
@@ -239,20 +240,53 @@ def test_every_damaged_byte_is_noticed(mode, packs, tmp_path):
             data.check_pack(path)
 
 
+class Map:
+    """Notes what is asked for, instead of a memory map."""
+
+    def __init__(self, asked, shard=0):
+        self.asked, self.shard = asked, shard
+
+    def madvise(self, what, start, length):
+        assert start % os.sysconf("SC_PAGE_SIZE") == 0
+        self.asked.append((self.shard, start, start + length))
+
+
 def test_what_may_be_on_disk_is_asked_for(packs):
-    """Whole records, once, as long as the pack fits into memory"""
-    class Map:
-        def madvise(self, what, start, length):
-            assert start % os.sysconf("SC_PAGE_SIZE") == 0
-            asked.append((start, start + length))
-    there = data.Pack(packs["raw"])
-    there.maps, index = [Map()], np.array([3, 70, 9])
-    for large, expected in ((False, 3), (False, 0), (True, 3)):
-        asked, there.leaves_memory = [], large
+    """Whole records, once, as long as the pack fits into memory; neighbours in one piece"""
+    there, asked = data.Pack(packs["raw"]), []
+    there.maps, index = [Map(asked)], np.array([3, 70, 9, 71])
+    for large, pieces in ((False, [(3, 3), (9, 9), (70, 71)]), (False, []), (True, [(3, 3), (9, 9), (70, 71)])):
+        asked.clear()
+        there.leaves_memory = large
         there.content(index)
-        assert len(asked) == expected
-        for (start, end), i in zip(asked, index):
-            assert start <= there.offset[i] and end == int(there.offset[i]) + int(there.size[i])
+        for (_, start, end), (first, last) in zip(asked, pieces, strict=True):
+            assert 0 <= int(there.offset[first]) - start < os.sysconf("SC_PAGE_SIZE")
+            assert end == int(there.offset[last]) + int(there.size[last])
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_chunks_are_asked_for_in_one_piece_and_once(shards, folder, packs, tmp_path, monkeypatch):
+    """Over two epochs in the order of chunks"""
+    monkeypatch.setattr(data, "MIXED", 2)
+    path = packs["raw"]
+    if shards:
+        pack(folder, path := str(tmp_path / "pack"), *MODES["raw"], "--shards", shards)
+    files, asked, seen, where = data.open_folder(path)[0], [], [], data.open_pack(path)
+    monkeypatch.setattr(where, "maps", [Map(asked, k) for k in range(len(where.maps))])
+    where.seen[:] = False
+    where.content(np.arange(len(where)))  # so that it asks for none by itself
+    asked.clear()
+    files.keep_together(7)
+    order = data.Order(files.labels, 5, chunk=7)
+    for order.epoch in range(2):
+        for keys in order:
+            index = np.array([i for _, i, _ in keys])
+            places = files.content(index)[1].tolist()
+            for (shard, begin, size), i in zip(places, index):  # this time or earlier
+                assert any(s == shard and a <= begin and begin + size <= b for s, a, b in asked), i
+        pieces, chunks = len(asked) - sum(seen), -(-len(files) // 7)
+        assert chunks / 2 <= pieces <= chunks + 2 * data.MIXED + shards  # an epoch's last may be the next one's first
+        seen.append(len(asked) - sum(seen))
 
 
 def test_a_damaged_image_travels_as_a_complaint(packs, tmp_path):

@@ -62,7 +62,9 @@ def test_config_round_trip(tmp_path):
 @pytest.mark.parametrize("flags, complaint", [
     (["--epochs", 0], "not a positive"), (["--recipe", "best"], "invalid choice"),
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
-    (["--balanced", "--repeated-aug", 2], "exclude each other"), (["--device", "cuda:7"], "no CUDA device"),
+    (["--balanced", "--repeated-aug", 2], "exclude each other"),
+    (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--shuffle-chunk", -1], "a number from 1"),
+    (["--device", "cuda:7"], "no CUDA device"),
     (["--model-ema-decay", 1], "[0, 1)"), (["--num-classes", 7], "--num-classes 7: the data has 10"),
     (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
     (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1")])

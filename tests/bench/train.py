@@ -88,13 +88,12 @@ def loaders(args, device):
     data.add_augment_args(flags)
     images = data.Images(files, lambda _: data.train_transform(args.image_size, PREPROCESS, flags.parse_args([])),
                          replace=True)
-    pin = device.type == "cuda"
-    ours = data.make_loader(images, order, args.workers, pin)
+    ours = data.make_loader(images, order, args.workers, device)
     transform = v2.Compose([v2.RandomResizedCrop(args.image_size, antialias=True), v2.RandomHorizontalFlip(),
                             v2.PILToTensor()])
     folder = torchvision.datasets.ImageFolder(f"{root}/train", transform)
     plain = torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True, num_workers=args.workers, drop_last=True,
-                                        pin_memory=pin, persistent_workers=args.workers > 0)
+                                        pin_memory=device.type == "cuda", persistent_workers=args.workers > 0)
 
     def endless(loader):
         while True:
