@@ -308,12 +308,13 @@ def test_what_follows_the_crop_is_torchvisions_with_the_images_seed(folder, work
     order.epoch = 3
     plain, jitter = images_of(files), v2.ColorJitter(0.4, 0.4, 0.4)
     erased = images_of(files, flags=("--random-erase", "1"))
-    both = batches(folder, workers, flags=("--color-jitter", "0.4", "--random-erase", "1"))
+    found = [batches(folder, workers, flags=flags) for flags in (
+        ("--color-jitter", "0.4"), ("--color-jitter", "0.4", "--random-erase", "1"), ("--random-erase", "1"))]
     fill = torch.tensor([round(255 * m) for m in PREPROCESS["mean"]], dtype=torch.uint8)[:, None]
-    for keys, (pixels, _, _), (with_erasing, _, _) in zip(
-            order, batches(folder, workers, flags=("--color-jitter", "0.4")), both, strict=True):
-        for key, got, then in zip(keys, pixels, with_erasing, strict=True):
+    for keys, *three in zip(order, *found, strict=True):
+        for key, got, then, alone in zip(keys, *(pixels for pixels, _, _ in three), strict=True):
             crop = plain[key][0]
+            assert torch.equal(alone, erased[key][0].permute(2, 0, 1))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(data.seed_for(7, *key))
                 wanted = torch.from_numpy(np.array(jitter(Image.fromarray(crop.numpy())))).permute(2, 0, 1)
