@@ -9,10 +9,12 @@ The contenders alternate, round by round, on the same images and threads, each a
   offline   decoder threads and batches of 32 in one process, no HTTP: the ceiling
   ours      serve.py, closed loop: so many connections, each sends the next image when it has its answer
   fastapi   one uvicorn process, Pillow, torchvision's transforms and predict in the handler, as tutorials have it
+  fastapi_float   the same with the network before quantization in plain PyTorch, which tutorials stop at
 Then, at half of ours' rate, an open loop: requests leave at random times (Poisson) whatever the server does, and a
 latency counts from when its request should have left. batch 1: decode and predict of one image, alone.
-ratio.p99_to_latency is the open loop's 99th percentile over that, ratio.fastapi_at_equal_p99 the highest of some rates
-at which a server's 99th percentile stays within three times batch 1, over the other's.
+ratio.p99_to_latency is the open loop's 99th percentile over that, ratio.p99_to_latency_even the same with requests that
+leave at even intervals, as wrk2 and perf_analyzer send them unless told otherwise; ratio.fastapi_at_equal_p99 the
+highest of some rates at which a server's 99th percentile stays within three times batch 1, over the other's.
 """
 import argparse
 import json
@@ -64,9 +66,10 @@ def say(text=""):
 
 
 def network(folder):
-    """-> path of an int8 checkpoint: of the real weights where they are, else of random ones"""
+    """-> paths of an int8 checkpoint and of the float one it is made from: the real weights if there, else random"""
     path, real = os.path.join(folder, "serve-int8.pt"), os.path.join(SHARED, "resnet50_v1_imagenet.pth")
-    if not os.path.exists(path):
+    source = os.path.join(folder, "serve-float.pt")
+    if not os.path.exists(path) or not os.path.exists(source):
         if os.path.exists(real):
             model = resnet50.build_model(resnet50.load_checkpoint(real), real, stride_on="1x1")
         else:
@@ -74,8 +77,9 @@ def network(folder):
             model = resnet50.ResNet50().eval()
         pixels = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8)
         os.makedirs(folder, exist_ok=True)
+        resnet50.save_checkpoint(source, model, classes=list(map(str, range(1000))))
         resnet50.save_checkpoint(path, resnet50.quantize(model, [pixels]), classes=list(map(str, range(1000))))
-    return path
+    return path, source
 
 
 def pictures(folder, count=64):
@@ -138,11 +142,11 @@ class Client:
         run_threads(loop, connections)
         return sum(counts) / (time.monotonic() - began)
 
-    def open(self, seconds, rate, connections=128):
+    def open(self, seconds, rate, connections=128, even=False):
         """-> [(status, seconds since the request was due)]"""
         due, found, generator, at = queue.SimpleQueue(), [], random.Random(0), 0.0
         began = time.monotonic() + 0.5
-        while (at := at + generator.expovariate(rate)) < seconds:
+        while (at := at + (1 / rate if even else generator.expovariate(rate))) < seconds:
             due.put(at)
 
         def loop(k):
@@ -272,7 +276,7 @@ def main():
     p.add_argument("--overload", type=float, default=0.0, metavar="S", help="seconds at five times the rate")
     args = p.parse_args()
     folder = os.path.join("runs", "bench")
-    path, images = network(folder), pictures(folder)
+    (path, source), images = network(folder), pictures(folder)
     processes, clients = {}, {}
     try:
         port = free_port()
@@ -285,10 +289,11 @@ def main():
         except ImportError:
             say("no fastapi and uvicorn: pip install -r tests/requirements.txt")
         else:
-            port = free_port()
-            processes["fastapi"] = start([sys.executable, "-c", FASTAPI], port, CHECKPOINT=path, PORT=str(port))
-            clients["fastapi"] = Client(port, images)
-        offline, rates, latencies, slow = Offline(path, images), {}, [], []
+            for name, checkpoint in (("fastapi", path), ("fastapi_float", source)):
+                port = free_port()
+                processes[name] = start([sys.executable, "-c", FASTAPI], port, CHECKPOINT=checkpoint, PORT=str(port))
+                clients[name] = Client(port, images)
+        offline, rates, latencies, slow, steady = Offline(path, images), {}, [], [], []
         offline.predict([offline.decode(0)] * 32)
         for client in clients.values():
             client.closed(1, 4)
@@ -303,9 +308,10 @@ def main():
             measured = clients["ours"].open(2 * args.seconds, half)
             latencies.append(latency)
             slow.append([percentile(measured, q) for q in (0.5, 0.99)])
+            steady.append(percentile(clients["ours"].open(2 * args.seconds, half, even=True)))
         limit = 3 * statistics.median(one for one, *_ in latencies)
         equal = {name: rate_within(client, limit, statistics.median(rates["ours"]), 2 * args.seconds)
-                 for name, client in clients.items()}
+                 for name, client in clients.items() if name != "fastapi_float"}
         crowd = {}
         if args.overload:
             rate = statistics.median(rates["ours"])
@@ -332,9 +338,11 @@ def main():
                                      (round(1e3 * statistics.median(c), 2) for c in zip(*latencies)))),
               "open_loop_ms": dict(zip(("p50", "p99"), (round(1e3 * statistics.median(c), 2) for c in zip(*slow)))),
               "ratio.offline": round(statistics.median(a / b for a, b in zip(rates["ours"], rates["offline"])), 3),
-              "ratio.p99_to_latency": round(statistics.median(s[1] / one[0] for s, one in zip(slow, latencies)), 3)}
+              "ratio.p99_to_latency": round(statistics.median(s[1] / one[0] for s, one in zip(slow, latencies)), 3),
+              "ratio.p99_to_latency_even": round(statistics.median(s / one[0] for s, one in zip(steady, latencies)), 3)}
     if "fastapi" in rates:
-        result["ratio.fastapi"] = round(statistics.median(a / b for a, b in zip(rates["ours"], rates["fastapi"])), 3)
+        for name in ("fastapi", "fastapi_float"):
+            result[f"ratio.{name}"] = round(statistics.median(a / b for a, b in zip(rates["ours"], rates[name])), 3)
         result["ratio.fastapi_at_equal_p99"] = round(equal["ours"] / equal["fastapi"], 3)
     result.update(crowd)
     say(f"{len(images)} JPEGs, {args.connections} connections, {args.rounds} rounds, "
