@@ -764,17 +764,23 @@ def uniform(seeds, count):
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0 ** -53
 
 
+def first_to_fit(numbers, areas, scale, ratio, most_a, most_b):
+    """Of ten rectangles whose share of the areas, (N,), lies in `scale` and whose sides a / b in `ratio`, by numbers
+    (N, 20 or more), the first with no side longer than allowed, (N,): -> a, b, and where there is none False"""
+    area = areas[:, None] * (scale[0] + (scale[1] - scale[0]) * numbers[:, :10])
+    low, high = np.log(ratio)
+    ratio = np.exp(low + (high - low) * numbers[:, 10:20])
+    a, b = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (a > 0) & (b > 0) & (a <= most_a[:, None]) & (b <= most_b[:, None])
+    first = np.arange(len(numbers)), fits.argmax(1)
+    return a[first], b[first], fits.any(1)
+
+
 def random_crops(heights, widths, seeds, size, scale, hflip):
     """The boxes of torchvision's RandomResizedCrop, ratio 3/4 to 4/3, from the same distribution: the first of ten
     that fits, or the largest in the middle."""
-    low, high = np.log(3 / 4), np.log(4 / 3)
-    numbers, area = uniform(seeds, 23), (heights * widths)[:, None]
-    area = area * (scale + (1 - scale) * numbers[:, :10])
-    ratio = np.exp(low + (high - low) * numbers[:, 10:20])
-    w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
-    first = np.arange(len(seeds)), fits.argmax(1)
-    w, h, fits = w[first], h[first], fits.any(1)
+    numbers = uniform(seeds, 23)
+    w, h, fits = first_to_fit(numbers, heights * widths, (scale, 1), (3 / 4, 4 / 3), widths, heights)
     w = np.where(fits, w, np.minimum(widths, np.rint(heights * (4 / 3)).astype(np.int64)))
     h = np.where(fits, h, np.minimum(heights, np.rint(widths / (3 / 4)).astype(np.int64)))
     top, left = heights - h, widths - w
@@ -788,13 +794,9 @@ def erasures(seeds, size, probability):
     """The rectangles of torchvision's RandomErasing in squares of `size` pixels, from the same distribution: with that
     probability the first of ten, area 2 to 33 %, height 0.3 to 3.3 of the width, that fits. -> int64 (N, 4): top, left,
     height and width, zeros for none."""
-    numbers = uniform(seeds, 46)[:, 23:]  # behind those of random_crops
-    area = size * size * (0.02 + (0.33 - 0.02) * numbers[:, :10])
-    ratio = np.exp(np.log(0.3) + (np.log(3.3) - np.log(0.3)) * numbers[:, 10:20])
-    h, w = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
-    fits = (h < size) & (w < size)
-    first = np.arange(len(seeds)), fits.argmax(1)
-    h, w, chosen = h[first], w[first], fits.any(1) & (numbers[:, 22] < probability)
+    numbers, most = uniform(seeds, 46)[:, 23:], np.full(len(seeds), size - 1)  # behind the numbers of random_crops
+    h, w, fits = first_to_fit(numbers, np.full(len(seeds), size * size), (0.02, 0.33), (0.3, 3.3), most, most)
+    chosen = fits & (numbers[:, 22] < probability)
     top, left = np.floor(numbers[:, 20] * (size - h + 1)), np.floor(numbers[:, 21] * (size - w + 1))
     return np.where(chosen[:, None], np.stack([top, left, h, w], 1), 0).astype(np.int64)
 

@@ -705,8 +705,7 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_share"]
             torch.manual_seed(data.seed_for(args.seed, 4, len(rates)))
-            loss, _, applied = train.train_step(model, model, [(pixels, labels)],
-                                                optimizer, loss_fn, amp=plan.amp)
+            loss, _, applied = train.train_step(model, model, [(pixels, labels)], optimizer, loss_fn, amp=plan.amp)
             smooth = 0.9 * smooth + 0.1 * loss.item()
             if plan.stop.poll():
                 raise UserError(f"stopped by {plan.stop.requested or 'a signal'} in the range test; the same command "
