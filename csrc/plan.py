@@ -13,6 +13,7 @@ pad_value.
 import contextlib
 import hashlib
 import json
+import math
 import mmap
 import os
 import platform
@@ -23,11 +24,11 @@ import torch
 
 from . import ISAS, build_key, cache_folders, isa, load
 
-HEADER_STAMP = 0x35305204
+HEADER_STAMP = 0x35305205
 HEADER = 9  # words
 KINDS = dict(load=0, conv=1, maxpool=2, avgpool=3, linear=4, load_windows=5)
-FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "packed", "scale", "mult",
-          "group", "block_one", "block_many")
+FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "residual_stride", "packed",
+          "scale", "mult", "group", "block_one", "block_many")
 # what tune() tries (cpu/conv.h: Conv.block): rows, 0 for the kernel's own choice, and for avx2 nothing measured better
 # (csrc/LOG.md); odd for AMX: the lines of results are fetched ahead
 BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768),
@@ -40,6 +41,38 @@ PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
 def reads(step):
     """Names of the activations that a step reads."""
     return [step[key] for key in ("x", "x2", "residual") if step.get(key) is not None]
+
+
+def in_place(step):
+    """Whether the result may lie where the residual does."""
+    return step.get("residual") is not None and step.get("residual_stride", 1) == 1
+
+
+def skip_unread(steps):
+    """-> the same network, without the pixels that nobody reads. Where only 1x1 convolutions with a stride read a
+    result, as at the end of a stage of the 2015 network, the stride becomes that of the convolution which makes it, and
+    moves on to what this one reads: three bottlenecks do a quarter of their last two convolutions, a tenth of the
+    network. Such a sum reads its residual with the stride ("residual_stride")."""
+    steps = [dict(step) for step in steps]
+    for step in reversed(steps):  # readers first: what a stride saves goes on to what they read
+        if step["kind"] != "conv":
+            continue
+        readers = []  # (step, key of the stride with which it reads, or None)
+        for reader in steps:
+            single = reader["kind"] == "conv" and reader["weight"].shape[2:] == (1, 1) and not reader["padding"]
+            for key, stride in (("x", "stride" if single else None), ("x2", "stride2"),
+                                ("residual", "residual_stride")):
+                if reader.get(key) == step["out"]:
+                    readers.append((reader, stride))
+        stride = math.gcd(*(reader.get(key) or 1 if key else 1 for reader, key in readers))
+        if stride <= 1:
+            continue
+        for reader, key in readers:
+            reader[key] //= stride
+        for name, key in (("x", "stride"), ("x2", "stride2"), ("residual", "residual_stride")):
+            if step.get(name) is not None:
+                step[key] = (step.get(key) or 1) * stride
+    return steps
 
 
 def windows(step):
@@ -99,7 +132,7 @@ class Buffers:
                     if kernel != 1 and stride == 1:
                         windows.add(name)
         planes = {name for name, s in strides.items() if 2 in s and name not in windows} - {steps[0]["x"]}
-        sums = [{step["out"], step["residual"]} for step in steps if step.get("residual") is not None]
+        sums = [{step["out"], step["residual"]} for step in steps if in_place(step)]
         for pair in sums[::-1] + sums:
             if pair & planes:
                 planes |= pair
@@ -126,7 +159,7 @@ def build_plan(steps, channels=3):
     """-> uint8 tensor, for this process's instruction set only."""
     load()
     ops, element = torch.ops.resnet50, steps[0]["weight"].element_size()  # bytes of a value
-    steps, first, sizes = list(steps), dict(kind="load", channels=channels), PROBES
+    steps, first, sizes = skip_unread(steps), dict(kind="load", channels=channels), PROBES
     if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
         sizes = tuple(shrink(s, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"]) for s in PROBES)
         first, steps[0] = windows(steps[0])
@@ -161,7 +194,7 @@ def build_plan(steps, channels=3):
                 classes, mult = len(weight), torch.zeros(len(weight), dtype=torch.int32)
             else:
                 row.update(kh=weight.shape[2], kw=weight.shape[3], stride=step["stride"], pad=step["padding"],
-                           stride2=step.get("stride2") or 1)
+                           stride2=step.get("stride2") or 1, residual_stride=step.get("residual_stride", 1))
                 shape = (len(weight) * element,
                          tuple(shrink(s, weight.shape[2], step["stride"], step["padding"]) for s in sizes))
                 mult = step.get("mult")
@@ -178,7 +211,13 @@ def build_plan(steps, channels=3):
         else:
             raise ValueError(f"build_plan: step {i} has kind {kind!r}, none of conv, maxpool, avgpool, linear")
         if kind != "linear":
-            row["out"] = buffers.make(i, step["out"], shape, step.get("residual"))
+            if step.get("residual") is not None and not in_place(step):
+                pixel, sizes = buffers.shapes[step["residual"]]
+                read = pixel, tuple(shrink(s, 1, step["residual_stride"], 0) for s in sizes)
+                if read != shape:
+                    raise ValueError(f"build_plan: {step['out']} and its residual {step['residual']} differ in size or "
+                                     "channels")
+            row["out"] = buffers.make(i, step["out"], shape, step["residual"] if in_place(step) else None)
         table.append(row)
 
     base = 8 * (HEADER + 4 * len(buffers.keys) + len(FIELDS) * len(table))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import csrc
 from csrc import reference
 from csrc.__main__ import clean
-from csrc.plan import build_plan
+from csrc.plan import build_plan, skip_unread
 from tests.conftest import ROOT
 
 NHWC = torch.channels_last
@@ -306,6 +306,41 @@ def test_network_int8(native, shape):
     for name in ("network_int8", "network_profile"):
         tests = ("test_schema", "test_faketensor") + ("test_aot_dispatch_dynamic",) * (name == "network_int8")
         torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
+
+
+def test_pixels_that_nobody_reads_are_skipped():
+    """The v1 wiring (stride on the 1x1), v1.5, and stages of one block. Values: test_kernels.py's networks."""
+    def conv(out, x, kernel=1, stride=1, **more):
+        weight = torch.zeros(8, 8, kernel, kernel, dtype=torch.int8)
+        return dict(kind="conv", out=out, x=x, weight=weight, stride=stride, padding=kernel // 2, **more)
+
+    def strides(steps):
+        keys = "stride", "stride2", "residual_stride"
+        return {s["out"]: tuple(s.get(k, 1) for k in keys) for s in steps if s["kind"] == "conv"}
+    first = [conv("a", "pixels", 3), conv("b", "a"), conv("c", "b", 3), conv("d", "c", residual="a")]
+    v1 = [conv("e", "d", stride=2), conv("f", "e", 3), conv("g", "f", x2="d", stride2=2)]
+    end, plain = [dict(kind="avgpool", x="g", out="h")], strides(first + v1)
+    skipped = plain | {"c": (2, 1, 1), "d": (1, 1, 2), "e": (1, 1, 1), "g": (1, 1, 1)}
+    assert strides(skip_unread(first + v1 + end)) == skipped
+    assert strides(first + v1) == plain  # what was given is as it was
+    short = [conv("i", "g", stride=2), conv("j", "i", 3), conv("k", "j", x2="g", stride2=2)]
+    assert strides(skip_unread(first + v1 + short + [dict(end[0], x="k")])) == skipped | {
+        "f": (2, 1, 1), "g": (1, 2, 1), "i": (1, 1, 1), "j": (1, 1, 1), "k": (1, 1, 1)}
+    v1_5 = [conv("e", "d"), conv("f", "e", 3, 2), conv("g", "f", x2="d", stride2=2)]
+    wide = [conv("e", "d", 3, 2), conv("f", "e", 3), conv("g", "f", x2="d", stride2=2)]  # reads neighbours
+    pooled = v1 + [dict(kind="avgpool", x="d", out="z")]
+    for steps in (v1_5, wide, pooled):
+        assert strides(skip_unread(first + steps + end)) == strides(first + steps)
+
+
+def test_a_residual_of_another_size_is_refused(native):
+    weight, one = torch.ones(8, 8, 1, 1, dtype=torch.int8), torch.ones(8, dtype=torch.int32)
+    conv = dict(kind="conv", weight=weight, mult=one, bias=one, stride=1, padding=0)
+    steps = [conv | dict(x="pixels", out="a"), conv | dict(x="a", out="b", stride=4),
+             conv | dict(x="b", out="c", residual="a", gain=one), conv | dict(x="c", out="d", stride=2),
+             dict(kind="avgpool", x="d", out="e", mult=1)]
+    with pytest.raises(ValueError, match="c and its residual a differ in size"):
+        build_plan(steps, channels=8)
 
 
 # ---------------------------------------------------------------------------------------------- network_bf16

@@ -254,6 +254,15 @@ def narrow(pixels, Network=Network):
     return net.head(x, 1)
 
 
+def short(pixels, Network=Network):
+    """Stages of one block each in the v1 wiring: what strides save goes through sums with two inputs."""
+    net = Network(pixels)
+    x = net.add("maxpool", net.conv("pixels", 24, 3, fill=True))
+    for mid, o, stride in ((24, 40, 1), (24, 48, 2), (16, 72, 2), (24, 40, 2)):
+        x = net.block(x, mid, o, stride, on_1x1=True)
+    return net.head(x, 5)
+
+
 def filled(pixels):
     """Borders with values inside the network, as quantizers with zero points need them, before strides of 1 and 2."""
     net = Network(pixels)
@@ -282,8 +291,8 @@ def narrow_bf16(pixels):
 
 BF16_ISAS = "vnni", "amx"
 NETWORKS = [(standard, 1, 45, 59), (standard, 11, 17, 23), (standard, 8, 8, 9), (narrow, 3, 13, 9), (narrow, 8, 5, 4),
-            (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17), (standard_bf16, 1, 45, 59),
-            (standard_bf16, 11, 17, 23), (narrow_bf16, 3, 13, 9), (narrow_bf16, 8, 5, 4)]
+            (short, 2, 41, 36), (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17),
+            (standard_bf16, 1, 45, 59), (standard_bf16, 11, 17, 23), (narrow_bf16, 3, 13, 9), (narrow_bf16, 8, 5, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -427,8 +436,8 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "panel's last channels": ("epilogue512.h", "valid = left >= 64", "valid = left >= (FAULT ? 0 : 64)", "vnni,amx",
                               "odd"),
     "rows of a pass": ("conv_vnni.cpp", "case 5: multiply<5, Epilogue>",
-                       "case 5: FAULT ? multiply<4, Epilogue>(conv, *here, m, p) : multiply<5, Epilogue>", "vnni",
-                       "odd"),
+                       "case 5: FAULT ? multiply<4, Epilogue>(conv, *here, m, p, ahead) : multiply<5, Epilogue>",
+                       "vnni", "odd"),
     "second operand": ("conv_vnni.cpp", "rows[slice.operand]", "rows[FAULT ? 0 : slice.operand]", "vnni", "odd"),
     "dropped row stored": ("conv_amx.cpp", "if (offset >= 0) fin", "if (FAULT || offset >= 0) fin", "amx", "sweeps"),
     "tap": ("conv_amx.cpp", "a1 + *tap, lda", "a1 + (FAULT && tap > in.taps ? tap[-1] : *tap), lda", "amx", "odd"),
@@ -451,7 +460,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "a window's first column": ("layout.cpp", "dx * in.c, of_tap", "(FAULT ? 0 : dx * in.c), of_tap", "vnni,avx2",
                                 "odd"),
     "values around left out": ("layout.cpp", "slicing && zeros", "slicing && (FAULT || zeros)", "vnni,avx2", "odd"),
-    "next part of the image": ("conv_vnni.cpp", "end - m, here->end - m}", "end - m, FAULT ? ROWS : here->end - m}",
+    "next part of the image": ("conv_vnni.cpp", "std::min(end, here->end)", "std::min(end, FAULT ? end : here->end)",
                                "vnni", "odd"),
     "next part of the image, AVX2": ("conv_avx2.cpp", "m1 - m, segment->end - m}",
                                      "m1 - m, FAULT ? block : segment->end - m}", "avx2", "odd"),
@@ -465,12 +474,13 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                             "plain", "network"),
     "window of the maximum": ("pooling.cpp", "clamp(2 * x - 1 + i,", "clamp(2 * x - 1 + i + FAULT,",
                               "plain", "network"),
-    "bf16: second half of a row": ("epilogue512.h", "half_row(sum2, sum3, from + 64",
-                                   "half_row(sum2, sum3, from + (FAULT ? 32 : 64)", "vnni,amx", "network"),
+    "bf16: second half of a row": ("epilogue512.h", "loadu_epi16(valid1, from + 64)",
+                                   "loadu_epi16(valid1, from + (FAULT ? 32 : 64))", "vnni,amx", "network"),
     "bf16: last channels": ("epilogue512.h", "left > 32 ?", "left > (FAULT ? 64 : 32) ?", "vnni,amx", "network"),
-    "bf16: residual's other half": ("epilogue512.h", "extracti64x4_epi64(other, 1)",
-                                    "extracti64x4_epi64(other, !FAULT)", "vnni,amx", "network"),
-    "bf16: no ReLU": ("epilogue512.h", "_mm512_max_ps(zero, low)", "_mm512_max_ps(FAULT ? low : zero, low)", "amx",
+    "bf16: residual's other half": ("epilogue512.h", "second, other)", "FAULT ? first : second, other)",
+                                    "vnni,amx", "network"),
+    "bf16: no ReLU": ("epilogue512.h", "_mm512_max_ps(zero, _mm512_castsi512_ps(sum0))",
+                      "_mm512_max_ps(FAULT ? _mm512_castsi512_ps(sum0) : zero, _mm512_castsi512_ps(sum0))", "amx",
                       "network"),
     "bf16: logits of a panel": ("conv_plain.cpp", "size_t(std::min(w.width,", "size_t(std::min(FAULT ? 32 : w.width,",
                                 "vnni,amx", "network"),
@@ -480,6 +490,14 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "vnni,amx", "network"),
     "bf16: order of maxima": ("pooling.cpp", "max_pool_of<uint16_t>", "(FAULT ? max_pool_of<uint8_t> : "
                               "max_pool_of<uint16_t>)", "vnni,amx", "network"),
+    "residual without its stride": ("layout.cpp", "x * residual_stride)", "(FAULT ? x : x * residual_stride))",
+                                    "plain,vnni,amx", "network"),
+    "residual of other channels": ("network.cpp", "panels.begin * panel;", "FAULT ? 0 : panels.begin * panel;",
+                                   "plain", "network"),
+    "residual of too few channels": ("network.cpp", "size_t(count));", "size_t(FAULT ? count - 1 : count));",
+                                     "plain,vnni,amx", "network"),
+    "residual of dropped rows": ("network.cpp", "if (conv.outs[m] >= 0)", "if (FAULT || conv.outs[m] >= 0)", "amx",
+                                 "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
 }
 

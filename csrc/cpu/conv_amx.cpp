@@ -86,8 +86,10 @@ struct Leaving {
         left(unit.rows), fetches(conv.block & 1) {}
 
   R50_INLINE void finish(const int32_t* sums, const uint8_t* from, uint8_t* to) const {
-    epilogue.row(_mm512_load_si512(sums), _mm512_load_si512(sums + 16), _mm512_load_si512(sums + 32),
-                 _mm512_load_si512(sums + 48), from, to);
+    __m512i sum0 = _mm512_load_si512(sums), sum1 = _mm512_load_si512(sums + 16);
+    __m512i sum2 = _mm512_load_si512(sums + 32), sum3 = _mm512_load_si512(sums + 48);
+    if constexpr (Epilogue::residual) epilogue.add(sum0, sum1, sum2, sum3, from);
+    epilogue.store(sum0, sum1, sum2, sum3, to);
   }
 
   R50_INLINE void step() {

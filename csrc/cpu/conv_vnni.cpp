@@ -17,6 +17,7 @@ namespace {
 
 constexpr int ROWS = 6, WIDTH = 64;
 constexpr int BLOCK_BYTES = 256 << 10;  // of activations, to stay in L2 while all panels pass over them
+constexpr int FEW = 64, LEAST = 3;      // tiles that share a panel, for which the next one is fetched ahead
 
 template <int BYTES>  // of an element
 R50_INLINE __m512i dot(__m512i sum, __m512i x, __m512i weights) {
@@ -41,14 +42,34 @@ R50_INLINE void each(F&& f) {
   }(std::make_integer_sequence<int, N>());
 }
 
-// The rows m ... m + R of one panel, from the start of their accumulators to the output.
+struct Ahead {  // the weights to come, fetched evenly while few rows use the present ones
+  const int8_t* line;
+  int step;  // bytes per 4 bytes of K; 0: they stay in L2 anyway
+};
+
+// The rows m ... m + R of one panel, from the start of their accumulators to the output. These start with the residual:
+// added at the end it would keep the next rows' products waiting.
 template <int R, class Epilogue>
-void multiply(const Conv& conv, const Segment& segment, int m, int p) {
+void multiply(const Conv& conv, const Segment& segment, int m, int p, Ahead& ahead) {
   const Packed& w = *conv.w;
   __m512i sum[R][4];
   each<4 * R>([&](auto i) __attribute__((always_inline)) {
     sum[i / 4][i % 4] = _mm512_load_si512(w.start(p) + 16 * (i % 4));
   });
+  const int64_t column = int64_t(p) * WIDTH * Epilogue::BYTES;
+  if constexpr (!std::is_same_v<Epilogue, Wide<Epilogue::BYTES>>) {
+    const Epilogue epilogue(w, p);
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      const int64_t now = conv.outs[m + r] + column, then = conv.outs[std::min(m + r + R, conv.m - 1)] + column;
+      if constexpr (Epilogue::residual)
+        epilogue.add(sum[r][0], sum[r][1], sum[r][2], sum[r][3], conv.residual + now);
+      for (int line = 0; line < 64 * Epilogue::BYTES; line += 64) {
+        if constexpr (Epilogue::residual) __builtin_prefetch(conv.residual + then + line);
+        __builtin_prefetch(conv.out + now + line, 1);
+      }
+    });
+  }
+  const int8_t* line = ahead.line;
   const uint8_t* rows[2][R];
   for (int s = 0; s < w.operands; s++)
     for (int r = 0; r < R; r++) rows[s][r] = conv.in[s].a + conv.in[s].rows[m + r];
@@ -58,6 +79,8 @@ void multiply(const Conv& conv, const Segment& segment, int m, int p) {
     const uint8_t* x[R];
     for (int r = 0; r < R; r++) x[r] = rows[slice.operand][r] + slice.offset;
     for (int k = 0; k < slice.k; k += 4, b += 4 * WIDTH) {
+      __builtin_prefetch(line, 0, 2);
+      line += ahead.step;
       const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
       const __m512i b2 = _mm512_load_si512(b + 128), b3 = _mm512_load_si512(b + 192);
       each<R>([&](auto r) __attribute__((always_inline)) {
@@ -71,7 +94,8 @@ void multiply(const Conv& conv, const Segment& segment, int m, int p) {
       });
     }
   }
-  const Epilogue epilogue(w, p);
+  ahead.line = line;
+  const Epilogue epilogue(w, p);  // anew: its constants would take registers from the sums
   each<R>([&](auto r) __attribute__((always_inline)) {
     const int32_t out = conv.outs[m + r];
     if (out < 0) return;
@@ -80,8 +104,7 @@ void multiply(const Conv& conv, const Segment& segment, int m, int p) {
       each<4>([&](auto v) __attribute__((always_inline)) { _mm512_store_si512(acc + 16 * v, sum[r][v]); });
       finish_row(conv, m + r, p, acc);
     } else {
-      const int64_t offset = out + int64_t(p) * WIDTH * Epilogue::BYTES;
-      epilogue.row(sum[r][0], sum[r][1], sum[r][2], sum[r][3], conv.residual + offset, conv.out + offset);
+      epilogue.store(sum[r][0], sum[r][1], sum[r][2], sum[r][3], conv.out + out + column);
     }
   });
 }
@@ -96,16 +119,20 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1) {
     const int end = std::min(m1, first + block);
     for (int p = p0; p < p1; p++) {
       const Segment* here = segment;
+      const int tiles = (end - first + ROWS - 1) / ROWS;
+      const int8_t* after = p + 1 < p1 ? conv.w->panel(p + 1) : end < m1 ? conv.w->panel(p0) : conv.next;
+      Ahead ahead{after, after && tiles >= LEAST && tiles <= FEW ? std::min(64, (4 * WIDTH + tiles - 1) / tiles) : 0};
       for (int m = first, rows; m < end; m += rows) {
         here += here->end <= m;
-        rows = std::min({ROWS, end - m, here->end - m});
+        const int left = std::min(end, here->end) - m;
+        rows = left >= 2 * ROWS ? ROWS : left > ROWS ? (left + 1) / 2 : left;  // none too low to cover the latency
         switch (rows) {
-          case 1: multiply<1, Epilogue>(conv, *here, m, p); break;
-          case 2: multiply<2, Epilogue>(conv, *here, m, p); break;
-          case 3: multiply<3, Epilogue>(conv, *here, m, p); break;
-          case 4: multiply<4, Epilogue>(conv, *here, m, p); break;
-          case 5: multiply<5, Epilogue>(conv, *here, m, p); break;
-          default: multiply<6, Epilogue>(conv, *here, m, p);
+          case 1: multiply<1, Epilogue>(conv, *here, m, p, ahead); break;
+          case 2: multiply<2, Epilogue>(conv, *here, m, p, ahead); break;
+          case 3: multiply<3, Epilogue>(conv, *here, m, p, ahead); break;
+          case 4: multiply<4, Epilogue>(conv, *here, m, p, ahead); break;
+          case 5: multiply<5, Epilogue>(conv, *here, m, p, ahead); break;
+          default: multiply<6, Epilogue>(conv, *here, m, p, ahead);
         }
       }
     }

@@ -5,6 +5,8 @@
 // all 64 channels in order. That is 4 fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a
 // residual adds a load, 2 unpacks and 4 vpdpwssd.
 #pragma once
+#include <array>
+
 #include "conv.h"
 #include "x86.h"
 
@@ -50,15 +52,16 @@ struct Epilogue512 {
     }
   }
 
-  // 4 registers of 16 accumulators; the row's first byte of this panel, in the residual and in the output
-  R50_INLINE void row(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, const uint8_t* from, uint8_t* to) const {
-    if constexpr (residual) {
-      const __m512i bytes = _mm512_maskz_loadu_epi8(valid, from);
-      const __m512i low = _mm512_unpacklo_epi8(bytes, _mm512_setzero_si512());
-      const __m512i high = _mm512_unpackhi_epi8(bytes, _mm512_setzero_si512());
-      sum0 = _mm512_dpwssd_epi32(sum0, low, gain0), sum1 = _mm512_dpwssd_epi32(sum1, low, gain1);
-      sum2 = _mm512_dpwssd_epi32(sum2, high, gain2), sum3 = _mm512_dpwssd_epi32(sum3, high, gain3);
-    }
+  // A row's 4 registers of 16 accumulators begin with the residual, whose first byte of this panel is at `from`.
+  R50_INLINE void add(__m512i& sum0, __m512i& sum1, __m512i& sum2, __m512i& sum3, const uint8_t* from) const {
+    const __m512i bytes = _mm512_maskz_loadu_epi8(valid, from);
+    const __m512i low = _mm512_unpacklo_epi8(bytes, _mm512_setzero_si512());
+    const __m512i high = _mm512_unpackhi_epi8(bytes, _mm512_setzero_si512());
+    sum0 = _mm512_dpwssd_epi32(sum0, low, gain0), sum1 = _mm512_dpwssd_epi32(sum1, low, gain1);
+    sum2 = _mm512_dpwssd_epi32(sum2, high, gain2), sum3 = _mm512_dpwssd_epi32(sum3, high, gain3);
+  }
+
+  R50_INLINE void store(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, uint8_t* to) const {
     const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, round16(sum0, scale0, addend0),
                                                 _mm512_slli_epi32(round16(sum1, scale1, addend1), 16));
     const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, round16(sum2, scale2, addend2),
@@ -66,6 +69,12 @@ struct Epilogue512 {
     _mm512_mask_storeu_epi8(to, valid, _mm512_packus_epi16(low, high));
   }
 };
+
+alignas(64) inline constexpr auto UPPER = [] {  // of each lane: the words of 32 in two registers of float32
+  std::array<uint16_t, 64> from{};
+  for (int i = 0; i < 32; i++) from[2 * i + 1] = uint16_t(i);
+  return from;
+}();
 
 // What Epilogue512 is for int8, for bfloat16: the accumulators have bias and scale in them already.
 template <bool residual_>
@@ -80,27 +89,30 @@ struct EpilogueBf16 {
     valid1 = left >= 64 ? ~__mmask32(0) : left > 32 ? (__mmask32(1) << (left - 32)) - 1 : 0;
   }
 
-  static R50_INLINE __m512 wide(__m256i half) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  R50_INLINE void add(__m512i& sum0, __m512i& sum1, __m512i& sum2, __m512i& sum3, const uint8_t* from) const {
+    add(sum0, sum1, _mm512_maskz_loadu_epi16(valid0, from));
+    add(sum2, sum3, _mm512_maskz_loadu_epi16(valid1, from + 64));
+  }
+  static R50_INLINE void add(__m512i& sum0, __m512i& sum1, __m512i other) {  // word i moves to word 2 i + 1
+    const __m512i first = _mm512_load_si512(UPPER.data()), second = _mm512_load_si512(UPPER.data() + 32);
+    const __m512i low = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, first, other);
+    const __m512i high = _mm512_maskz_permutexvar_epi16(0xaaaaaaaa, second, other);
+    sum0 = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum0), _mm512_castsi512_ps(low)));
+    sum1 = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum1), _mm512_castsi512_ps(high)));
   }
 
   // 32 channels. A NaN stays one, as the maximum's second operand; cleared signs leave no -0, so that the order of
   // results is that of their bits, as max_pool needs it.
-  static R50_INLINE void half_row(__m512i sum0, __m512i sum1, const uint8_t* from, uint8_t* to, __mmask32 valid) {
-    __m512 low = _mm512_castsi512_ps(sum0), high = _mm512_castsi512_ps(sum1);
-    if constexpr (residual) {
-      const __m512i other = _mm512_maskz_loadu_epi16(valid, from);
-      low = _mm512_add_ps(low, wide(_mm512_castsi512_si256(other)));
-      high = _mm512_add_ps(high, wide(_mm512_extracti64x4_epi64(other, 1)));
-    }
+  static R50_INLINE void store(__m512i sum0, __m512i sum1, uint8_t* to, __mmask32 valid) {
     const __m512 zero = _mm512_castsi512_ps(_mm512_setzero_si512());
-    const __m512bh y = _mm512_cvtne2ps_pbh(_mm512_max_ps(zero, high), _mm512_max_ps(zero, low));
+    const __m512 low = _mm512_max_ps(zero, _mm512_castsi512_ps(sum0));
+    const __m512 high = _mm512_max_ps(zero, _mm512_castsi512_ps(sum1));
+    const __m512bh y = _mm512_cvtne2ps_pbh(high, low);
     _mm512_mask_storeu_epi16(to, valid, _mm512_and_si512((__m512i)y, _mm512_set1_epi32(0x7fff7fff)));
   }
-
-  R50_INLINE void row(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, const uint8_t* from, uint8_t* to) const {
-    half_row(sum0, sum1, from, to, valid0);
-    half_row(sum2, sum3, from + 64, to + 64, valid1);
+  R50_INLINE void store(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, uint8_t* to) const {
+    store(sum0, sum1, to, valid0);
+    store(sum2, sum3, to + 64, valid1);
   }
 };
 

@@ -28,7 +28,7 @@ struct Part {  // of a window that lies inside the image
   auto operator<=>(const Part&) const = default;
 };
 struct Row {
-  int64_t in, in2, out;
+  int64_t in, in2, out, residual;
 };
 
 int32_t narrow(int64_t offset) {
@@ -40,7 +40,8 @@ int32_t narrow(int64_t offset) {
 }  // namespace
 
 void Tables::build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h,
-                   int stride2_w, int element, int align, const Packed* packed, bool zeros) {
+                   int stride2_w, int element, int align, const Packed* packed, bool zeros, const Layout* residual,
+                   int residual_stride) {
   const bool merged = in.dense();
   const auto refuse = [](const char* what, int multiple, int got) {
     throw std::runtime_error(std::string("convolution: ") + what + " in multiples of " + std::to_string(multiple) +
@@ -91,7 +92,8 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
         const Part part = inside(y, x);
         if (here == parts.end() || here->first != part) here = parts.try_emplace(part).first;
         here->second.push_back({in.at(n, y * window.stride_h, x * window.stride_w),
-                                in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element});
+                                in2 ? in2->at(n, y * stride2_h, x * stride2_w) : 0, out.at(n, y, x) * element,
+                                residual ? residual->at(n, y * residual_stride, x * residual_stride) : 0});
       }
   std::vector<Row> all;
   all.reserve(size_t(out.images) * out.h * out.w);
@@ -114,6 +116,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       rows[0].push_back(narrow(r.in));
       if (in2) rows[1].push_back(narrow(r.in2));
       outs.push_back(narrow(r.out));
+      if (residual) residuals.push_back(narrow(r.residual));
     }
     return;
   }
@@ -139,6 +142,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       const bool here =
           next < all.size() && all[next].in == first.in + i * step && (!in2 || all[next].in2 == first.in2 + i * step2);
       outs.push_back(here ? narrow(all[next].out) : -1);
+      if (residual) residuals.push_back(here ? narrow(all[next].residual) : -1);
       rows[0].push_back(narrow(first.in + i * step));
       if (in2) rows[1].push_back(narrow(first.in2 + i * step2));
       next += here;

@@ -45,15 +45,16 @@ inline int outputs(int size, int kernel, int stride, int pad) { return (size + 2
 // The tables of one convolution, and the Conv that points into them. `align`: 1, or 16 for AMX: rows then come in
 // groups of 16 at one distance, with rows to drop (outs -1) where a group has none left.
 struct Tables {
-  std::vector<int32_t> rows[2], taps[2], outs;
+  std::vector<int32_t> rows[2], taps[2], outs, residuals;  // residuals: where build() was given one
   std::vector<Slice> slices;
   std::vector<Segment> segments;
   int lda[2] = {0, 0}, k[2] = {0, 0};
   // out: the layout of the results, whose offsets are scaled by `element` bytes; in2 may be null (1x1 with stride2).
-  // packed: the weights of a network's kernel; zeros: the border of `in` is. Throws where weights or strides do not fit
-  // the layouts.
+  // packed: the weights of a network's kernel; zeros: the border of `in` is; residual: what is read with
+  // residual_stride, not at the offsets of the results. Throws where weights or strides do not fit the layouts.
   void build(const Layout& in, const Window& window, const Layout& out, const Layout* in2, int stride2_h, int stride2_w,
-             int element, int align, const Packed* packed = nullptr, bool zeros = false);
+             int element, int align, const Packed* packed = nullptr, bool zeros = false,
+             const Layout* residual = nullptr, int residual_stride = 1);
   void attach(Conv& conv, int operands) const;
 };
 

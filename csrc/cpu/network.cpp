@@ -120,7 +120,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     changed = false;
     for (int64_t i = 0; i < header.steps; i++) {
       const PlanStep& s = plan.step(i);
-      if (s.residual < 0 || forms[s.residual] == forms[s.out]) continue;
+      if (s.residual < 0 || s.residual_stride > 1 || forms[s.residual] == forms[s.out]) continue;
       const Form a = forms[s.residual], b = forms[s.out];
       forms[s.residual] = forms[s.out] = {std::max(a.border, b.border), a.planes && b.planes,
                                           a.interleaved || b.interleaved, a.whole && b.whole};
@@ -163,8 +163,9 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     out.images = group[i];
     const Window window{int(s.kh), int(s.kw), int(s.stride), int(s.stride), int(s.pad), int(s.pad)};
     tables[i].build(layouts[s.in], window, out, s.in2 >= 0 ? &layouts[s.in2] : nullptr, int(s.stride2), int(s.stride2),
-                    linear ? 4 : 1, align, &w, plan.buffer(s.in).fill < 0);
-    bytes += (tables[i].outs.size() * 3) * sizeof(int32_t);
+                    linear ? 4 : 1, align, &w, plan.buffer(s.in).fill < 0,
+                    s.residual_stride > 1 ? &layouts[s.residual] : nullptr, int(s.residual_stride));
+    bytes += (tables[i].outs.size() * 3 + tables[i].residuals.size()) * sizeof(int32_t);
   }
 }
 
@@ -246,8 +247,9 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       conv.in[0].a = at(s.in);
       if (s.in2 >= 0) conv.in[1].a = at(s.in2);
       conv.block = int(s.block[g > 1]);
-      if (i + 1 < plan.header().steps && Step(plan.step(i + 1).kind) == Step::conv)
-        conv.next = reinterpret_cast<const Packed*>(plan.data + plan.step(i + 1).packed)->panel(0);
+      for (int64_t n = i + 1; n < plan.header().steps && !conv.next; n++)
+        if (Step(plan.step(n).kind) == Step::conv || Step(plan.step(n).kind) == Step::linear)
+          conv.next = reinterpret_cast<const Packed*>(plan.data + plan.step(n).packed)->panel(0);
       if (Step(s.kind) == Step::linear) {
         conv.kind = Out::f32;
         conv.f32_scale = reinterpret_cast<const float*>(plan.data + s.scale);
@@ -261,8 +263,17 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       const bool by_panels = conv.w->panels >= threads && conv.w->bytes > int64_t(conv.m) * conv.w->ktotal;
       const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
       const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
-      if (rows.begin < rows.end && panels.begin < panels.end)
-        conv_function()(conv, rows.begin, rows.end, panels.begin, panels.end);
+      if (rows.begin >= rows.end || panels.begin >= panels.end) break;
+      if (s.residual_stride > 1) {  // the thread's own part of it, to where the kernel looks for it
+        const int64_t panel = int64_t(conv.w->width) * bytes_of(type), first = panels.begin * panel;
+        const int64_t count = std::min(panels.end * panel, int64_t(conv.w->o) * bytes_of(type)) - first;
+        for (int m = rows.begin; m < rows.end; m++)
+          if (conv.outs[m] >= 0)
+            std::memcpy(conv.out + conv.outs[m] + first, conv.residual + ws.tables[i].residuals[m] + first,
+                        size_t(count));
+        conv.residual = conv.out;
+      }
+      conv_function()(conv, rows.begin, rows.end, panels.begin, panels.end);
     }
   }
 }

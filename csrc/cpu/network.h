@@ -7,7 +7,7 @@
 namespace r50 {
 
 struct PlanHeader {
-  static constexpr int64_t STAMP = 0x35305204;
+  static constexpr int64_t STAMP = 0x35305205;
   int64_t stamp, isa, bytes, id, buffers, steps, classes, channels, type;  // conv.h: Type
 };
 struct PlanBuffer {
@@ -16,7 +16,7 @@ struct PlanBuffer {
 enum class Step : int64_t { load = 0, conv = 1, max_pool = 2, average_pool = 3, linear = 4, load_windows = 5 };
 struct PlanStep {
   int64_t kind, in, out, residual, in2;  // buffers, -1 for none
-  int64_t kh, kw, stride, pad, stride2;
+  int64_t kh, kw, stride, pad, stride2, residual_stride;  // these of in2 and residual: 0 or 1 for none
   int64_t packed;  // offset of a blob of pack_int8 or pack_bf16
   int64_t scale;   // offset of: int8, linear, the logits' scales; bfloat16, load, a uint8 per channel to subtract
   int64_t mult;    // int8: average pooling's j

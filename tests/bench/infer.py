@@ -8,8 +8,9 @@
 The contenders alternate in one process, round by round, on the same bytes; a ratio is the median over rounds of the
 two rates in one round. Some machines change speed by a factor of two from one second to the next, so the multiply-add
 peak is timed right before and right after every sample: percent of peak uses that pair, and a ratio is also given for
-the rounds in the machine's good state and in its bad one alone. The first run quantizes and exports the peers into
-runs/bench, which takes half a minute more.
+the rounds in the machine's good state and in its bad one alone. Percent of peak is of the multiply-adds that the
+network defines: engines that do not compute what nobody reads can pass 100 (--per-layer counts what is computed). The
+first run quantizes and exports the peers into runs/bench, which takes half a minute more.
 """
 import argparse
 import copy
@@ -29,6 +30,7 @@ import torch
 import csrc
 import data
 import resnet50
+from csrc.plan import skip_unread
 from tests.bench import peers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -327,6 +329,14 @@ def report(contenders, samples, states, same, batch, macs):
     return result
 
 
+def computed(program):
+    """-> {convolution: share of its results that are computed}; the rest nobody reads"""
+    sides = {"pixels": 1.0}
+    for old, new in zip(program, skip_unread(program)):
+        sides[new["out"]] = sides[new["x"]] * old.get("stride", 1) / new.get("stride", 1)
+    return {name: side ** 2 for name, side in sides.items()}
+
+
 def per_layer(networks, batch, threads, seconds):
     """Prints the steps of our int8 or bf16 network: microseconds an image, share of the time, percent of the peak."""
     kind = networks.kind
@@ -336,7 +346,9 @@ def per_layer(networks, batch, threads, seconds):
     macs = resnet50.count_macs(networks.model, networks.model.preprocess["crop"])
     steps = resnet50.fold_downsample(resnet50.flatten(networks.model))
     names = ["pixels", *(step.name for step in steps)]
-    work = [0, *(macs.get(step.name, 0) + (macs[step.folded.name] if step.folded else 0) for step in steps)]
+    share = computed(model.program() if kind == "int8" else resnet50.bf16_program(networks.model))
+    work = [0, *((macs.get(step.name, 0) + (macs[step.folded.name] if step.folded else 0)) * share.get(step.name, 1)
+                 for step in steps)]
     pixels = networks.pixels[torch.arange(batch) % IMAGES].contiguous(memory_format=torch.channels_last)
     profile = functools.partial(csrc.network_profile, pixels, plan, model.config["num_classes"])
     times, peaks = [], []

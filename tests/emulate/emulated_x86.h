@@ -151,10 +151,6 @@ inline __m512d _mm512_cvtps_pd(const __m256& v) {
 inline __m256i _mm512_cvtepi64_epi32(const __m512i& v) {  // the low half of each
   return emulated::each<__m256i>([&](int i) { return v.lane[2 * i]; });
 }
-inline __m512i _mm512_cvtepu16_epi32(const __m256i& v) {
-  const auto from = emulated::lanes<uint16_t>(v);
-  return emulated::each<__m512i>([&](int i) { return int32_t(from[i]); });
-}
 inline __m512bh _mm512_cvtne2ps_pbh(const __m512& high, const __m512& low) {  // the second operand is the lower half
   std::array<uint16_t, 32> to;
   for (int i = 0; i < 16; i++) to[i] = emulated::half(low.lane[i]), to[16 + i] = emulated::half(high.lane[i]);
@@ -193,6 +189,13 @@ inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, const __m512i& a, const _
   const auto other = emulated::lanes<uint16_t>(b);
   for (int i = 0; i < 32; i++)
     if (mask >> i & 1) to[i] = other[i];
+  return emulated::vector<__m512i>(to);
+}
+inline __m512i _mm512_maskz_permutexvar_epi16(__mmask32 mask, const __m512i& from, const __m512i& v) {
+  const auto words = emulated::lanes<uint16_t>(v), index = emulated::lanes<uint16_t>(from);
+  std::array<uint16_t, 32> to{};
+  for (int i = 0; i < 32; i++)
+    if (mask >> i & 1) to[i] = words[index[i] & 31];
   return emulated::vector<__m512i>(to);
 }
 inline __m512i _mm512_packus_epi16(const __m512i& a, const __m512i& b) {  // per 128 bits: 8 of a, 8 of b
