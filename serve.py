@@ -49,6 +49,7 @@ TYPES = {"UINT8": np.uint8, "FP32": np.float32}  # of pixels
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository",
               "parameters"]
 VERSION = "1"
+DEAR = 0.1  # what a batch may cost beside its images, as a share of these
 
 
 class Refusal(Exception):
@@ -139,6 +140,14 @@ class Network(NamedTuple):
     transform: Callable  # PIL image -> uint8 (size, size, 3)
     classes: list
     stamp: tuple
+    enough: int  # images of the smallest batch that is about as fast, per image, as the largest
+
+
+def enough_images(one, many, batch, unit):
+    """Seconds of one image and of a batch, images that go side by side -> Network.enough: what a batch costs beside its
+    images has to stay within DEAR of these"""
+    each = many / batch
+    return min(batch, math.ceil(max(1.0, (one - each) / (DEAR * each)) / unit) * unit)
 
 
 class Ticket:
@@ -155,9 +164,10 @@ class Ticket:
 
 
 class Model:
-    """A name, the network that answers to it, and the thread that runs it, a batch at a time. Requests that wait while
-    a batch runs make the next one; a batch that is not full waits for requests that are being decoded at the moment,
-    no longer than max_delay, and for nothing else."""
+    """A name, the network that answers to it, and the thread that runs it, a batch at a time. What waits while a batch
+    runs makes the next one, but for half of it where the rest is enough for a batch: answers come at a batch's end, and
+    the first should not wait for all. A batch that is not enough waits for requests that are being decoded at the
+    moment, no longer than max_delay, and for nothing else."""
 
     def __init__(self, name, args, path):
         self.name, self.args, self.statistics = name, args, Statistics()
@@ -176,14 +186,23 @@ class Model:
         fuses = isinstance(net, ResNet50) and not net.config.get("adapter")
         net = fuse(net, getattr(torch, self.args.amp_dtype)) if fuses else net
         net, size = spread(net, self.args.devices), net.preprocess["crop"]
+        device, batch = torch.device(self.args.devices[0]), self.args.max_batch
+
+        def seconds(n):
+            blank = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device)
+            blank = blank.contiguous(memory_format=torch.channels_last)
+            for _ in range(2):  # cold, then warm
+                began = time.perf_counter()
+                predict(net, blank).cpu()
+            return time.perf_counter() - began
         with torch.inference_mode():
-            for batch in sorted({1, self.args.max_batch}):
-                blank = torch.zeros(batch, 3, size, size, dtype=torch.uint8, device=self.args.devices[0])
-                predict(net, blank.contiguous(memory_format=torch.channels_last))
+            unit = torch.get_num_threads() if device.type == "cpu" else 1
+            enough = enough_images(seconds(1), seconds(batch), batch, unit)
         number = str(getattr(net, "dtype", net.precision)).removeprefix("torch.")
         print(f"{self.name}: {source}, {number}, {size} pixels", file=sys.stderr, flush=True)
         classes = list(checkpoint["classes"] or map(str, range(net.config["num_classes"])))
-        return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source))
+        return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source),
+                       enough)
 
     def reload(self):
         """Whether the file had changed. What was there serves until the new network is warm, and on if it is bad."""
@@ -232,11 +251,13 @@ class Model:
         with self.changed:
             while not self.waiting and not self.closed:
                 self.changed.wait()
+            enough = (self.waiting[0].network if self.waiting else self.network).enough
             until = time.monotonic() + self.args.max_delay_ms / 1e3
-            while self.coming and self.images < self.args.max_batch and (left := until - time.monotonic()) > 0:
+            while self.coming and self.images < enough and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
+            most = min(self.args.max_batch, math.ceil(max(1, self.images / 2 / enough)) * enough)
             tickets, count = [], 0
-            while self.waiting and (not tickets or count + len(self.waiting[0].pixels) <= self.args.max_batch
+            while self.waiting and (not tickets or count + len(self.waiting[0].pixels) <= most
                                     and self.waiting[0].network is tickets[0].network):
                 tickets.append(self.waiting.popleft())
                 count += len(tickets[-1].pixels)

@@ -499,7 +499,7 @@ class Slow:
 
     def __init__(self):
         self.preprocess, self.config = dict(resnet50.PREPROCESS, crop=8, resize=8), dict(num_classes=3)
-        self.go, self.batches = threading.Semaphore(2), []  # two to warm up
+        self.go, self.batches = threading.Semaphore(4), []  # to warm up
 
     def to(self, device):
         return self
@@ -517,6 +517,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(serve, "load_some_model", lambda *a, **k: (net, dict(classes=None), "slow"))
     args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "4", "--max-queue", "6"])
     model = serve.Model("slow", args, None)
+    model.network = model.network._replace(enough=4)
     net.batches.clear()
     yield model, net
     model.close()
@@ -556,6 +557,28 @@ def test_what_waits_while_a_batch_runs_makes_the_next(slow):
     for ticket, value in zip(tickets, (0, 2, 1, 1, 2)):
         assert ticket.done.wait(10) and (ticket.logits == value).all() and len(ticket.logits) == len(ticket.pixels)
     assert net.batches == [1, 4, 2]
+
+
+@pytest.mark.parametrize("waiting, batches", [(1, [1]), (2, [2]), (3, [2, 1]), (5, [4, 1]), (6, [4, 2])])
+def test_half_of_what_waits_is_taken_where_it_is_enough(slow, waiting, batches):
+    model, net = slow
+    model.network = model.network._replace(enough=2)
+    later = time.monotonic() + 60
+    tickets = [submit(model, images(1, 0), later, lambda: True)]
+    wait_until(lambda: model.images == 0)
+    tickets += [submit(model, images(1, n), later, lambda: True) for n in range(waiting)]
+    for _ in range(1 + len(batches)):
+        net.go.release()
+    assert all(t.done.wait(10) for t in tickets) and net.batches == [1, *batches]
+
+
+def test_enough_images_for_a_batch():
+    """Of one image and of 32 in so many seconds: the batch's own cost is a tenth of its images', in whole rounds"""
+    assert serve.enough_images(1.0, 32.0, 32, 2) == 2  # nothing to gain
+    assert serve.enough_images(0.9, 32.0, 32, 2) == 2  # a measurement that was disturbed
+    assert serve.enough_images(1.5, 32.0, 32, 2) == 6  # 0.5 of its own, 1.0 each
+    assert serve.enough_images(1.5, 32.0, 4, 8) == 4  # not more than is allowed
+    assert serve.enough_images(1.0, 1.2, 32, 1) == 32  # a GPU
 
 
 def test_what_began_with_a_network_ends_with_it(slow):
