@@ -328,15 +328,17 @@ def test_pixels_that_nobody_reads_are_skipped():
         "f": (2, 1, 1), "g": (1, 2, 1), "i": (1, 1, 1), "j": (1, 1, 1), "k": (1, 1, 1)}
     v1_5 = [conv("e", "d"), conv("f", "e", 3, 2), conv("g", "f", x2="d", stride2=2)]
     wide = [conv("e", "d", 3, 2), conv("f", "e", 3), conv("g", "f", x2="d", stride2=2)]  # reads neighbours
+    padded = [v1[0] | dict(padding=1), *v1[1:]]
     pooled = v1 + [dict(kind="avgpool", x="d", out="z")]
-    for steps in (v1_5, wide, pooled):
+    for steps in (v1_5, wide, padded, pooled):
         assert strides(skip_unread(first + steps + end)) == strides(first + steps)
 
 
 def test_a_residual_of_another_size_is_refused(native):
     weight, one = torch.ones(8, 8, 1, 1, dtype=torch.int8), torch.ones(8, dtype=torch.int32)
     conv = dict(kind="conv", weight=weight, mult=one, bias=one, stride=1, padding=0)
-    steps = [conv | dict(x="pixels", out="a"), conv | dict(x="a", out="b", stride=4),
+    three = dict(weight=torch.ones(8, 8, 3, 3, dtype=torch.int8), padding=1)  # reads every pixel of a
+    steps = [conv | dict(x="pixels", out="a"), conv | three | dict(x="a", out="b", stride=4),
              conv | dict(x="b", out="c", residual="a", gain=one), conv | dict(x="c", out="d", stride=2),
              dict(kind="avgpool", x="d", out="e", mult=1)]
     with pytest.raises(ValueError, match="c and its residual a differ in size"):

@@ -629,8 +629,9 @@ def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
     assert submit(model, images(1, 1), later, lambda: True).done.wait(10) and time.monotonic() - began < 2
     with model.expecting(1, later):
         first = submit(model, images(1, 1), later, lambda: True)
-        second = submit(model, images(3, 2), later, lambda: True)  # full: the third is not waited for
         net.go.release()
+        assert not first.done.wait(0.05)
+        second = submit(model, images(3, 2), later, lambda: True)  # enough: the third is not waited for
         assert first.done.wait(2) and second.done.wait(2)
     assert net.batches == [1, 4]
 
