@@ -45,16 +45,21 @@ from resnet50 import (
     ResNet50,
     UserError,
     add_model_args,
+    amount,
+    below_one,
+    between,
     build_model,
     conv_grid,
     count_macs,
     decode_tensor,
+    device_name,
     encode_tensor,
     example,
     fetch_weights,
     flatten,
     fold_downsample,
     fold_norm,
+    fraction,
     fuse,
     linear_unit,
     load_checkpoint,
@@ -62,6 +67,7 @@ from resnet50 import (
     load_weights,
     measure,
     normalize,
+    positive,
     predict,
     quantize,
     quantize_classifier,
@@ -1344,13 +1350,6 @@ def widths_line(before, after):
 
 # -------------------------------------------------------------------------------------------------------- main
 
-def share(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie in [0, 1)")
-    return value
-
-
 def get_args_parser():
     p = argparse.ArgumentParser(prog="compress.py", description="Prune, distil and quantize a trained network.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -1362,27 +1361,27 @@ def get_args_parser():
                    help="go on where a stopped run of the same flags was")
     g.add_argument("--stages", nargs="+", choices=STAGES, help="another order than the usual one")
     g.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)), metavar="N")
-    g.add_argument("--eval-batch-size", type=train.positive, default=32, metavar="N")
+    g.add_argument("--eval-batch-size", type=positive, default=32, metavar="N")
     g.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/")
     g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    g.add_argument("--dist-timeout", type=int, default=600, metavar="S")
+    g.add_argument("--seed", type=between(0, 2 ** 63 - 1), default=0)
+    g.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--dist-timeout", type=positive, default=600, metavar="S")
     add_model_args(p)
     g = p.add_argument_group("pruning")
-    g.add_argument("--prune", type=share, metavar="RATIO", help="share of the channels that goes")
+    g.add_argument("--prune", type=below_one, metavar="RATIO", help="share of the channels that goes")
     g.add_argument("--target-macs", type=float, metavar="N", help="multiply-accumulates per image to get down to")
     g.add_argument("--target-params", type=float, metavar="N", help="parameters to get down to")
     g.add_argument("--target-latency", type=float, metavar="MS", help="milliseconds per image, on this machine")
     g.add_argument("--importance", choices=IMPORTANCE, default="l2", help="what tells which channels matter")
     g.add_argument("--ranking", choices=("layer", "global"), default="layer",
                    help="the same share of every layer, or the least important of all")
-    g.add_argument("--round-to", type=train.positive, default=8, metavar="N", help="channels are left in multiples")
+    g.add_argument("--round-to", type=positive, default=8, metavar="N", help="channels are left in multiples")
     g.add_argument("--sensitivity", action="store_true", help="report what halving each layer alone would do")
-    g.add_argument("--rounds", type=train.positive, default=1, metavar="N", help="prune and fine-tune by and by")
+    g.add_argument("--rounds", type=positive, default=1, metavar="N", help="prune and fine-tune by and by")
     g.add_argument("--recalibrate", action=argparse.BooleanOptionalAction, default=True,
                    help="batch-norm statistics anew after pruning")
-    g.add_argument("--sparsity", type=share, metavar="RATIO",
+    g.add_argument("--sparsity", type=below_one, metavar="RATIO",
                    help="share of single weights set to zero: a smaller file, not a faster network")
     g.add_argument("--sparsity-2-4", action="store_true", help="two of every four weights: the same")
     g = p.add_argument_group("several networks")
@@ -1391,28 +1390,28 @@ def get_args_parser():
                    help="one network of two checkpoints, that asks BIG when SMALL is unsure")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=int, default=5, metavar="N", help="after pruning, or of a student")
-    g.add_argument("--lr", type=float, help="peak rate; default: a share of the checkpoint's own recipe's")
-    g.add_argument("--batch-size", type=train.positive, metavar="N")
-    g.add_argument("--image-size", type=train.positive, metavar="PX")
+    g.add_argument("--lr", type=amount, help="peak rate; default: a share of the checkpoint's own recipe's")
+    g.add_argument("--batch-size", type=positive, metavar="N")
+    g.add_argument("--image-size", type=positive, metavar="PX")
     g.add_argument("--opt", choices=("sgd", "nesterov", "adamw", "lars", "lamb"))
-    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--weight-decay", type=amount)
     g.add_argument("--amp-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    g.add_argument("--save-every", type=int, default=0, metavar="STEPS")
+    g.add_argument("--save-every", type=between(0), default=0, metavar="STEPS")
     g = p.add_argument_group("distillation")
     g.add_argument("--distill", metavar="TEACHER", help="a checkpoint, a torchvision model's name, or self")
     g.add_argument("--student", metavar="WHAT", help="torchvision's name, or a share of ResNet-50's channels")
     g.add_argument("--kd-loss", choices=("kl", "dkd", "dist"), default="kl")
-    g.add_argument("--kd-temperature", type=float, default=4.0)
-    g.add_argument("--kd-alpha", type=float, default=0.5, help="weight of the teacher's outputs against the labels'")
-    g.add_argument("--kd-features", type=float, default=0.0, metavar="BETA", help="weight of intermediate maps")
+    g.add_argument("--kd-temperature", type=between(0.0, kind=float, above=True), default=4.0)
+    g.add_argument("--kd-alpha", type=fraction, default=0.5, help="weight of the teacher's outputs against the labels'")
+    g.add_argument("--kd-features", type=amount, default=0.0, metavar="BETA", help="weight of intermediate maps")
     g = p.add_argument_group("quantization")
     g.add_argument("--int8", action="store_true", help="post-training quantization")
     g.add_argument("--dynamic", action="store_true",
                    help="int8 for the classifier alone, its inputs rounded as they come: needs no calibration")
     g.add_argument("--qat", action="store_true", help="quantization-aware training, then int8")
-    g.add_argument("--qat-epochs", type=train.positive, default=2, metavar="N")
+    g.add_argument("--qat-epochs", type=positive, default=2, metavar="N")
     g.add_argument("--qat-ranges", choices=("learned", "observed"), default="learned")
-    g.add_argument("--freeze-bn-epochs", type=int, default=0, metavar="N",
+    g.add_argument("--freeze-bn-epochs", type=between(0), default=0, metavar="N",
                    help="batch statistics for so long, then the running ones")
     g.add_argument("--observer", choices=OBSERVERS, default="lp",
                    help="what chooses the range of activations; mse, lp: squared errors, errors to the power of 2.4")
@@ -1425,11 +1424,11 @@ def get_args_parser():
                    help="use fewer of int8's values for weights")
     g.add_argument("--per-tensor", action="store_true", help="one scale for all of a layer's weights, not per channel")
     g.add_argument("--float-layers", nargs="+", default=[], metavar="LAYER", help="stay float, such as conv1 and fc")
-    g.add_argument("--max-drop", type=float, metavar="POINTS",
+    g.add_argument("--max-drop", type=amount, metavar="POINTS",
                    help="return layers to float until no more is lost; with --auto and --cascade what may be lost")
-    g.add_argument("--int4-weights", type=train.positive, metavar="GROUP",
+    g.add_argument("--int4-weights", type=positive, metavar="GROUP",
                    help="4-bit weights in the file, one scale per so many; computes in float")
-    g.add_argument("--calib-images", type=train.positive, default=256, metavar="N")
+    g.add_argument("--calib-images", type=positive, default=256, metavar="N")
     return p
 
 
@@ -1493,7 +1492,7 @@ def check_args(args):
              ("importance", "ranking", "sensitivity", "recalibrate"))):
         for name in names:
             if vars(args)[name] != defaults[name] and not given:
-                refuse(f"--{name.replace('_', '-')} goes with {partners}")
+                refuse(f"--{'no-' * (vars(args)[name] is False)}{name.replace('_', '-')} goes with {partners}")
     if args.dynamic and (args.int8 or args.qat or args.int4_weights):
         refuse("--dynamic excludes --int8, --qat and --int4-weights")
     if args.int4_weights and (args.int8 or args.qat or goals[:1] == ["--sparsity"] or args.sparsity_2_4):

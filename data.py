@@ -41,7 +41,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 import csrc
-from resnet50 import UserError, run_script
+from resnet50 import UserError, above_zero, amount, between, fraction, positive, run_script
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # what a stranger may send to a server
 TRAIN_FORMATS = FORMATS + ("BMP", "GIF", "PPM", "TIFF")
@@ -653,27 +653,27 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
 
 def add_augment_args(parser):
     group = parser.add_argument_group("augmentation (training only)")
-    group.add_argument("--crop-scale", type=float, default=0.08, metavar="A",
+    group.add_argument("--crop-scale", type=above_zero, default=0.08, metavar="A",
                        help="smallest area of a random crop (default %(default)s)")
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P",
+    group.add_argument("--hflip", type=fraction, default=0.5, metavar="P",
                        help="probability of a left-right flip (default %(default)s)")
-    group.add_argument("--color-jitter", type=float, default=0.0, metavar="S",
+    group.add_argument("--color-jitter", type=amount, default=0.0, metavar="S",
                        help="brightness, contrast, saturation, up to +-S")
-    group.add_argument("--rotation", type=float, default=0.0, metavar="DEG", help="random rotation, up to +-DEG")
-    group.add_argument("--elastic", type=float, default=0.0, metavar="PX",
+    group.add_argument("--rotation", type=amount, default=0.0, metavar="DEG", help="random rotation, up to +-DEG")
+    group.add_argument("--elastic", type=amount, default=0.0, metavar="PX",
                        help="elastic deformation, strength in pixels")
     group.add_argument("--auto-augment", choices=("none", "ra", "ta_wide"), default="none",
                        help="RandAugment or TrivialAugmentWide")
-    group.add_argument("--ra-magnitude", type=int, default=9, metavar="0..30",
+    group.add_argument("--ra-magnitude", type=between(0, 30), default=9, metavar="0..30",
                        help="RandAugment strength (default %(default)s)")
-    group.add_argument("--ra-std", type=float, default=0.0, metavar="S",
+    group.add_argument("--ra-std", type=amount, default=0.0, metavar="S",
                        help="normal noise on that strength, same scale")
-    group.add_argument("--random-erase", type=float, default=0.0, metavar="P",
+    group.add_argument("--random-erase", type=fraction, default=0.0, metavar="P",
                        help="probability of erasing a rectangle")
-    group.add_argument("--mixup-alpha", type=float, default=0.0, metavar="A", help="mixup, Beta(A, A)")
-    group.add_argument("--cutmix-alpha", type=float, default=0.0, metavar="A",
+    group.add_argument("--mixup-alpha", type=amount, default=0.0, metavar="A", help="mixup, Beta(A, A)")
+    group.add_argument("--cutmix-alpha", type=amount, default=0.0, metavar="A",
                        help="CutMix, Beta(A, A); with mixup each batch takes one")
-    group.add_argument("--repeated-aug", type=int, default=1, metavar="N",
+    group.add_argument("--repeated-aug", type=positive, default=1, metavar="N",
                        help="each image N times per epoch, 1/N of the images")
     group.add_argument("--balanced", action="store_true", help="draw every class equally often")
     return group

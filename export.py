@@ -47,6 +47,7 @@ from resnet50 import (
     fuse,
     load_some_model,
     normalize,
+    positive,
     predict,
     run_script,
 )
@@ -886,15 +887,15 @@ def get_args_parser():
     p.add_argument("--name", default="resnet50", help="of the file, without its ending (default: %(default)s)")
     p.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     g = p.add_argument_group("input and output")
-    g.add_argument("--batch-size", type=natural, default=1, metavar="N", help="that the file is for (default: 1)")
+    g.add_argument("--batch-size", type=positive, default=1, metavar="N", help="that the file is for (default: 1)")
     g.add_argument("--dynamic-batch", action="store_true", help="any batch size instead")
-    g.add_argument("--max-batch", type=natural, default=32, metavar="N",
+    g.add_argument("--max-batch", type=positive, default=32, metavar="N",
                    help="with --dynamic-batch: the largest that torch.export and TensorRT provide for (default: 32)")
-    g.add_argument("--image-size", type=natural, metavar="N", help="default: the checkpoint's")
+    g.add_argument("--image-size", type=positive, metavar="N", help="default: the checkpoint's")
     g.add_argument("--pixels", action="store_true",
                    help="uint8 (N, H, W, 3) in, normalised inside; default: normalised float32 (N, 3, H, W)")
     g.add_argument("--softmax", action="store_true", help="probabilities out; default: logits")
-    g.add_argument("--top-k", type=natural, default=0, metavar="K", help="the K largest and their classes out")
+    g.add_argument("--top-k", type=positive, default=0, metavar="K", help="the K largest and their classes out")
     g = p.add_argument_group("precision and form")
     g.add_argument("--fp16", action="store_true", help="float16 weights and arithmetic")
     g.add_argument("--signed", action="store_true",
@@ -905,15 +906,9 @@ def get_args_parser():
     g.add_argument("--script", action="store_true", help="TorchScript by its compiler instead of its tracer")
     g = p.add_argument_group("checks")
     g.add_argument("--data", metavar="FOLDER", help="images on which installed runtimes are compared too")
-    g.add_argument("--images", type=natural, default=64, metavar="N", help="of these at most (default: 64)")
+    g.add_argument("--images", type=positive, default=64, metavar="N", help="of these at most (default: 64)")
     g.add_argument("--bench", action="store_true", help="time every runtime that is installed, in alternation")
     return p
-
-
-def natural(text):
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
-    return int(text)
 
 
 def check_args(args):

@@ -10,7 +10,7 @@
 FOLDER is what train.py takes. The head is new, for the folder's classes; how much of the rest is trained is --strategy:
 
   head       nothing: the head learns from features that are computed once, in --views augmented views of each image
-  gradual    the head, then stage after stage from the top
+  gradual    the head as above, then stage after stage from the top, from its best epoch
   layers:N   the head and the N stages below it
   full       everything
   lora       low-rank additions to the convolutions, merged into plain weights at the end (arXiv 2106.09685)
@@ -52,6 +52,8 @@ from resnet50 import (
     PREPROCESS,
     ResNet50,
     UserError,
+    above_zero,
+    amount,
     build_model,
     fetch_weights,
     fuse,
@@ -60,6 +62,7 @@ from resnet50 import (
     load_weights,
     norm_relu,
     normalize,
+    positive,
     predict,
     read_classes,
     run_script,
@@ -104,13 +107,6 @@ def strategy(text):
     return text
 
 
-def share(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1]")
-    return value
-
-
 class Parser(train.Parser):
     recipes = RECIPES
 
@@ -128,36 +124,37 @@ def get_args_parser():
     g.add_argument("--list-models", action="store_true", help="what --model takes")
     g.add_argument("--strategy", type=strategy, default="auto", metavar="NAME", help="auto, head, gradual, layers:N, "
                    "full, lora or adapter")
-    g.add_argument("--head-lr-mult", type=float, metavar="F", help="what is new learns so much faster")
-    g.add_argument("--layer-decay", type=share, metavar="F", help="rate of a stage by that of the stage above it")
-    g.add_argument("--unfreeze-every", type=train.positive, default=1, metavar="N", help="gradual: epochs per stage")
-    g.add_argument("--views", type=train.positive, default=4, metavar="N", help="head: augmented views of each image")
-    g.add_argument("--lora-rank", type=train.positive, default=8, metavar="R")
-    g.add_argument("--lora-alpha", type=float, default=16.0, metavar="A", help="additions count A/R times")
-    g.add_argument("--adapter-channels", type=train.positive, default=32, metavar="N")
-    g.add_argument("--ohem", type=share, default=1.0, metavar="F", help="learn from this share of each batch, the "
+    g.add_argument("--head-lr-mult", type=amount, metavar="F", help="what is new learns so much faster")
+    g.add_argument("--layer-decay", type=above_zero, metavar="F", help="rate of a stage by that of the stage above it")
+    g.add_argument("--unfreeze-every", type=positive, default=1, metavar="N", help="gradual: epochs per stage")
+    g.add_argument("--views", type=positive, default=4, metavar="N", help="head: augmented views of each image")
+    g.add_argument("--lora-rank", type=positive, default=8, metavar="R")
+    g.add_argument("--lora-alpha", type=amount, default=16.0, metavar="A", help="additions count A/R times")
+    g.add_argument("--adapter-channels", type=positive, default=32, metavar="N")
+    g.add_argument("--ohem", type=above_zero, default=1.0, metavar="F", help="learn from this share of each batch, the "
                    "hardest images, or of 128 proposals in each image (arXiv 1604.03540)")
-    g.add_argument("--l2-sp", type=float, default=0.0, metavar="A",
+    g.add_argument("--l2-sp", type=amount, default=0.0, metavar="A",
                    help="pull towards the weights it started from (arXiv 1802.01483)")
     g.add_argument("--then", metavar="FOLDER", help="go on from the result on this data set: --data is only a step")
     g.add_argument("--lr-find", action="store_true", help="take --lr from a range test; leaves lr.svg")
-    g.add_argument("--search", type=train.positive, metavar="N",
+    g.add_argument("--search", type=positive, metavar="N",
                    help="compare N settings of strategy and rate by successive halving, then train the best")
     g = p.add_argument_group("detection")
     g.add_argument("--trainable-stages", type=int, choices=range(5), default=3, help="of the network, from the top")
-    g.add_argument("--max-size", type=train.positive, default=640, metavar="PX",
+    g.add_argument("--max-size", type=positive, default=640, metavar="PX",
                    help="of an image's long side, where --image-size is its short one")
-    g.add_argument("--nms-threshold", type=share, metavar="IOU",
+    g.add_argument("--nms-threshold", type=above_zero, metavar="IOU",
                    help="of two found boxes that overlap more the better one stays (0.5)")
-    g.add_argument("--detections", type=train.positive, metavar="N", help="boxes per image at most (100)")
-    g.add_argument("--score-threshold", type=share, default=0.5, metavar="S", help="boxes that predictions.png shows")
+    g.add_argument("--detections", type=positive, metavar="N", help="boxes per image at most (100)")
+    g.add_argument("--score-threshold", type=above_zero, default=0.5, metavar="S",
+                   help="boxes that predictions.png shows")
     g = p.add_argument_group("domain shift")
     g.add_argument("--target-domain", metavar="FOLDER",
                    help="images without labels; class folders in its val/ are scored")
     g.add_argument("--align", choices=("coral", "mmd", "none"), default="coral",
                    help="what makes features of both alike: second moments (arXiv 1607.01719) or the kernel mean "
                    "discrepancy (arXiv 1502.02791)")
-    g.add_argument("--align-weight", type=float, default=1.0, metavar="A")
+    g.add_argument("--align-weight", type=amount, default=1.0, metavar="A")
     train.add_training_args(p)
     p.set_defaults(out="runs/finetune")
     return p
@@ -480,6 +477,7 @@ class FineTuning(train.Plan):
         self.number = int(number or 0)
         self.amp = train.amp_dtype(args, world.device)
         self.target = data.scan_unlabelled(args.target_domain) if args.target_domain and args.align != "none" else None
+        self.knows = not new_head and self.target is None  # what is not aligned yet does not compete
 
     def open(self, args, world):
         return self.sets[:4] + (self.sets[4] + self.notes,)
@@ -531,7 +529,7 @@ class FineTuning(train.Plan):
         if self.kind in ("lora", "adapter"):
             return False
         count = {"head": 1, "layers": 1 + self.number, "full": len(self.stages),
-                 "gradual": 1 + epoch // self.args.unfreeze_every}[self.kind]
+                 "gradual": 2 - self.new_head + epoch // self.args.unfreeze_every}[self.kind]
         count = min(count, len(self.stages))
         if count == self.opened:
             return False
@@ -760,8 +758,9 @@ def search(args, run):
         scores = []
         for setting in alive:
             name = f"{setting['strategy']}-{setting['lr']:.2g}-{epochs}".replace(":", "")
-            result = run(argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "resume": "auto",
-                                               "patience": 0, "out": os.path.join(args.out, "search", name)}))
+            result = run(argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "patience": 0,
+                                               "resume": args.resume and "auto", "overwrite": True,
+                                               "out": os.path.join(args.out, "search", name)}))
             rows.append(dict(setting, epochs=epochs, **{k: result[k] for k in ("top1", "loss", "seconds")}))
             scores.append((-result["top1"], result["loss"]))
         ranked = sorted(range(len(alive)), key=scores.__getitem__)
@@ -1439,8 +1438,8 @@ def detect(args, world, stop, most=16):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-def classify(args, world, stop):
-    """One fine-tuning run, from the flags to the report"""
+def classify(args, world, stop, asked=None):
+    """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more"""
     begin, resume = time.perf_counter(), train.open_run(args, world)
     model, checkpoint, source = load_source(args)
     names = read_classes(args.classes) if args.classes else (None, None)
@@ -1454,17 +1453,36 @@ def classify(args, world, stop):
 
     def run(args):
         note = resolve(args, model, len(sets[0]))
-        plan = FineTuning(args, world, stop, model, sets, notes + [note], not known, cache)
+        if args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear):
+            # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
+            first = argparse.Namespace(**{
+                **vars(args), "strategy": "head", "epochs": STRATEGIES["head"]["epochs"], "cutmix_alpha": 0.0,
+                "tta": False, "target_domain": None, "out": os.path.join(args.out, "head"),
+                "resume": args.resume and "auto"})
+            plan = FineTuning(first, world, stop, model, sets, notes + [f"{note}: the head alone"], True, cache)
+            path = train.train(first, world, stop, plan)["checkpoint"]
+            world.barrier()
+            plan = FineTuning(args, world, stop, build_model(load_checkpoint(path), path), (*sets[:4], []),
+                              [f"network: {path}", note], False, cache)
+        else:
+            plan = FineTuning(args, world, stop, model, sets, notes + [note], not known, cache)
         if args.lr_find and not resume:
             args.lr = find_lr(plan, args, world)
             plan.notes.append(f"learning rate {args.lr:.3g} by the range test, see {args.out}/lr.svg")
+        plan.asked = asked
         return train.train(args, world, stop, plan)
 
     cache, extra = os.path.join(args.out, "features.pt"), {}
     if args.search:
-        rows, best = search(args, run)
+        found = os.path.join(args.out, "search.json")
+        if args.resume and os.path.exists(found):  # args.json then has what it found where a search would start
+            with open(found, encoding="utf-8") as file:
+                rows, best = json.load(file)
+        else:
+            rows, best = search(args, run)
         extra["search"] = rows
         if world.rank == 0:
+            write_atomic(found, json.dumps([rows, best], indent=1).encode())
             lines = ["{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows]
             print("\n".join(["{:12}{:>10}{:>8}{:>8}{:>9}{:>7}".format("strategy", "lr", "epochs", "top-1", "loss", "s"),
                              *lines, f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
@@ -1514,13 +1532,14 @@ def fine_tune(args, world, stop):
     if not args.then:
         return classify(args, world, stop)
     final, step = args.out, os.path.join(args.out, "step")
+    asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
     train.open_run(args, world)
     data.open_folder(args.then, val_split=args.val_split)  # what is wrong with it is better said before the first step
     first = classify(argparse.Namespace(**{**vars(args), "out": step, "then": None, "resume": args.resume and "auto"}),
                      world, stop)
     args.overwrite, args.data, args.then, args.out = True, args.then, None, final
     args.checkpoint, args.weights, args.model = first["checkpoint"], None, None
-    return dict(classify(args, world, stop), step=first["top1"])
+    return dict(classify(args, world, stop, asked), step=first["top1"])
 
 
 if __name__ == "__main__":

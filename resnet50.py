@@ -51,6 +51,15 @@ class UserError(Exception):
         self.code = code
 
 
+def finite(value):
+    """The same with None for NaN and infinities, which JSON does not know"""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def run_script(main, args, prog):
     """main(args) -> a dict or None; the dict becomes the last line of stdout, a UserError or Ctrl-C one line and a
     status."""
@@ -63,7 +72,7 @@ def run_script(main, args, prog):
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     if result is not None:
-        print(json.dumps(result), flush=True)
+        print(json.dumps(finite(result)), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -1286,6 +1295,31 @@ def read_classes(path):
                         f"({type(error).__name__}: {error})") from error
 
 
+def between(low, high=math.inf, kind=int, above=False, below=False):
+    """-> an argparse type: finite numbers from `low` to `high`, `above` and `below` them without the ends themselves"""
+    def number(text):
+        value = kind(text)
+        if not (low <= value <= high) or above and value == low or below and value == high or math.isinf(value):
+            span = (f"be {'above' if above else 'at least'} {low:g}" if math.isinf(high) else
+                    f"lie in {'[('[above]}{low:g}, {high:g}{'])'[below]}")
+            raise argparse.ArgumentTypeError(f"{text} must {span}")
+        return value
+    number.__name__ = kind.__name__  # as argparse calls it
+    return number
+
+
+positive, amount = between(1), between(0.0, kind=float)
+fraction, below_one, above_zero = (between(0.0, 1.0, float, **k) for k in ({}, dict(below=True), dict(above=True)))
+
+
+def device_name(text):
+    """An argparse type"""
+    kind, colon, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or colon and not (kind == "cuda" and index.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text} is none of cpu, cuda and cuda:N")
+    return text
+
+
 def add_model_args(parser):
     """The flags that every script with a --checkpoint shares; a checkpoint from elsewhere carries no config."""
     group = parser.add_argument_group("network")
@@ -1297,7 +1331,7 @@ def add_model_args(parser):
                        help="squeeze-and-excitation, or ResNeSt's split attention")
     group.add_argument("--stem", choices=("standard", "deep", "small"),
                        help="small: 3x3 and no max-pool, for images up to 64 px")
-    group.add_argument("--num-classes", type=int, metavar="N")
+    group.add_argument("--num-classes", type=positive, metavar="N")
     group.add_argument("--classes", metavar="FILE", help="JSON list of class names, or of {index, wnid, name}")
     return group
 
@@ -1479,10 +1513,10 @@ def get_args_parser():
     parser = argparse.ArgumentParser(prog="resnet50.py",
                                      description="What the network costs, layer by layer, and where it runs.")
     add_model_args(parser)
-    parser.add_argument("--image-size", type=int, metavar="PX", help="default: the checkpoint's crop, else 224")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N",
+    parser.add_argument("--image-size", type=positive, metavar="PX", help="default: the checkpoint's crop, else 224")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N",
                         help="images per timed batch (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fused", action="store_true",
                         help="run a float network's convolutions and batch-norms as one kernel each")
     parser.add_argument("--profile", action="store_true", help="print torch.profiler's table of one forward pass")

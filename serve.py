@@ -40,7 +40,7 @@ import torch
 from PIL import Image
 
 import data
-from resnet50 import Flat, ResNet50, UserError, add_model_args, fuse, load_some_model, predict, run_script
+from resnet50 import Flat, ResNet50, UserError, add_model_args, between, fuse, load_some_model, predict, run_script
 
 DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
@@ -1290,15 +1290,6 @@ def read_tls(args):
 
 
 # ------------------------------------------------------------------------------------------------------------- main
-
-def between(low, high, kind=int):
-    def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} must lie in [{low}, {high}]")
-        return value
-    return read
-
 
 def get_args_parser():
     p = argparse.ArgumentParser(prog="serve.py", description="Answer over HTTP with the networks of checkpoints.",

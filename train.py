@@ -38,12 +38,19 @@ from resnet50 import (
     ResNet50,
     UserError,
     add_model_args,
+    amount,
+    below_one,
+    between,
     cpu_isa,
+    device_name,
+    finite,
+    fraction,
     fuse,
     load_checkpoint,
     load_model,
     load_weights,
     normalize,
+    positive,
     predict,
     read_classes,
     run_script,
@@ -80,7 +87,7 @@ RECIPES = dict(
         lr_min=1e-6, loss="bce", mixup_alpha=0.1, cutmix_alpha=1.0, auto_augment="ra", ra_magnitude=18, ra_std=1.5,
         image_size=160, val_size=224, val_resize=236, interpolation="bicubic"),
     fast=dict(  # FFCV's schedule without its blur pooling: 16 epochs 73.8, with --epochs 88 78.4 there
-        epochs=16, batch_size=128, lr=1.7, lr_base_size=1024, opt="sgd", weight_decay=1e-4, lr_scheduler="linear",
+        epochs=16, batch_size=512, lr=1.7, lr_base_size=4096, opt="sgd", weight_decay=1e-4, lr_scheduler="linear",
         lr_warmup_epochs=2.0, lr_warmup_decay=1e-4, label_smoothing=0.1, image_size=192, progressive=[160, 0.74, 0.86],
         val_size=224, val_resize=256, tta=True),
 )
@@ -106,6 +113,7 @@ class Parser(argparse.ArgumentParser):
                 unknown = sorted(set(saved) - known)
                 if unknown:
                     self.error(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
+                saved = {a.dest: self.checked(path, a, saved[a.dest]) for a in self._actions if a.dest in saved}
         except (OSError, ValueError, TypeError) as error:
             self.error(f"{path}: {error}")
         given = argparse.Namespace(**{k: v if v is not None else saved.get(k) for k, v in vars(first).items()})
@@ -122,17 +130,30 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+    def checked(self, path, action, value):
+        """-> a file's value for a flag, as if it had been given on the command line; None is no value"""
+        if value is None:
+            return value
+        if action.nargs == 0:
+            fits = isinstance(value, bool)
+        elif fits := isinstance(value, list) == (action.nargs not in (None, "?")):
+            items = value if isinstance(value, list) else [value]
+            try:
+                if action.type:
+                    items = [action.type(v if isinstance(v, str) else json.dumps(v)) for v in items]
+                fits = all(v in action.choices if action.choices else action.type or isinstance(v, str) for v in items)
+                value = items if isinstance(value, list) else items[0]
+            except (ValueError, TypeError, argparse.ArgumentTypeError):
+                fits = False
+        if not fits:
+            self.error(f"{path}: {action.dest}: {json.dumps(value)} is no value for {action.option_strings[0]}")
+        return value
+
+
 def resumed_args_path(args):
     folder = args.out if args.resume == "auto" else os.path.dirname(args.resume)
     path = os.path.join(folder, "args.json")
     return path if os.path.exists(path) else None
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def batch_size(text):
@@ -174,8 +195,8 @@ def add_training_args(p):
                    help="share held out where there is no val/ (0.1 if not given)")
     g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
     g.add_argument("--exif", action="store_true", help="turn photographs as their EXIF orientation says")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--seed", type=between(0, 2 ** 63 - 1), default=0)
+    g.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--amp-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
                    help="auto: bfloat16 where the hardware multiplies it, and float32 with --eval-only")
     g.add_argument("--compile", action="store_true", help="torch.compile")
@@ -185,12 +206,13 @@ def add_training_args(p):
                    help="deterministic algorithms on CUDA too (on the CPU they always are)")
     g.add_argument("--sync-bn", action="store_true", help="batch statistics over all processes")
     g.add_argument("--fused-bn", action="store_true", help="batch-norm, residual and ReLU as one kernel of csrc/")
-    g.add_argument("--dist-timeout", type=int, default=600, metavar="S", help="seconds a process waits for the others")
-    g.add_argument("--save-every", type=int, default=0, metavar="STEPS",
+    g.add_argument("--dist-timeout", type=positive, default=600, metavar="S",
+                   help="seconds a process waits for the others")
+    g.add_argument("--save-every", type=between(0), default=0, metavar="STEPS",
                    help="write last.pt every so many steps, not only each epoch")
-    g.add_argument("--max-skips", type=int, default=10, metavar="N",
+    g.add_argument("--max-skips", type=between(0), default=10, metavar="N",
                    help="steps with a non-finite gradient skipped in a row before giving up")
-    g.add_argument("--patience", type=int, default=0, metavar="N",
+    g.add_argument("--patience", type=between(0), default=0, metavar="N",
                    help="stop after so many epochs without a better one")
     g.add_argument("--best-by", choices=("top1", "loss"), default="top1",
                    help="what makes an epoch better, on validation: best.pt and --patience go by it")
@@ -211,33 +233,34 @@ def add_training_args(p):
     data.add_augment_args(p)
     g = p.add_argument_group("optimization")
     g.add_argument("--opt", choices=("sgd", "nesterov", "adamw", "lars", "lamb"), default="nesterov")
-    g.add_argument("--lr", type=float, help="for a global batch of --lr-base-size; scaled linearly with the batch")
-    g.add_argument("--lr-base-size", type=int, default=256, metavar="N", help="0: take --lr as it is")
-    g.add_argument("--momentum", type=float, default=0.9)
-    g.add_argument("--weight-decay", type=float, default=1e-4, help="not applied to batch-norm and biases")
+    g.add_argument("--lr", type=amount, help="for a global batch of --lr-base-size; scaled linearly with the batch")
+    g.add_argument("--lr-base-size", type=between(0), default=256, metavar="N", help="0: take --lr as it is")
+    g.add_argument("--momentum", type=below_one, default=0.9)
+    g.add_argument("--weight-decay", type=amount, default=1e-4, help="not applied to batch-norm and biases")
     g.add_argument("--lr-scheduler", choices=("cosine", "multistep", "linear", "restarts"), default="cosine")
-    g.add_argument("--lr-warmup-epochs", type=float, default=0.0)
-    g.add_argument("--lr-warmup-decay", type=float, default=0.01, metavar="F",
+    g.add_argument("--lr-warmup-epochs", type=amount, default=0.0)
+    g.add_argument("--lr-warmup-decay", type=fraction, default=0.01, metavar="F",
                    help="share of the rate at the first step")
-    g.add_argument("--lr-min", type=float, default=0.0, help="rate at the end of cosine and linear")
-    g.add_argument("--lr-milestones", type=int, nargs="+", default=[30, 60], metavar="EPOCH")
-    g.add_argument("--lr-gamma", type=float, default=0.1)
-    g.add_argument("--lr-restart-epochs", type=float, default=10.0, metavar="N",
+    g.add_argument("--lr-min", type=amount, default=0.0, help="rate at the end of cosine and linear")
+    g.add_argument("--lr-milestones", type=between(0), nargs="+", default=[30, 60], metavar="EPOCH")
+    g.add_argument("--lr-gamma", type=amount, default=0.1)
+    g.add_argument("--lr-restart-epochs", type=between(0.0, kind=float, above=True), default=10.0, metavar="N",
                    help="first cycle of 'restarts'; each next one is twice as long")
     g.add_argument("--loss", choices=("ce", "bce", "focal"), default="ce")
-    g.add_argument("--label-smoothing", type=float, default=0.0)
-    g.add_argument("--focal-gamma", type=float, default=2.0)
+    g.add_argument("--label-smoothing", type=below_one, default=0.0)
+    g.add_argument("--focal-gamma", type=amount, default=2.0)
     g.add_argument("--class-weights", choices=("none", "balanced"), default="none",
                    help="balanced: inverse class frequency")
-    g.add_argument("--clip-grad-norm", type=float, default=0.0, metavar="NORM")
+    g.add_argument("--clip-grad-norm", type=amount, default=0.0, metavar="NORM")
     g.add_argument("--model-ema-decay", type=float, default=0.0, metavar="D",
                    help="moving average of the weights: share kept per update")
     g.add_argument("--model-ema-steps", type=positive, default=1, metavar="STEPS", help="steps per update")
     g.add_argument("--swa-start", type=float, metavar="F",
                    help="from this share of the epochs on evaluate and save the mean of their weights")
     g = add_model_args(p)
-    g.add_argument("--drop-path", type=float, metavar="P", help="stochastic depth at the last block, growing from 0")
-    g.add_argument("--dropout", type=float, metavar="P", help="before the classifier")
+    g.add_argument("--drop-path", type=below_one, metavar="P",
+                   help="stochastic depth at the last block, growing from 0")
+    g.add_argument("--dropout", type=below_one, metavar="P", help="before the classifier")
     return p
 
 
@@ -485,7 +508,10 @@ def average_statistics(world, models):
 @torch.no_grad()
 def recalibrate(model, batches):
     """Batch-norm statistics anew, as plain means over the batches of pixels; nothing else changes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and not isinstance(m, FrozenNorm)]
+    norms = [m for m in model.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, FrozenNorm)]
+    if not norms:
+        return
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
@@ -645,7 +671,7 @@ class RunLog:
 
     def write(self, event, **values):
         if self.on:
-            record = dict(event=event, **values)
+            record = finite(dict(event=event, **values))
             self.records.append(record)
             try:
                 self.file.write(json.dumps(record) + "\n")
@@ -665,7 +691,7 @@ def curves_svg(records):
     key, title = ("map50", "mAP@0.5") if any("map50" in r for r in epochs) else ("top1", "top-1")
     panels = [
         ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]),
-                  ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs if r["loss"] is not None])]),
+                  ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
         (f"{title}, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps if "top1" in r]),
                          ("validation", "#c05020", [(r["epoch"], r[key]) for r in epochs])]),
         ("learning rate", [("", "#508050", [(r["epoch"], r["lr"]) for r in steps])])]
@@ -683,7 +709,7 @@ def curves_svg(records):
            'font-family="sans-serif" font-size="12">',
            '<rect width="100%" height="100%" fill="white"/>']
     for i, (title, series) in enumerate(panels):
-        series = [(n, c, [(x, y) for x, y in points if math.isfinite(y)]) for n, c, points in series]
+        series = [(n, c, [(x, y) for x, y in points if y is not None and math.isfinite(y)]) for n, c, points in series]
         values = [y for _, _, points in series for _, y in points] or [0, 1]
         low, high = min(0, min(values)), max(values) or 1
         y0 = top + i * (height + gap)
@@ -827,11 +853,11 @@ def open_run(args, world):
     """Checks and prepares --out; -> path of the checkpoint to resume from, or None."""
     last = os.path.join(args.out, "last.pt")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts: go on by oneself
-    resume = args.resume or ("auto" if restarted else None)
-    if resume == "auto":
+    args.resume = args.resume or ("auto" if restarted else None)
+    if args.resume == "auto":
         path = last if os.path.exists(last) else None
     else:
-        path = resume
+        path = args.resume
         if path and not os.path.exists(path):
             raise UserError(f"--resume {path}: no such file")
         if (os.path.isdir(args.out) and os.listdir(args.out) and not args.overwrite
@@ -1035,6 +1061,9 @@ def check_args(args):
         refuse("--fused goes with --eval-only")
     if args.workers < 0:
         refuse(f"--workers {args.workers}: must not be negative")
+    if args.progressive and not (args.progressive[0] >= 16 and 0 <= args.progressive[1] <= args.progressive[2] <= 1):
+        refuse(f"--progressive {' '.join(f'{v:g}' for v in args.progressive)}: PX must be at least 16, and FROM and TO "
+               "lie in [0, 1], in this order")
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -1042,6 +1071,8 @@ def check_args(args):
 class Plan:
     """What a later script decides about a run; here everything is as train.py has it."""
     measures = {"top1": "top-1", "top5": "top-5"}  # what evaluate gives beside the loss; the first makes an epoch best
+    asked = None  # flags for args.json, where a run is a part of what they ask for
+    knows = False  # whether the network is scored before its first epoch, as epoch 0: it may stay the best
 
     def forward(self, *args):
         return classify(*args)
@@ -1108,21 +1139,32 @@ def train(args, world, stop, plan=Plan()):
     ema = EMA(model, args.model_ema_decay or None) if averages else None
     progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0,
                     skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
+    last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
     if resume:
         restore_training(resume, model, ema, optimizer, scaler, progress, world, classes)
+        beside = os.path.join(os.path.dirname(resume), "best.pt")
+        if os.path.abspath(beside) != os.path.abspath(best):  # another folder's run goes on in this one
+            if not os.path.exists(beside):
+                progress["best"] = -math.inf
+            elif world.rank == 0:
+                with open(beside, "rb") as f:
+                    write_atomic(best, f.read())
     log = RunLog(args.out, args, world, progress["step"] if resume else None)
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
     fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
-    last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
 
     def save(metrics=None):
-        save_training(last, model, ema, optimizer, scaler, progress, world,
+        save_training(last, model, ema, optimizer, scaler, {**progress, **counted(window, progress)}, world,
                       rng=dict(seed=args.seed), metrics=metrics, **fields)
+
+    def diverged(why):
+        left = last if os.path.exists(last) else "no checkpoint yet, and none"
+        return UserError(f"training diverged: {why}; {left} was left untouched", code=4)
 
     peak = args.lr * (order.global_batch / args.lr_base_size if args.lr_base_size else 1)
     if world.rank == 0:
-        write_atomic(os.path.join(args.out, "args.json"), json.dumps(fields["args"], indent=1).encode())
+        write_atomic(os.path.join(args.out, "args.json"), json.dumps(plan.asked or fields["args"], indent=1).encode())
     log.say("\n".join(notes + [
         f"{len(files)} training and {len(val_files)} validation images, {len(classes)} classes; "
         f"{world.size} process{'es' * (world.size > 1)} on {device.type}, {amp or torch.float32}".replace("torch.", ""),
@@ -1144,8 +1186,51 @@ def train(args, world, stop, plan=Plan()):
     result, stopped, corrupt = None, stop.poll(), set()
     begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
     window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
+    main = next(iter(plan.measures))
 
-    while progress["epoch"] < args.epochs and not stopped:
+    def judge(epoch, since):
+        """Scores what `epoch` epochs have made and keeps it -> False if it was told to stop before"""
+        nonlocal result
+        score = plan.evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
+                              loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
+        if score is None:
+            return False
+        if score["loss"] is not None and not math.isfinite(score["loss"]):
+            raise diverged(f"the loss on validation is {score['loss']}")
+        loss_sum, correct, count, skipped = world.sum(
+            *(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
+        progress.update(epoch=epoch, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
+        learned = dict(train_loss=round(loss_sum / count, 5)) if count else {}
+        if count and "top1" in plan.measures:
+            learned["train_top1"] = round(100 * correct / count, 3)
+        record = dict(epoch=epoch, step=progress["step"], **{k: score[k] for k in ("loss", *plan.measures)}, **learned,
+                      lr=lr_at(epoch, args, peak), seconds=round(time.perf_counter() - since, 2), skipped=int(skipped))
+        value = -score["loss"] if args.best_by == "loss" else score[main]
+        better = value > progress["best"]
+        if better:
+            progress.update(best=value, best_epoch=epoch)
+        result = dict(score, epoch=epoch)
+        if better and world.rank == 0:
+            save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
+        save(metrics=result)
+        log.write("epoch", **record)
+        measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
+        measured += [f"{name} {score[k]:.2f}" for k, name in plan.measures.items()]
+        log.say(f"epoch {epoch}/{args.epochs}: {' '.join(measured)} on validation; "
+                + f"{' '.join(map(str, learned.values()))} in training; " * bool(learned)
+                + f"{record['seconds']:.0f} s{' *' * better}")
+        return True
+
+    def tired():
+        tired = args.patience and progress["epoch"] - progress["best_epoch"] >= args.patience
+        if tired:
+            goal = "loss" if args.best_by == "loss" else plan.measures[main]
+            log.say(f"no better {goal} for {args.patience} epochs: stopped early")
+        return tired
+
+    if plan.knows and not progress["step"] and progress["best"] == -math.inf and not stopped:
+        stopped = not judge(0, time.perf_counter())
+    while progress["epoch"] < args.epochs and not stopped and not tired():
         epoch, epoch_start = progress["epoch"], time.perf_counter()
         window["time"] = time.perf_counter()  # evaluating and saving are not part of the rate
         if plan.begin(model, epoch):
@@ -1183,9 +1268,7 @@ def train(args, world, stop, plan=Plan()):
                 progress["skipped"] += world.rank == 0
                 log.say(f"step {progress['step']}: gradient not finite, step skipped ({progress['skips']} in a row)")
                 if progress["skips"] > args.max_skips:
-                    raise UserError(f"training diverged: {progress['skips']} steps in a row without a finite gradient "
-                                    f"at lr {lr:g}; {last if os.path.exists(last) else 'no checkpoint yet, and none'} "
-                                    "was left untouched", code=4)
+                    raise diverged(f"{progress['skips']} steps in a row without a finite gradient at lr {lr:g}")
             samples = args.batch_size * args.accumulate
             window["loss"].append(loss * samples)
             window["correct"].append(correct)
@@ -1194,7 +1277,7 @@ def train(args, world, stop, plan=Plan()):
             if (progress["step"] % args.log_every == 0 or len(order) == 0
                     or progress["seen"] >= order.steps * order.global_batch):
                 flush_window(window, progress, log, order, epoch, lr, device, world, args, "top1" in plan.measures)
-            if args.save_every and progress["step"] % args.save_every == 0:
+            if args.save_every and progress["step"] % args.save_every == 0 and not progress["skips"]:
                 save()
             stopped = stop.poll()
             if stopped:
@@ -1211,40 +1294,12 @@ def train(args, world, stop, plan=Plan()):
             if ema.updates > 1:
                 order.start = 0
                 torch.manual_seed(data.seed_for(args.seed, 3, epoch, world.rank))  # dropout, drop-path
+                for mine, theirs in zip(ema.model.modules(), model.modules()):  # frozen as they are now
+                    if isinstance(theirs, nn.BatchNorm2d):
+                        mine.__class__ = theirs.__class__
                 recalibrate(ema.model, (p.to(device) for p, _, _ in itertools.islice(loader, SWA_BATCHES)))
         average_statistics(world, [model] + ([ema.model] if ema else []))
-        score = plan.evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
-                              loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
-        if score is None:
-            stopped = True
-            break
-        loss_sum, correct, count, skipped = world.sum(
-            *(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
-        progress.update(epoch=epoch + 1, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
-        record = dict(epoch=epoch + 1, step=progress["step"], **{k: score[k] for k in ("loss", *plan.measures)},
-                      train_loss=round(loss_sum / max(count, 1), 5),
-                      **({"train_top1": round(100 * correct / max(count, 1), 3)} if "top1" in plan.measures else {}),
-                      lr=lr_at(epoch + 1, args, peak),
-                      seconds=round(time.perf_counter() - epoch_start, 2), skipped=int(skipped))
-        main = next(iter(plan.measures))
-        value = -score["loss"] if args.best_by == "loss" else score[main]
-        better = value > progress["best"]
-        if better:
-            progress.update(best=value, best_epoch=epoch + 1)
-        result = dict(score, epoch=epoch + 1)
-        if better and world.rank == 0:
-            save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
-        save(metrics=result)
-        log.write("epoch", **record)
-        measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
-        measured += [f"{name} {score[k]:.2f}" for k, name in plan.measures.items()]
-        learned = " ".join(str(record[k]) for k in ("train_loss", "train_top1") if k in record)
-        log.say(f"epoch {epoch + 1}/{args.epochs}: {' '.join(measured)} on validation; {learned} in training; "
-                f"{record['seconds']:.0f} s{' *' * better}")
-        if args.patience and epoch + 1 - progress["best_epoch"] >= args.patience:
-            goal = "loss" if args.best_by == "loss" else plan.measures[main]
-            log.say(f"no better {goal} for {args.patience} epochs: stopped early")
-            break
+        stopped = not judge(epoch + 1, epoch_start)
     if stopped:
         save()
         log.write("stopped", epoch=progress["epoch"], step=progress["step"])
@@ -1258,7 +1313,7 @@ def train(args, world, stop, plan=Plan()):
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
     seconds = time.perf_counter() - begin
     if result is None:  # resumed a finished run
-        result = load_checkpoint(last)["metrics"]
+        result = load_checkpoint(resume)["metrics"]
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
     return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
                 best_epoch=progress["best_epoch"], **{f"last_{k}": result[k] for k in list(plan.measures)[:1]},
@@ -1267,14 +1322,23 @@ def train(args, world, stop, plan=Plan()):
                 corrupt=len(bad) + shown["corrupt"], out=args.out)
 
 
+def counted(window, progress):
+    """-> what progress says of the epoch's training images with those of the window: added one by one, so that it does
+    not matter where windows end. Waits for the device."""
+    sums = {k: progress[k] for k in ("loss_sum", "correct", "count")}
+    for key, values in (("loss_sum", window["loss"]), ("correct", window["correct"])):
+        for value in torch.stack(values).double().tolist() if values else ():
+            sums[key] += value
+    return dict(sums, count=sums["count"] + window["samples"])
+
+
 def flush_window(window, progress, log, order, epoch, lr, device, world, args, counts):
     """Close a logging interval: the running sums into `progress`, one record, one line; with the accuracy if the run
-    `counts` right answers. The two item() calls wait for the device."""
-    loss, correct = torch.stack(window["loss"]).sum().item(), torch.stack(window["correct"]).sum().item()
+    `counts` right answers."""
+    sums = counted(window, progress)
+    loss, correct = (sums[k] - progress[k] for k in ("loss_sum", "correct"))
     seconds, samples = time.perf_counter() - window["time"], window["samples"]
-    progress["loss_sum"] += loss
-    progress["correct"] += correct
-    progress["count"] += samples
+    progress.update(sums)
     rate, share = samples * world.size / seconds, window["wait"] / seconds
     at = epoch + progress["seen"] / (order.steps * order.global_batch)
     left = ((args.epochs - at) * order.steps * order.global_batch) / rate

@@ -286,7 +286,8 @@ Tensor crop_images(Tensor out, Tensors files, const Tensor& places, const Tensor
   check(places, op, "places", ScalarType::Long, "int64", {n, 3}, (rows + ", 3)").c_str(), CPU);
   check(sizes, op, "sizes", ScalarType::Long, "int64", {n, 2}, (rows + ", 2)").c_str(), CPU);
   check(crops, op, "crops", ScalarType::Long, "int64", {n, 9}, (rows + ", 9)").c_str(), CPU);
-  STD_TORCH_CHECK(kernel == "bilinear" || kernel == "bicubic", op, ": kernel must be bilinear or bicubic, got ", kernel);
+  STD_TORCH_CHECK(kernel == "bilinear" || kernel == "bicubic", op, ": kernel must be bilinear or bicubic, got ",
+                  kernel);
   STD_TORCH_CHECK(gap >= 0, op, ": gap must not be negative, got ", gap);
   const auto filter = kernel == "bilinear" ? r50::Kernel::bilinear : r50::Kernel::bicubic;
   Tensor done = torch::stable::empty({n}, ScalarType::Bool);
@@ -304,7 +305,8 @@ Tensor crop_images(Tensor out, Tensors files, const Tensor& places, const Tensor
                     "column, flip) with ", h, "x", w, " pixels of the resized box");
     STD_TORCH_CHECK(!raw || (size[0] > 0 && size[1] > 0 && size[0] <= MOST && size[1] <= MOST &&
                              bytes == size[0] * size[1] * 3 && c[0] + c[2] <= size[0] && c[1] + c[3] <= size[1]),
-                    op, ": image ", i, " of ", bytes, " bytes is no ", size[0], "x", size[1], " RGB image around its box");
+                    op, ": image ", i, " of ", bytes, " bytes is no ", size[0], "x", size[1],
+                    " RGB image around its box");
     r50::JpegPixels p{file, file + bytes, size[0], size[1], 0, 0, 1};
     const int64_t enough[] = {gap * c[4], gap * c[5]};
     good[i] = raw || r50::jpeg_decode(file, bytes, c, enough, p);

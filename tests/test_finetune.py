@@ -76,18 +76,21 @@ def shapes(tiny, tmp_path_factory):
 def tune(source, shapes, tmp_path):
     """tune(flags...) -> result of a short run in this process, OUT being tmp_path / `out`"""
     def call(*flags, out="run", root=shapes, checkpoint=source):
-        return finetune.main(parse("--data", root, "--checkpoint", checkpoint, "--out", tmp_path / out,
-                                   "--batch-size", 4, "--workers", 0, "--amp-dtype", "float32", *flags))
+        return finetune.main(parse("--data", root, *(["--checkpoint", checkpoint] if checkpoint else []),
+                                   "--out", tmp_path / out, "--batch-size", 4, "--workers", 0,
+                                   "--amp-dtype", "float32", *flags))
     return call
 
 
-def plan_of(source, shapes, *flags):
+def plan_of(source, shapes, *flags, new_head=True):
     args = parse("--data", shapes, "--checkpoint", source, "--batch-size", 4, "--workers", 0, "--amp-dtype", "float32",
                  *flags)
     model, _, _ = finetune.load_source(args)
     finetune.resolve(args, model, 15)
     sets = data.open_folder(shapes)
-    plan = finetune.FineTuning(args, train.World(), None, model, sets, [], True, "none")
+    if not new_head:
+        model = finetune.rebuilt(model, 0, True, num_classes=len(sets[2]))
+    plan = finetune.FineTuning(args, train.World(), None, model, sets, [], new_head, "none")
     return plan, plan.model(args, sets[2]), args
 
 
@@ -229,6 +232,9 @@ def test_what_an_epoch_trains(flags, by_epoch, source, shapes):
     plan, model, _ = plan_of(source, shapes, *flags)  # a run resumed in a later epoch
     plan.begin(model, 3)
     assert trained_stages(plan, model) == by_epoch[3]
+    plan, model, _ = plan_of(source, shapes, *flags, new_head=False)  # a head that has learned needs no epoch alone
+    plan.begin(model, 0)
+    assert trained_stages(plan, model) == ([0, 1] if plan.kind == "gradual" else by_epoch[0])
 
 
 def test_frozen_stages_keep_weights_and_statistics_and_others_move(source, tune):
@@ -376,16 +382,19 @@ RUNS = {"head": ["--strategy", "head", "--epochs", 3, "--views", 2, "--opt", "ne
 @pytest.mark.parametrize("name", RUNS)
 def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, monkeypatch):
     flags = [shapes if f == "SHAPES" else f for f in RUNS[name]]
-    result = tune(*flags, out="straight")
-    step, count = train.train_step, itertools.count(1)
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 2)  # that gradual begins with
+    step, count, stops = train.train_step, itertools.count(1), ()
 
     def signalled(*args, **options):
         done = step(*args, **options)
-        if next(count) in (2, 5):  # in mid-epoch twice: the first and the second run
+        if next(count) in stops:
             os.kill(os.getpid(), signal.SIGUSR1)
         return done
     monkeypatch.setattr(train, "train_step", signalled)
-    for _ in range(2):
+    result = tune(*flags, out="straight")
+    total, count = next(count) - 1, itertools.count(1)
+    stops = [2, 5] + [total - 1] * ("gradual" in flags)  # in mid-epoch, here in the second part
+    for _ in stops:
         with pytest.raises(UserError, match="stopped by SIGUSR1") as caught:
             tune(*flags, "--resume", out="stopped")
         assert caught.value.code == 75
@@ -398,6 +407,28 @@ def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, m
     model = build_model(best, "best")  # LoRA is merged, nothing else is special about the file
     assert ("adapter" in model.config) == (name == "adapter")
     assert not (tmp_path / "straight" / "features.pt").exists()
+
+
+def test_gradual_goes_on_from_the_heads_best_epoch_which_competes(tune, tmp_path, monkeypatch):
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 3)
+    flags = ["--strategy", "gradual", "--epochs", 2]
+    results = [tune(*flags, "--lr", lr, out=name) for lr, name in ((1e-4, "gentle"), (0.3, "wild"))]
+    for result, name in zip(results, ("gentle", "wild")):
+        out = tmp_path / name
+        head = load_checkpoint(out / "head" / "best.pt")
+        epochs = [r for r in map(json.loads, open(out / "metrics.jsonl")) if r["event"] == "epoch"]
+        assert [r["epoch"] for r in epochs] == [0, 1, 2] and "train_loss" not in epochs[0]
+        assert epochs[0]["top1"] == pytest.approx(head["metrics"]["top1"]) == result["top1"] or result["best_epoch"]
+        assert epochs[0]["loss"] == pytest.approx(head["metrics"]["loss"], rel=1e-3)
+        assert result["top1"] == max(r["top1"] for r in epochs)
+        assert not (out / "features.pt").exists()
+    wild = load_checkpoint(results[1]["checkpoint"])  # no epoch was better than the head
+    head = load_checkpoint(tmp_path / "wild" / "head" / "best.pt")
+    assert results[1]["best_epoch"] == 0 and wild["metrics"]["epoch"] == 0
+    assert all(torch.equal(v, head["model"][k]) for k, v in wild["model"].items())
+    # a network that knows the classes competes under every strategy, but not with a target domain: it is not aligned
+    again = tune("--strategy", "full", "--epochs", 1, "--lr", 0.3, checkpoint=results[0]["checkpoint"], out="again")
+    assert again["best_epoch"] == 0 and again["top1"] == results[0]["top1"]
 
 
 def test_averaged_weights_are_the_mean_over_epochs_with_statistics_of_their_own(tune, monkeypatch):
@@ -582,6 +613,20 @@ def test_search_then_train(tune, tmp_path):
     assert result["search"][0].keys() == {"strategy", "lr", "epochs", "top1", "loss", "seconds"}
     best = min(result["search"], key=lambda r: (-r["top1"], r["loss"]))
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == best["lr"]
+    again = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2, "--resume")
+    assert again["loss"] == result["loss"]
+    other = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2, "--seed", 1, "--overwrite")
+    first, read, anew = ([r["loss"] for r in found["search"]] for found in (result, again, other))
+    assert first == read and first != anew
+
+
+def test_two_steps_named_by_flags_that_only_the_first_takes_resume(tune, tiny, shapes, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "fetch_weights", lambda *a: load_checkpoint(source))
+    monkeypatch.setattr("resnet50.fetch_weights", lambda *a: load_checkpoint(source))
+    flags = ["--weights", "IMAGENET1K_V2", "--then", shapes, "--strategy", "layers:1", "--epochs", 1]
+    first = tune(*flags, root=tiny, checkpoint=None)
+    again = tune(*flags, "--resume", root=tiny, checkpoint=None)
+    assert again["loss"] == first["loss"] and again["step"] == first["step"]
 
 
 def test_two_steps(tune, tiny, shapes, tmp_path):
@@ -592,6 +637,15 @@ def test_two_steps(tune, tiny, shapes, tmp_path):
     assert torch.equal(step["model"]["layer3.0.conv1.weight"], best["model"]["layer3.0.conv1.weight"])
     again = tune("--then", shapes, "--strategy", "layers:1", "--epochs", 1, "--resume", root=tiny)
     assert again["loss"] == result["loss"]
+
+
+@pytest.mark.parametrize("strategy, moves", [("head", ("fc.",)), ("layers:1", ("fc.", "layer4."))])
+def test_averaging_leaves_frozen_statistics_alone(strategy, moves, source, tune, shapes):
+    result = tune("--strategy", strategy, "--epochs", 2, "--lr", 1e-3, "--swa-start", 0, "--best-by", "loss")
+    before, after = (load_checkpoint(path)["model"] for path in (source, result["checkpoint"]))
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if not k.startswith(moves))
+    again = finetune.main(parse("--eval-only", "--checkpoint", result["checkpoint"], "--data", shapes, "--workers", 0))
+    assert again["loss"] == pytest.approx(result["loss"], rel=1e-4)  # best.pt is the network that was scored
 
 
 def test_a_head_that_knows_the_classes_is_kept(tune, tmp_path):

@@ -87,6 +87,9 @@ def test_kill_twice_in_one_epoch_and_resume_is_bit_exact(run, tiny, tmp_path, st
     assert equal_state(f"{reference}/last.pt", f"{out}/last.pt") == []
     a, b = ([(r["event"], r["step"], r.get("loss"), r.get("lr")) for r in records(o)] for o in (reference, out))
     assert [r[:2] for r in a] == [r[:2] for r in b] and a[-1] == b[-1]
+    a, b = ([{k: v for k, v in r.items() if k != "seconds"} for r in records(o) if r["event"] == "epoch"]
+            for o in (reference, out))
+    assert a == b  # what windows were open at the kills is in the epoch's training loss all the same
     best = [torch.load(f"{o}/best.pt", weights_only=True) for o in (reference, out)]
     assert (all(torch.equal(best[0]["model"][k], best[1]["model"][k]) for k in best[0]["model"])
             and best[0]["metrics"] == best[1]["metrics"])
@@ -156,8 +159,45 @@ train.normalize = normalize
     done = run(*flags(tiny, out, "--save-every", 2, "--max-skips", 2, "--workers", 0), before=poison)
     assert done.returncode == 4 and "diverged" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     saved = torch.load(f"{out}/last.pt", weights_only=True)
-    assert (saved["step"] == 8 and all(bool(torch.isfinite(v).all()) for v in saved["model"].values())
-            and saved["skips"] == 2 and saved["skipped"] == 4)
+    assert (saved["step"] == 6 and all(bool(torch.isfinite(v).all()) for v in saved["model"].values())
+            and saved["skips"] == 0 and saved["skipped"] == 2)
+
+
+def test_divergence_at_the_end_of_an_epoch_keeps_the_checkpoint(run, tiny, tmp_path):
+    """Before --max-skips is reached: only the validation loss tells."""
+    out = tmp_path / "r"
+    assert run(*flags(tiny, out, "--epochs", 1, "--workers", 0)).returncode == 0
+    before = (out / "last.pt").read_bytes(), (out / "best.pt").read_bytes()
+    wild = ["--lr", 1e25, "--max-skips", 50, "--clip-grad-norm", 0, "--workers", 0]
+    done = run(*flags(tiny, out, "--epochs", 2, "--resume", *wild))
+    assert done.returncode == 4 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "loss on validation is nan; " + str(out / "last.pt") + " was left" in done.stderr.splitlines()[-1]
+    assert before == ((out / "last.pt").read_bytes(), (out / "best.pt").read_bytes())
+    done = run(*flags(tiny, tmp_path / "new", "--epochs", 1, *wild))
+    assert done.returncode == 4 and not (tmp_path / "new" / "best.pt").exists()
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_run_goes_on_in_another_folder_with_its_best_network(run, tiny, tmp_path, straight):
+    reference, out = straight(run, 1), tmp_path / "other"
+    done = run(*flags(tiny, out, "--resume", f"{reference}/last.pt", "--epochs", 3, "--lr", 0, "--workers", 0))
+    assert done.returncode == 0, done.stderr[-2000:]
+    result, best = json.loads(done.stdout.splitlines()[-1]), torch.load(out / "best.pt", weights_only=True)
+    assert result["epochs"] == 3 and result["top1"] == best["metrics"]["top1"]
+    if result["best_epoch"] < 3:
+        assert (out / "best.pt").read_bytes() == open(f"{reference}/best.pt", "rb").read()
+    done = run(*flags(tiny, tmp_path / "third", "--resume", f"{reference}/last.pt", "--workers", 0))  # a finished one
+    assert done.returncode == 0 and (tmp_path / "third" / "best.pt").exists(), done.stderr[-2000:]
+
+
+def test_patience_lasts_no_longer_by_asking_again(run, tiny, tmp_path):
+    out = tmp_path / "r"
+    for more in ((), ("--resume",), ("--resume",)):
+        done = run(*flags(tiny, out, "--epochs", 9, "--patience", 1, "--best-by", "loss", "--workers", 0, *more),
+                   before="train.evaluate = lambda *a, **k: dict(top1=0.0, top5=0.0, loss=1.0, images=1, corrupt=0)")
+        assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["epochs"] == 2, done.stderr[-2000:]
+        assert "no better loss for 1 epochs" in done.stderr
 
 
 def test_full_disk_is_one_line_and_keeps_the_checkpoint(run, tiny, tmp_path):

@@ -53,18 +53,49 @@ def test_config_round_trip(tmp_path):
     again = parse("--config", path)
     assert {k: v for k, v in vars(again).items() if k not in train.NOT_SAVED} == saved
     assert parse("--config", path, "--lr", 1).lr == 1
-    path.write_text('{"learning_rate": 1}')
+    path.write_text('{"opt": null, "epochs": 3, "lr": 1, "hflip": 0, "tta": true, "batch_size": "auto"}')
+    args = parse("--config", path)
+    assert args.epochs == 3 and args.lr == 1.0 and args.tta is True and args.batch_size == "auto"
+
+
+@pytest.mark.parametrize("key, value", [
+    ("learning_rate", 1), ("opt", "adam"), ("loss", "cross_entropy"), ("lr_scheduler", "step"), ("best_by", "top5"),
+    ("on_corrupt", "ignore"), ("epochs", 1.5), ("epochs", True), ("epochs", [3]), ("tta", "no"), ("tta", 1),
+    ("workers", "x"), ("amp_dtype", "int8"), ("lr", "fast"), ("lr", float("nan")), ("lr_milestones", 3),
+    ("lr_milestones", [1, "x"]), ("out", 3), ("recipe", "best"), ("seed", -1)])
+def test_a_config_holds_what_the_command_line_takes(key, value, tmp_path, capsys):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({key: value}))
     with pytest.raises(SystemExit) as caught:
         parse("--config", path)
-    assert caught.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and str(path) in line and key in line
+
+
+@pytest.mark.parametrize("flag, values", [
+    ("--lr", ("-1", "nan", "inf")), ("--lr-restart-epochs", ("0", "-1")), ("--mixup-alpha", ("-1", "nan")),
+    ("--label-smoothing", ("1.5", "-0.1", "1")), ("--dropout", ("1.5",)), ("--drop-path", ("-0.5", "1")),
+    ("--momentum", ("-1", "1")), ("--rotation", ("-5",)), ("--color-jitter", ("-1",)), ("--repeated-aug", ("0", "-2")),
+    ("--weight-decay", ("-1",)), ("--lr-base-size", ("-5",)), ("--clip-grad-norm", ("-1",)), ("--hflip", ("7",)),
+    ("--focal-gamma", ("-3",)), ("--crop-scale", ("2", "0")), ("--ra-magnitude", ("99", "1.5")),
+    ("--patience", ("-1",)),
+    ("--lr-warmup-decay", ("-1",)), ("--seed", ("99999999999999999999", "-1")), ("--device", ("foo", "mps", "cuda:x")),
+    ("--epochs", ("0", "1.5")), ("--save-every", ("-1",)), ("--batch-size", ("0", "all"))])
+def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit) as caught:
+            parse(flag, value)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert caught.value.code == 2 and f"argument {flag}:" in line and value in line
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--epochs", 0], "not a positive"), (["--recipe", "best"], "invalid choice"),
+    (["--epochs", 0], "at least 1"), (["--recipe", "best"], "invalid choice"),
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"),
     (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--shuffle-chunk", -1], "a number from 1"),
-    (["--device", "cuda:7"], "no CUDA device"),
+    (["--device", "cuda:7"], "no CUDA device"), (["--progressive", 0, 0, 1], "--progressive 0 0 1: PX"),
+    (["--progressive", 32, 0.5, 0.2], "in this order"),
     (["--model-ema-decay", 1], "[0, 1)"), (["--num-classes", 7], "--num-classes 7: the data has 10"),
     (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
     (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1")])
