@@ -63,6 +63,7 @@ from resnet50 import (
     fuse,
     linear_unit,
     load_checkpoint,
+    load_model,
     load_some_model,
     load_weights,
     measure,
@@ -1432,6 +1433,11 @@ def get_args_parser():
     return p
 
 
+ANY_TIME = ("resume", "overwrite", "out", "workers", "dist_timeout", "device", "eval_batch_size", "save_every")
+CASCADES = ("cascade", "data", "val_split", "on_corrupt", "seed", "stride_on", "attention", "stem", "num_classes",
+            "classes", "max_drop", "calib_images", *ANY_TIME)  # what --cascade reads
+
+
 def stage_list(args):
     """-> the stages that the flags ask for, in order; gradual pruning repeats two of them"""
     pruned = args.prune is not None or args.sparsity is not None or args.sparsity_2_4 or any(
@@ -1446,20 +1452,33 @@ def stage_list(args):
     return stages
 
 
-def prepare_out(args, world):
-    """Refuses an --out that holds something, unless --overwrite or --resume says what shall become of it."""
+def prepare_out(args, world, inputs):
+    """Refuses an --out that holds something, unless --overwrite or --resume says what shall become of it: the one not
+    where it would delete one of the files `inputs`, the other not with other flags than args.json there has."""
     if os.path.isdir(args.out) and os.listdir(args.out) and not (args.overwrite or args.resume):
         raise UserError(f"{args.out} is not empty: --resume goes on, --overwrite starts anew, --out names another "
                         "folder", code=2)
+    flags, path = {k: v for k, v in vars(args).items() if k not in ANY_TIME}, os.path.join(args.out, "args.json")
+    there = os.listdir(args.out) if args.overwrite and os.path.isdir(args.out) else ()
+    old = [os.path.join(args.out, n) for n in there
+           if re.fullmatch(r"(\d+-\w+|best)\.pt|report\.json|pareto\.svg|args\.json", n)]
+    for name in filter(os.path.exists, filter(None, inputs)):
+        if any(os.path.samefile(name, other) for other in old):
+            raise UserError(f"--overwrite would delete {name}, which is read: --out names another folder", code=2)
+    if args.resume and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+        for key in (k for k in flags if k in saved and saved[k] != flags[k]):
+            raise UserError(f"--resume: --{key.replace('_', '-')} was {json.dumps(saved[key])} in {args.out}'s run", 2)
     world.barrier()  # nobody writes before everybody has looked
     try:
         os.makedirs(args.out, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
-    if args.overwrite and world.rank == 0:
-        for name in os.listdir(args.out):
-            if re.fullmatch(r"(\d+-\w+|best)\.pt|report\.json|pareto\.svg", name):
-                os.unlink(os.path.join(args.out, name))
+    if world.rank == 0:
+        for name in old:
+            os.unlink(name)
+        write_atomic(path, json.dumps(flags, indent=1).encode())
     world.barrier()
 
 
@@ -1514,6 +1533,14 @@ def check_args(args):
             refuse(f"--student {args.student}: only ResNet-50s are pruned and quantized")
         if not args.epochs:
             refuse("--student needs --epochs")
+    trains = args.auto or args.qat or args.student or args.epochs and (goals or args.distill)
+    if args.distill and not trains:
+        refuse("--distill teaches in training: give it --epochs or --qat")
+    for name in ("lr", "opt", "weight_decay", "save_every"):
+        if vars(args)[name] != defaults[name] and not trains:
+            refuse(f"--{name.replace('_', '-')}: nothing is trained")
+    if args.cascade and (unused := [k for k in vars(args) if vars(args)[k] != defaults[k] and k not in CASCADES]):
+        refuse(f"--{unused[0].replace('_', '-')}: --cascade decides by itself and has no use for it")
     alone = "--cascade" if args.cascade else "--auto" if args.auto else None
     if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights or args.dynamic):
         refuse(f"{alone} decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it")
@@ -1521,6 +1548,11 @@ def check_args(args):
                                                                                           "rounds": 1})))):
         refuse(f"--stages {' '.join(args.stages)}: the flags ask for "
                f"{' '.join(stage_list(argparse.Namespace(**{**vars(args), 'stages': None}))) or 'none'}")
+    for stage, then in zip(args.stages or (), (args.stages or ())[1:]):
+        if stage in ("qat", "quantize"):
+            refuse(f"--stages: {then} cannot follow {stage}, whose network is not trained any more")
+        if stage == "prune" and then != "finetune" and args.rounds > 1:
+            refuse("--rounds prunes and fine-tunes by turns: --stages must have finetune right after prune")
     if not alone and not stage_list(args):
         refuse("nothing to do: --prune, --int8, --dynamic, --qat, --distill, --sparsity ... say what (--help)")
 
@@ -1552,7 +1584,7 @@ def compress(args, world, stop):
     if unknown := sorted(set(args.float_layers) - known):
         raise UserError(f"--float-layers {' '.join(unknown)}: no such layer in this network's int8 program", code=2)
     teacher = args.distill and load_teacher(args.distill, model, checkpoint["classes"], world.device)
-    prepare_out(args, world)
+    prepare_out(args, world, [source, args.distill])
     say("\n".join([f"{source}: {', '.join(stages)}"] + sets.notes))
     report = Report(args, sets, world, stop)
     report.add("original", copy.deepcopy(model), source if os.path.exists(source) else None)
@@ -1630,16 +1662,14 @@ def cascade(args, world, stop):
     """--cascade: SMALL answers what it is sure of, BIG the rest. The threshold on the largest probability is the least
     with which no more than --max-drop points (default 0.5) of BIG's top-1 on the calibration images, or without labels
     of the agreement with it, are lost."""
-    parts = []
-    for path in args.cascade:
-        checkpoint = load_checkpoint(path)
-        parts.append((build_model(checkpoint, path).to(world.device), checkpoint))
-    (small, other), (big, checkpoint) = parts
+    (small, other, _), (big, checkpoint, _) = (
+        load_model(argparse.Namespace(**{**vars(args), "checkpoint": path})) for path in args.cascade)
+    small, big = small.to(world.device), big.to(world.device)
     if other["classes"] != checkpoint["classes"]:
         raise UserError(f"--cascade: {args.cascade[0]} and {args.cascade[1]} have different classes")
     model = Cascade(small, big, 1.0).eval()
     sets = open_sets(args, checkpoint, big, world, trains=False)
-    prepare_out(args, world)
+    prepare_out(args, world, args.cascade)
     say("\n".join(sets.notes))
     pixels, labels = read_pixels(sets.calibration, big, args)
     first, second = (logits_of(m, pixels.to(world.device)).cpu() for m in (small, big))
@@ -1656,7 +1686,7 @@ def cascade(args, world, stop):
     report.add("big", big, args.cascade[1])
     report.add("small", small, args.cascade[0])
     if world.rank == 0:
-        save_checkpoint(path, model, classes=checkpoint["classes"], wnids=checkpoint["wnids"])
+        save_checkpoint(path, model, classes=checkpoint["classes"] or sets.classes, wnids=checkpoint["wnids"])
     world.barrier()
     report.add("cascade", model, path)
     return finish(report, threshold=model.threshold)

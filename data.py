@@ -1220,8 +1220,10 @@ def val_wnids(archives, labels):
     """-> {validation file name: wnid}, from a text file with a name and a wnid per line (--val-labels; Kaggle's
     LOC_val_solution.csv is one) or from the devkit beside the archives."""
     if labels:
-        with open(labels, encoding="utf-8") as f:
+        with open(labels, encoding="utf-8", errors="replace") as f:
             rows = re.findall(r"^(ILSVRC2012_val_\d{8})\S*?[\s,]+(n\d{8})", f.read(), re.M)
+        if not rows:
+            raise UserError(f"{labels}: no line with ILSVRC2012_val_... and a wnid")
         return {name + ".JPEG": wnid for name, wnid in rows}
     with tarfile.open(os.path.join(archives, "ILSVRC2012_devkit_t12.tar.gz")) as devkit:
         def member(ending):
@@ -1347,21 +1349,28 @@ def check_pack(path):
                 pixels=int((sizes[0].astype(np.int64) * sizes[1]).sum()), **head)
 
 
+JOBS = {  # and the flags that each reads; without any it describes
+    "info": (), "import_imagenet": ("out", "val_labels", "val_split"), None: ("data", "val_split"),
+    "pack": ("out", "lossless", "max_side", "raw", "quality", "shards", "exif", "workers", "on_corrupt", "overwrite")}
+
+
 def main(args):
+    def flag(key):
+        return "--" + key.replace("_", "-")
+    usual, job = get_args_parser().parse_args([]), next((k for k in JOBS if k and getattr(args, k)), None)
+    for key in vars(args):
+        if getattr(args, key) != getattr(usual, key) and key != job and key not in JOBS[job]:
+            partners = [flag(k) for k in JOBS if k and key in JOBS[k]]
+            raise UserError(f"{flag(key)} goes with {' and '.join(partners)}" if partners and not job else
+                            f"{flag(job)}: no {flag(key)} with it", code=2)
     if args.info:
         return check_pack(args.info)
     if args.pack:
         return pack_folder(args)
-    usual = get_args_parser().parse_args([])
-    for key in ("lossless", "max_side", "raw", "quality", "shards", "exif", "workers", "on_corrupt", "overwrite"):
-        if getattr(args, key) != getattr(usual, key):
-            raise UserError(f"--{key.replace('_', '-')} goes with --pack", code=2)
     if args.import_imagenet:
         if not args.out:
             raise UserError("--import-imagenet needs --out FOLDER", code=2)
         import_imagenet(args.import_imagenet, args.out, args.val_labels)
-    elif args.out or args.val_labels:
-        raise UserError("--out and --val-labels belong to --import-imagenet", code=2)
     root = args.out or args.data or make_demo()
     train, val, classes, _, notes = open_folder(root, val_split=args.val_split)
     for note in notes:

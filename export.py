@@ -652,6 +652,12 @@ def scripted(exported, x):
     return torch.jit.script(graph)
 
 
+def geometry(model, size):
+    """-> the network's preprocessing for another size, with the same share of the image in the crop"""
+    kept = model.preprocess
+    return {**kept, "crop": size, "resize": round(kept["resize"] * size / kept["crop"])}
+
+
 def describe(model, checkpoint, args, exported):
     """What a consumer must know of a file and cannot read off its tensors"""
     size = args.image_size
@@ -661,7 +667,7 @@ def describe(model, checkpoint, args, exported):
                 input=dict(name="pixels" if args.pixels else "input", dtype="uint8" if args.pixels else "float32",
                            shape=shape, layout="NHWC" if args.pixels else "NCHW",
                            normalized=not args.pixels),
-                outputs=exported.outputs, preprocess={**model.preprocess, "crop": size}, classes=checkpoint["classes"],
+                outputs=exported.outputs, preprocess=geometry(model, size), classes=checkpoint["classes"],
                 wnids=checkpoint["wnids"])
 
 
@@ -861,9 +867,7 @@ def bench(model, args, exported, path):
 def real_images(args, model, exported):
     """The first --images of --data as Cases of one image each, or of the file's batch"""
     files = data.scan_unlabelled(args.data)
-    size, kept = args.image_size, model.preprocess
-    resize = round(kept["resize"] * size / kept["crop"])
-    images = data.Images(files, lambda epoch: data.eval_transform({**kept, "crop": size, "resize": resize}))
+    images = data.Images(files, lambda epoch: data.eval_transform(geometry(model, args.image_size)))
     batch, rows = 1 if args.dynamic_batch else args.batch_size, []
     for i in range(min(args.images, len(files))):
         pixels, _, complaint = images[(0, i, 0)]
@@ -934,7 +938,7 @@ def check_args(args):
         refuse("--batch-size and --dynamic-batch exclude each other")
     if args.dynamic_batch and args.max_batch < 5:
         refuse(f"--max-batch {args.max_batch}: files are checked with batches of up to 5")
-    if os.path.basename(args.name) != args.name or args.name.startswith("."):
+    if os.path.basename(args.name) != args.name or args.name.startswith(".") or not args.name:
         refuse(f"--name {args.name}: expected a file name without folders")
     args.opset = args.opset or OPSETS[-1] if graph else None
 
@@ -948,7 +952,8 @@ def main(args):
     if args.format == "tensorrt" and not (installed("tensorrt") or shutil.which("trtexec")):
         raise UserError("--format tensorrt: neither the package tensorrt nor trtexec is installed; --format onnx makes "
                         "the file that both build from (of an int8 network with --signed)")
-    if taken := [path for path in paths.values() if os.path.exists(path) and not args.overwrite]:
+    if taken := [name for path in paths.values() for name in (path, path + ".json")
+                 if os.path.exists(name) and not args.overwrite]:
         raise UserError(f"{taken[0]}: exists; --overwrite replaces it", code=2)
     for member in members.values():
         check_fit(member, args, source)

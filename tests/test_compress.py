@@ -567,6 +567,17 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--int8", "--importance", "l1"), 2, "--importance goes with --prune"),
     (("--int8", "--dynamic"), 2, "--dynamic excludes --int8"),
     (("--sparsity", "0"), 2, "nothing would be set to zero"),
+    (("--int8", "--distill", "TRAINED", "--epochs", "0"), 2, "--distill teaches in training"),
+    (("--int8", "--lr", "0.1"), 2, "--lr: nothing is trained"),
+    (("--int8", "--no-equalise", "--qat", "--epochs", "0", "--opt", "sgd", "--no-recalibrate"), 2, "--no-recalibrate"),
+    (("--prune", "0.5", "--no-equalise"), 2, "--no-equalise goes with"),
+    (("--int8", "--prune", "0.5", "--stages", "quantize", "prune", "finetune"), 2, "prune cannot follow quantize"),
+    (("--qat", "--prune", "0.5", "--stages", "prune", "qat", "finetune"), 2, "finetune cannot follow qat"),
+    (("--sparsity-2-4", "--epochs", "1", "--distill", "self", "--int8", "--stages", "finetune", "quantize", "prune"), 2,
+     "prune cannot follow quantize"),
+    (("--prune", "0.5", "--int8", "--rounds", "2", "--stages", "prune", "quantize", "finetune"), 2, "--stages"),
+    (("--cascade", "TRAINED", "TRAINED", "--epochs", "9"), 2, "--epochs: --cascade"),
+    (("--cascade", "TRAINED", "TRAINED", "--checkpoint", "TRAINED"), 2, "--checkpoint: --cascade"),
     (("--cascade", "nowhere.pt", "TRAINED"), 3, "nowhere.pt: No such file")])
 def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags, code, text):
     (tmp_path / "EMPTY").mkdir()
@@ -576,6 +587,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags
         call(*flags)
     assert caught.value.code == code and text.replace("EMPTY", str(tmp_path / "EMPTY")) in str(caught.value)
     assert not list((tmp_path / "out").glob("*.pt")) and open(trained, "rb").read() == before
+
+
+def test_other_flags_do_not_resume_and_inputs_are_not_overwritten(call, tmp_path, trained):
+    call("--int8", "--calib-images", 10)
+    with pytest.raises(UserError, match="--resume: --prune was null in") as caught:
+        call("--int8", "--calib-images", 10, "--prune", 0.5, "--epochs", 0, "--resume")
+    assert caught.value.code == 2
+    call("--int8", "--calib-images", 10, "--resume", "--eval-batch-size", 7)  # no matter of the result
+    only = tmp_path / "only"
+    only.mkdir()
+    os.link(trained, only / "best.pt")
+    for flags in (["--checkpoint", only / "best.pt"], ["--checkpoint", trained, "--distill", only / "best.pt"]):
+        with pytest.raises(UserError, match="--overwrite would delete .*best.pt, which is read"):
+            call("--prune", 0.5, "--overwrite", "--out", only, *flags, checkpoint=None)
+    with pytest.raises(UserError, match="--overwrite would delete"):
+        call("--cascade", trained, only / "best.pt", "--overwrite", "--out", only)
+    assert os.listdir(only) == ["best.pt"]
+
+
+def test_cascade_of_foreign_weights_without_names(call, tmp_path, tiny):
+    wide = ResNet50(num_classes=10, stride_on="1x1").eval()
+    torch.save(wide.state_dict(), tmp_path / "wide.pth")
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps(sorted(data.DEMO_CLASSES)))
+    result = call("--cascade", tmp_path / "wide.pth", tmp_path / "wide.pth", "--stride-on", "1x1", "--classes", names,
+                  "--data", tiny, "--calib-images", 4)
+    saved = resnet50.load_checkpoint(result["checkpoint"])
+    assert saved["classes"] == sorted(data.DEMO_CLASSES)
+    assert resnet50.build_model(saved, "x").big.config["stride_on"] == "1x1"
 
 
 def test_ratio_outside_is_wrong_usage(capsys):

@@ -406,6 +406,18 @@ def test_existing_files_stay(checkpoint, call):
     with pytest.raises(UserError, match="resnet50.onnx: exists; --overwrite") as caught:
         call(path)
     assert caught.value.code == 2 and call(path, "--overwrite")["bytes"] == found["bytes"]
+    os.unlink(found["file"])  # what lies beside it may be somebody's
+    with pytest.raises(UserError, match="resnet50.onnx.json: exists; --overwrite"):
+        call(path)
+
+
+def test_preprocessing_beside_the_file_is_that_of_its_size(checkpoint, call):
+    path = checkpoint("pruned", "float")
+    kept = load(path).preprocess
+    found = call(path, "--image-size", 2 * kept["crop"])
+    with open(found["file"] + ".json") as f:
+        about = json.load(f)["preprocess"]
+    assert (about["crop"], about["resize"]) == (2 * kept["crop"], 2 * kept["resize"])
 
 
 @pytest.mark.parametrize("precision, flags, complaint", [
@@ -416,7 +428,8 @@ def test_existing_files_stay(checkpoint, call):
     ("float", ["--top-k", 8], "--top-k 8: the network has 7"),
     ("float", ["--batch-size", 2, "--dynamic-batch"], "exclude"),
     ("float", ["--max-batch", 9], "--max-batch goes with"), ("float", ["--dynamic-batch", "--max-batch", 4], "up to 5"),
-    ("float", ["--name", "a/b"], "--name a/b"), ("float", ["--images", 3], "--images goes with --data"),
+    ("float", ["--name", "a/b"], "--name a/b"), ("float", ["--name", ""], "--name : expected"),
+    ("float", ["--images", 3], "--images goes with --data"),
     ("float", ["--data", "x", "--format", "torchscript"], "--data goes with")])
 def test_what_cannot_be_honoured_is_refused(precision, flags, complaint, checkpoint, call, monkeypatch):
     monkeypatch.setattr(export, "export", lambda *a: pytest.fail("it was to be refused before"))

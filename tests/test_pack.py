@@ -360,6 +360,12 @@ def test_packs_are_not_overwritten_and_folders_not_described_as_packs(folder, pa
         pack(folder, packs["raw"], "--raw", 9)
     (tmp_path / "x").write_text("text")
     for args, match in ((["--info", tmp_path / "x"], "no pack"), (["--info", tmp_path / "none"], "no pack"),
-                        (["--raw", "9"], "--raw goes with --pack"), (["--data", tmp_path / "x"], "no such folder")):
+                        (["--raw", "9"], "--raw goes with --pack"), (["--data", tmp_path / "x"], "no such folder"),
+                        (["--info", tmp_path / "x", "--raw", 5], "--info: no --raw with it"),
+                        (["--pack", folder, "--raw", 9, "--data", "x"], "--pack: no --data with it"),
+                        (["--pack", folder, "--import-imagenet", "x"], "no --"),
+                        (["--out", "x"], "--out goes with --import-imagenet and --pack"),
+                        (["--import-imagenet", folder, "--out", tmp_path / "o", "--val-labels", packs["raw"]],
+                         "no line with ILSVRC2012_val")):
         with pytest.raises(UserError, match=match):
             data.main(data.get_args_parser().parse_args([str(a) for a in args]))
