@@ -707,9 +707,11 @@ class Transform:
         self.resize, self.erase, self.fill = resize or size, erase, torch.tensor(fill, dtype=torch.uint8)
 
     def __call__(self, image, seed=0):
-        """PIL image, mode RGB -> uint8 (size, size, 3)"""
+        """PIL image, mode RGB -> uint8 (size, size, 3). Raises ValueError for what csrc.crop_images leaves out."""
         pixels = np.array(image)
         pixels = self.cut(pixels, pixels.shape[:2], self.gap, seed)
+        if pixels is None:
+            raise ValueError(f"{image.width} x {image.height} pixels: too long a strip to be resized")
         self.finish([pixels], np.array([seed], np.uint64))
         return pixels
 

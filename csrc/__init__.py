@@ -467,7 +467,8 @@ def crop_images(out, files, places, sizes, crops, kernel="bilinear", gap=0):
     width), its size when resized, the first row and column wanted of that, and 1 to mirror. An image lies in `files` at
     places[i], as jpeg_sizes has them: a JPEG, or, where sizes int64 (N, 2) has its height and width, RGB pixels. Only
     what the box needs of a JPEG is decoded, at a half, a quarter or an eighth of its size where `gap` (0: never) times
-    the resized size is left. -> bool (N): which were written. The others are no intact JPEGs. Pixels are those of
+    the resized size is left. -> bool (N): which were written. The others are no intact JPEGs, or would have more than
+    2^28 pixels when resized, which is for strips thousands of times as long as they are wide. Pixels are those of
     torch.nn.functional.interpolate(antialias=True) on the decoded box, bit for bit."""
     load()
     return torch.ops.resnet50.crop_images(out, files, places, sizes, crops, kernel, gap)

@@ -297,10 +297,10 @@ Tensor crop_images(Tensor out, Tensors files, const Tensor& places, const Tensor
     const uint8_t* file = file_at(op, files, places, i, bytes);
     const int64_t *c = data<int64_t>(crops) + 9 * i, *size = data<int64_t>(sizes) + 2 * i;
     const bool raw = size[0] || size[1];
-    constexpr int64_t MOST = 1 << 16;
+    constexpr int64_t MOST = 1 << 28;         // three bytes for each still fit int32
+    constexpr int64_t MOST_RESIZED = 1 << 28;  // as MAX_RESIZED in csrc/reference.py
     STD_TORCH_CHECK(std::min({c[0], c[1], c[6], c[7]}) >= 0 && std::min({c[2], c[3], c[4], c[5]}) > 0 &&
-                        std::max({c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]}) <= MOST && c[6] + h <= c[4] &&
-                        c[7] + w <= c[5],
+                        std::max({c[0], c[1], c[2], c[3]}) <= MOST && c[6] <= c[4] - h && c[7] <= c[5] - w,
                     op, ": crops[", i, "]: expected (top, left, height, width, resized height, resized width, row, "
                     "column, flip) with ", h, "x", w, " pixels of the resized box");
     STD_TORCH_CHECK(!raw || (size[0] > 0 && size[1] > 0 && size[0] <= MOST && size[1] <= MOST &&
@@ -308,6 +308,8 @@ Tensor crop_images(Tensor out, Tensors files, const Tensor& places, const Tensor
                     op, ": image ", i, " of ", bytes, " bytes is no ", size[0], "x", size[1],
                     " RGB image around its box");
     r50::JpegPixels p{file, file + bytes, size[0], size[1], 0, 0, 1};
+    good[i] = c[4] <= MOST_RESIZED / c[5];
+    if (!good[i]) continue;
     const int64_t enough[] = {gap * c[4], gap * c[5]};
     good[i] = raw || r50::jpeg_decode(file, bytes, c, enough, p);
     if (!good[i]) continue;

@@ -10,6 +10,7 @@ MULT_BITS = 22  # y = acc * mult / 2^22
 MAX_GAIN = 2 ** 15
 FLOATS = torch.float32, torch.bfloat16, torch.float16  # the last on CUDA only, where there are kernels
 MAX_NUMEL = 2 ** 31  # the kernels address the pixels of a batch with int32
+MAX_RESIZED = 2 ** 28  # pixels of a resized box, whole, which is what PyTorch makes of it before the crop
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -287,7 +288,7 @@ def crop_images(out, files, places, sizes, crops, kernel, gap):
                or column + out.shape[3] > full_w or (h or w) and (h < 1 or w < 1 or count != h * w * 3 or
                                                                  top + height > h or left + width > w),
                f"crop_images: crops[{i}] does not fit its image or the size {tuple(out.shape[2:])}")
-        if h:
+        if h and full_h * full_w <= MAX_RESIZED:
             box = files[which][offset:offset + count].view(1, h, w, 3)[:, top:top + height, left:left + width]
             made = F.interpolate(box.contiguous().permute(0, 3, 1, 2), (full_h, full_w), mode=kernel, antialias=True)
             made = made[..., row:row + out.shape[2], column:column + out.shape[3]]

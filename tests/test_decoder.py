@@ -120,6 +120,29 @@ def test_every_instruction_set_gives_the_same_bytes(isa):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]
 
 
+def test_strips_are_resized_or_complained_of(tmp_path):
+    """Far longer than wide: PyTorch's pixels by every path, and no exception out of a batch where they are too many"""
+    shapes = {"a.jpg": (1, 257), "b.jpg": (600, 2), "c.png": (2, 600), "d.jpg": (1, 60000), "e.png": (70000, 1)}
+    for name, (h, w) in shapes.items():
+        Image.fromarray(photograph(h, w)).save(tmp_path / name)
+    files = data.scan_unlabelled(str(tmp_path))
+    for kernel in ("bilinear", "bicubic"):
+        transform = data.eval_transform(dict(PREPROCESS, interpolation=kernel))
+        images = data.Images(files, lambda _: transform)
+        for i, (h, w) in enumerate(shapes.values()):
+            pixels, _, complaints = images.batch([(0, i, 0)])
+            if max(h, w) > 1000:
+                assert len(pixels) == 0 and "too long a strip" in complaints[0]
+                with pytest.raises(ValueError, match=f"{w} x {h} pixels: too long a strip"):
+                    transform.encoded(data.read(files.path(i)))
+                continue
+            row, values = transform.crops(*np.array([[h], [w]]), None)[0].tolist(), np.array(data.load(files.path(i)))
+            whole = torch.from_numpy(values.reshape(-1))
+            wanted = crop(whole, row, (224, 224), kernel, shape=(h, w), function=reference.crop_images)
+            assert torch.equal(pixels[0], wanted) and not complaints
+    assert [len(images_of(files).batch([(0, i, 0)])[0]) for i in range(len(shapes))] == [1] * len(shapes)
+
+
 # ---------------------------------------------------------------------------------------------------------- JPEG
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,6 +214,25 @@ def test_a_lost_segment_is_damage_and_moves_nothing():
     assert crop(tensor(lost), [96, 0, 32, 200, 32, 200, 0, 0, 0], (32, 200)) is None
     # a file that never was damaged, behind one that was
     assert crop(tensor(content), [0, 0, 160, 200, 160, 200, 0, 0, 0], (160, 200)) is not None
+
+
+def without(content, marker):
+    """A JPEG file less its header segments of that kind"""
+    at, kept = 2, content[:2]
+    while content[at + 1] != 0xda:
+        end = at + 2 + int.from_bytes(content[at + 2:at + 4], "big")
+        kept += content[at:end] * (content[at + 1] != marker)
+        at = end
+    return kept + content[at:]
+
+
+def test_the_tables_of_another_file_decode_nothing():
+    row, size = [0, 0, 40, 60, 40, 60, 0, 0, 0], (40, 60)
+    for other in ("fine", "progressive"):
+        assert crop(encoded(40, 60, other), row, size) is not None
+        assert crop(without(encoded(40, 60, "420"), 0xdb), row, size) is None  # as Pillow, which takes one for each
+        bare = without(encoded(40, 60, "420"), 0xc4)  # by the tables that libjpeg-turbo has for films
+        assert torch.equal(crop(bare, row, size), naive(np.array(data.decode(bare)), row, size))
 
 
 def test_what_is_no_jpeg_of_ours():

@@ -220,18 +220,20 @@ Filter::Filter(const Axis& axis, Kernel kernel) {
   const double support = (kernel == Kernel::bilinear ? 1 : 2) * wide, narrow = 1 / wide;
   const int64_t n = axis.high - axis.low, most = std::min<int64_t>(int64_t(std::ceil(support)) * 2 + 1, n);
   static thread_local std::vector<double> w;
-  w.resize(axis.full * most);
-  std::vector<int32_t> begin(axis.full), count(axis.full);
+  w.resize((axis.count + 1) * most);
+  std::vector<int32_t> begin(axis.count + 1), count(axis.count + 1);
   double largest = 0;
-  for (int64_t i = 0; i < axis.full; i++) {  // those that are not wanted have a say in the places
+  for (int64_t i = 0; i < axis.full; i++) {
+    // those that are not wanted, perhaps thousands for each that is, have a say in the places and share the last row
+    const int64_t row = i >= axis.from && i < axis.from + axis.count ? i - axis.from : axis.count;
     const double center = axis.start - double(axis.low) + (double(i) + 0.5) * scale;
     const int64_t from = std::clamp<int64_t>(int64_t(center - support + 0.5), 0, n - 1);
     const int64_t many = std::clamp<int64_t>(std::min(int64_t(center + support + 0.5), n) - from, 1, most);
-    double total = 0, *at = w.data() + i * most;
+    double total = 0, *at = w.data() + row * most;
     for (int64_t j = 0; j < many; j++) total += at[j] = weight(kernel, (double(j + from) - center + 0.5) * narrow);
     if (total == 0) total = at[0] = 1;
     for (int64_t j = 0; j < many; j++) largest = std::max(largest, at[j] /= total);
-    begin[i] = int32_t(from), count[i] = int32_t(many);
+    begin[row] = int32_t(from), count[row] = int32_t(many);
   }
   shift = 0;
   while (shift < 22 && int(0.5 + largest * (1 << (shift + 1))) < 1 << 15) shift++;
@@ -239,28 +241,27 @@ Filter::Filter(const Axis& axis, Kernel kernel) {
   std::vector<int16_t> whole(axis.count * most);
   int64_t widest = 1;
   for (int64_t i = 0; i < axis.count; i++) {
-    const int64_t at = axis.from + i;
     int16_t* to = whole.data() + i * most;
-    for (int64_t j = 0; j < count[at]; j++) {
-      const double value = w[at * most + j] * (1 << shift);
+    for (int64_t j = 0; j < count[i]; j++) {
+      const double value = w[i * most + j] * (1 << shift);
       to[j] = int16_t(value < 0 ? value - 0.5 : value + 0.5);
     }
     int64_t zeros = 0;  // in front, and then behind
-    while (zeros + 1 < count[at] && !to[zeros]) zeros++;
-    std::copy(to + zeros, to + count[at], to);
-    begin[at] += int32_t(zeros), count[at] -= int32_t(zeros);
-    while (count[at] > 1 && !to[count[at] - 1]) count[at]--;
-    widest = std::max<int64_t>(widest, count[at]);
+    while (zeros + 1 < count[i] && !to[zeros]) zeros++;
+    std::copy(to + zeros, to + count[i], to);
+    begin[i] += int32_t(zeros), count[i] -= int32_t(zeros);
+    while (count[i] > 1 && !to[count[i] - 1]) count[i]--;
+    widest = std::max<int64_t>(widest, count[i]);
   }
   const int64_t padded = rounded_up(axis.count, 4);
   taps = int(rounded_up(widest, 2));
   first.resize(padded), weights.assign(padded * taps, 0);
   low = axis.high, high = axis.low;
   for (int64_t i = 0; i < axis.count; i++) {
-    const int64_t at = axis.from + i, to = axis.flip ? axis.count - 1 - i : i;
+    const int64_t to = axis.flip ? axis.count - 1 - i : i;
     // all taps are read: they stay inside where there is room
-    const int64_t from = std::max<int64_t>(std::min<int64_t>(begin[at], n - taps), 0);
-    std::copy_n(whole.data() + i * most, count[at], weights.data() + to * taps + begin[at] - from);
+    const int64_t from = std::max<int64_t>(std::min<int64_t>(begin[i], n - taps), 0);
+    std::copy_n(whole.data() + i * most, count[i], weights.data() + to * taps + begin[i] - from);
     first[to] = int32_t(axis.low + from);
     low = std::min(low, axis.low + from), high = std::max(high, std::min(axis.low + from + taps, axis.high));
   }

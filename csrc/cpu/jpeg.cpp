@@ -107,15 +107,12 @@ struct Destination {
   }
 };
 
-// A decompressor of a thread and its buffers, kept from image to image.
+// A thread's buffers, kept from image to image. The decompressor is each image's own: a file without tables would be
+// decoded with those of the image before.
 struct Decoder {
   Errors errors;
   jpeg_decompress_struct info{};
-  bool made = false;
   std::vector<uint8_t> part, pixels;
-  ~Decoder() {
-    if (made) jpeg_destroy_decompress(&info);
-  }
 };
 
 // Cuts a sequential file with `across` restart segments to each row of MCUs down to `rows` times `columns` of them from
@@ -166,14 +163,12 @@ bool cut(const uint8_t* f, int64_t n, const Headers& h, int64_t across, int64_t 
 bool decode(Decoder& d, const uint8_t* f, int64_t n, const int64_t box[4], int shrink, JpegPixels& out) {
   jpeg_decompress_struct& info = d.info;
   info.err = quiet(d.errors);
+  jpeg_destroy_decompress(&info);  // where the image before ran out of memory
   if (setjmp(d.errors.back)) {
-    if (d.made) jpeg_abort_decompress(&info);
+    jpeg_destroy_decompress(&info);
     return false;
   }
-  if (!d.made) {
-    jpeg_create_decompress(&info);
-    d.made = true;
-  }
+  jpeg_create_decompress(&info);
   jpeg_mem_src(&info, const_cast<unsigned char*>(f), n);  // older headers have no const
   jpeg_read_header(&info, TRUE);
   info.out_color_space = JCS_RGB, info.dct_method = JDCT_ISLOW, info.do_fancy_upsampling = TRUE;
@@ -199,7 +194,7 @@ bool decode(Decoder& d, const uint8_t* f, int64_t n, const int64_t box[4], int s
     if (!jpeg_read_scanlines(&info, rows, JDIMENSION(most))) break;
   }
   const bool fine = info.output_scanline >= bottom && !info.err->num_warnings;
-  jpeg_abort_decompress(&info);
+  jpeg_destroy_decompress(&info);
   out = {d.pixels.data(), d.pixels.data() + d.pixels.size(), bottom - top, count, top, from, shrink};
   return fine;
 }
