@@ -314,6 +314,7 @@ def register(native):
     for name, fake in FAKES.items():
         torch.library.register_fake(f"resnet50::{name}", fake, lib=_library)
     torch.library.register_autograd("resnet50::bn_relu", _bn_relu_backward, setup_context=_bn_relu_saves, lib=_library)
+    torch.library.register_autograd("resnet50::bn_relu_backward", _not_twice, lib=_library)
 
 
 def _nhwc(x, size, dtype=None):
@@ -388,6 +389,10 @@ def _bn_relu_backward(ctx, grad, *_):
     dx, dresidual, dweight, dbias = torch.ops.resnet50.bn_relu_backward(grad, *ctx.saved_tensors, ctx.relu,
                                                                         ctx.residual)
     return dx, dweight, dbias, dresidual if ctx.residual else None, None, None
+
+
+def _not_twice(ctx, *_):  # without a formula its gradients would be constants
+    raise RuntimeError("bn_relu: is not differentiable twice; use batch_norm and relu of torch.nn.functional for that")
 
 
 # -------------------------------------------------------------------------------------------------- operations

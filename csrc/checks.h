@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -76,6 +77,9 @@ inline Geometry geometry(const char* op, const Tensor& x, const Tensor& weight, 
                   ": x must be (N, C, H, W) and weight (O, C / groups, kh, kw), got ", shape_of(x), " and ",
                   shape_of(weight));
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, op, ": stride and padding must have two numbers each");
+  for (int i = 0; i < 2; i++)
+    STD_TORCH_CHECK(stride[i] <= INT32_MAX && padding[i] <= (INT32_MAX - x.size(2 + i)) / 2, op, ": stride ", stride[i],
+                    ", padding ", padding[i], ": the stride and the padded x ", shape_of(x), " must fit int32");
   Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), weight.size(2), weight.size(3),
              stride[0], stride[1], padding[0], padding[1], groups, 0, 0};
   STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 && padding[1] >= 0 && groups > 0 &&
@@ -112,6 +116,7 @@ inline Geometry check_conv_int8(const Tensor& x, const Tensor& weight, const Ten
     check(*x2, op, "x2", ScalarType::Byte, "uint8", {g.n, -1, -1, -1}, "(N, C2, H2, W2)", device);
     check(*weight2, op, "weight2", ScalarType::Char, "int8", {g.o, x2->size(1), 1, 1}, "(O, C2, 1, 1)", device);
     STD_TORCH_CHECK(groups == 1 && stride2.size() == 2 && stride2[0] > 0 && stride2[1] > 0 &&
+                        std::max(stride2[0], stride2[1]) <= INT32_MAX &&
                         (x2->size(2) - 1) / stride2[0] + 1 == g.oh && (x2->size(3) - 1) / stride2[1] + 1 == g.ow,
                     op, ": x2 with stride2 must give the output's size ", g.oh, "x", g.ow,
                     ", and groups must be 1; got x2 ", shape_of(*x2));

@@ -41,6 +41,8 @@ def conv_size(op, x, weight, stride, padding, groups):
     refuse(len(stride) != 2 or len(padding) != 2 or min(stride) < 1 or min(padding) < 0 or groups < 1,
            f"{op}: stride {list(stride)}, padding {list(padding)}, groups {groups}; expected two numbers from 1, two "
            "from 0, and one from 1")
+    refuse(max(stride) >= 2 ** 31 or max(padding) >= 2 ** 30,
+           f"{op}: stride {list(stride)}, padding {list(padding)}: the stride and the padded x must fit int32")
     refuse(x.shape[1] % groups or weight.shape[0] % groups,
            f"{op}: {x.shape[1]} input and {weight.shape[0]} output channels; expected multiples of groups={groups}")
     expect(op, "weight", weight, weight.dtype, ("O", x.shape[1] // groups, "kh", "kw"), x.device)

@@ -247,6 +247,15 @@ def test_errors_of_the_backward_pass(name, value, message):
         torch.ops.resnet50.bn_relu_backward(**arguments, relu=True, residual=True)
 
 
+def test_a_second_derivative_is_refused():
+    x, _, _, weight, bias = example((2, 3, 4, 4), torch.float32)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    grad, = torch.autograd.grad(csrc.bn_relu(x, weight, bias).square().sum(), x, create_graph=True)
+    for of in (x, weight):
+        with pytest.raises(RuntimeError, match="bn_relu: is not differentiable twice"):
+            torch.autograd.grad(grad.square().sum(), of, retain_graph=True)
+
+
 @pytest.mark.parametrize("isa", ["plain", "avx2"])
 def test_instruction_sets(isa):
     """All of the above where the library may use no more than this: it is decided once per process."""

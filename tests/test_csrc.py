@@ -561,6 +561,21 @@ def test_wrong_combinations_are_named(native, change, message):
             run(*wrong.values())
 
 
+def test_strides_and_paddings_beyond_int32_are_refused(native):
+    arguments = case(1, 4, 1, 1, 4, 1, second=(4, 1))
+    long = dict(arguments, stride=(2 ** 31 - 1, 2 ** 31 - 1), stride2=(2 ** 31 - 1, 1))
+    np.testing.assert_array_equal(both("conv_int8", *in_order(long)).numpy(), naive_conv(**arguments))
+    f = arguments_of("conv_bn_relu") | dict(residual=None)
+    for change in (dict(stride=(1, 2 ** 31)), dict(stride=(2 ** 32, 1)), dict(stride2=(2 ** 32, 1)),
+                   dict(padding=(0, 2 ** 30)), dict(padding=(2 ** 32, 0))):
+        for run in (operation, plain):
+            with pytest.raises(RuntimeError, match="must fit int32|stride2"):
+                run("conv_int8")(*in_order({**arguments, **change}))
+            if "stride2" not in change:
+                with pytest.raises(RuntimeError, match="conv_bn_relu: .*must fit int32"):
+                    run("conv_bn_relu")(*{**f, **change}.values())
+
+
 def test_huge_arguments_are_refused_before_memory_is_asked_for():
     from torch._subclasses import FakeTensorMode
     csrc.load()
