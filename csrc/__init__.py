@@ -39,8 +39,8 @@ from . import reference
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 TARGET = "0x020b000000000000"  # PyTorch 2.11: its stable ABI is all that ops.cpp uses, and later ones run it
-FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}", f"-I{FOLDER}"]
-CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{FOLDER}"]
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 ISAS = ("plain", "avx2", "vnni", "amx")  # in the order of csrc/cpu/kernels.h
 
 
@@ -56,8 +56,16 @@ def sources():
                   for path in glob.glob(os.path.join(FOLDER, "**", f"*.{kind}"), recursive=True))
 
 
+def words(name, default=""):
+    """An environment variable, as a shell takes it apart"""
+    try:
+        return shlex.split(os.environ.get(name) or default)
+    except ValueError as error:
+        raise BuildError(f"{name}={os.environ[name]}: {error}") from error
+
+
 def cflags():
-    return FLAGS + shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
+    return FLAGS + words("RESNET50_EXT_CFLAGS")
 
 
 def openmp():
@@ -83,7 +91,7 @@ def compilers():
 
 
 def cxx():
-    return shlex.split(os.environ.get("CXX") or "c++")
+    return words("CXX", "c++")
 
 
 @functools.lru_cache(1)
@@ -148,23 +156,27 @@ def find_build(folders, versions):
     """-> path of a library, or None. Without a compiler (None) what any has built will do."""
     for folder in folders:  # "cpu", which is no hexadecimal number, comes last
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), build_name(versions), "resnet50*.so"))):
-            return path
+            if not os.path.dirname(path).endswith(".tmp"):  # half a library, by a version that gave it such a name
+                return path
 
 
 @contextlib.contextmanager
 def locked(folder):
     """One build at a time per folder. The system frees the lock of a process that dies."""
     import fcntl
-    path, seconds = os.path.join(folder, "resnet50.lock"), float(os.environ.get("RESNET50_BUILD_TIMEOUT") or 600)
-    deadline = time.monotonic() + seconds
+    path, seconds = os.path.join(folder, "resnet50.lock"), os.environ.get("RESNET50_BUILD_TIMEOUT") or "600"
+    try:
+        deadline = time.monotonic() + float(seconds)
+    except ValueError:
+        raise BuildError(f"RESNET50_BUILD_TIMEOUT={seconds}: expected a number of seconds") from None
     with open(path, "w") as f:
         while True:
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise RuntimeError(f"another process has been building the extension for over {seconds:g} s and "
+                if not time.monotonic() < deadline:  # nor a NaN
+                    raise RuntimeError(f"another process has been building the extension for over {seconds} s and "
                                        f"holds {path}; wait for it, or set RESNET50_BUILD_TIMEOUT or "
                                        "RESNET50_EXT=off") from None
                 time.sleep(0.05)
@@ -193,9 +205,10 @@ def compile_into(folder, name, cuda):
     """Compiles in a folder that nobody knows and renames that: killed at any point, it leaves no half of a library.
     Where the CUDA kernels do not compile, the library has those for the CPU alone."""
     print(f"resnet50: compiling the extension into {os.path.join(folder, name)}, once", file=sys.stderr, flush=True)
-    for stale in glob.glob(os.path.join(glob.escape(folder), "resnet50-*.tmp")):  # of builds that were killed
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = os.path.join(folder, f"{name}.{time.time_ns()}.tmp")
+    for stale in os.listdir(folder):
+        if re.fullmatch(r"\.?resnet50-.*\.tmp", stale):  # of builds that were killed
+            shutil.rmtree(os.path.join(folder, stale), ignore_errors=True)
+    temporary = os.path.join(folder, f".{name}.{time.time_ns()}.tmp")  # the dot: no pattern for builds matches it
     os.mkdir(temporary)
     try:
         # a machine with the CUDA toolkit and no GPU would be told so at this import
@@ -204,19 +217,23 @@ def compile_into(folder, name, cuda):
         if shutil.which("ninja") is None:  # an environment that is not activated has it beside its packages
             import ninja
             os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
-        extra = shlex.split(os.environ.get("RESNET50_EXT_CFLAGS", ""))
+        compile_flags = cflags() + ["-DUSE_CUDA"] * cuda + libjpeg()
+        link_flags = openmp() + ["-ljpeg"] * bool(libjpeg()) + words("RESNET50_EXT_CFLAGS")
+        # what it puts into commands as it is, though a virtual environment may lie in a folder with a space
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(os.path.join(os.path.dirname(torch.__file__), "lib"))
         wanted = [path for path in sources() if path.endswith((".cpp", ".cu"))
                   and (cuda or not path.startswith(os.path.join(FOLDER, "cuda")))]
         if cuda:
             cpp_extension.CUDA_HOME = cuda_home()
         with arch_list(gpus() if cuda else None):
-            cpp_extension.load("resnet50", wanted, extra_cflags=cflags() + ["-DUSE_CUDA"] * cuda + libjpeg(),
-                               extra_ldflags=openmp() + ["-ljpeg"] * bool(libjpeg()) + extra,
-                               extra_cuda_cflags=CUDA_FLAGS, build_directory=temporary, with_cuda=cuda,
+            cpp_extension.load("resnet50", wanted, extra_cflags=list(map(shlex.quote, compile_flags)),
+                               extra_ldflags=list(map(shlex.quote, link_flags)), extra_cuda_cflags=CUDA_FLAGS,
+                               extra_include_paths=[FOLDER], build_directory=temporary, with_cuda=cuda,
                                is_python_module=False)
         library, = glob.glob(os.path.join(temporary, "resnet50*.so"))
         with open(library, "rb") as f:
             os.fsync(f.fileno())
+        shutil.rmtree(os.path.join(folder, name), ignore_errors=True)  # a build without its library would be in the way
         os.rename(temporary, os.path.join(folder, name))
         return os.path.join(folder, name, os.path.basename(library))
     except (ImportError, OSError, RuntimeError) as error:
@@ -543,8 +560,8 @@ def has_bf16():
 
 def describe():
     """One line on what runs; it loads a library that is built but builds none."""
-    if _state is None and os.environ.get("RESNET50_EXT") != "off" and (versions := compilers())[0]:
-        with contextlib.suppress(BuildError, OSError):  # load() says what is wrong with the folders
-            if not find_build(cache_folders(), versions):
+    if _state is None and os.environ.get("RESNET50_EXT") != "off":
+        with contextlib.suppress(BuildError, OSError):  # load() says what is wrong with the folders, or with variables
+            if (versions := compilers())[0] and not find_build(cache_folders(), versions):
                 return "not built yet: its first use builds it, or python -m csrc"
     return f"native, {isa()}{' and CUDA' if has_cuda() else ''}" if load() else f"plain PyTorch: {_state[1]}"

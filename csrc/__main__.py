@@ -13,7 +13,7 @@ import time
 
 import csrc
 
-BUILD = r"resnet50-[0-9a-f]{16}-[0-9a-f]{8}-(cpu|[0-9a-f]{8})(\.\d+\.tmp)?"
+BUILD = r"\.?resnet50-[0-9a-f]{16}-[0-9a-f]{8}-(cpu|[0-9a-f]{8})(\.\d+\.tmp)?"
 
 
 def clean(folder, keep):
@@ -33,12 +33,11 @@ def main(args):
     try:
         csrc.load()
         folder = os.path.dirname(csrc.build())
+        removed = dict(removed=clean(*os.path.split(folder))) if args.clean else {}
     except (RuntimeError, OSError) as error:
         sys.exit(f"csrc: error: {error}")
     result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa(),
-                  cuda=csrc.has_cuda())
-    if args.clean:
-        result["removed"] = clean(*os.path.split(folder))
+                  cuda=csrc.has_cuda(), **removed)
     print(json.dumps(result))
 
 

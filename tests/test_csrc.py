@@ -777,6 +777,50 @@ def test_build_once_and_again_when_anything_changes(package, monkeypatch, capfd)
     assert package.build() == other
 
 
+def test_a_build_without_its_library_is_made_anew(package):
+    os.unlink(package.build())
+    assert os.path.exists(package.build())
+
+
+def test_a_build_that_was_killed_is_no_build(package, tmp_path):
+    """Also where any compiler's will do, and by the name that older versions gave it"""
+    name = package.build_name(("a" * 8, "cpu"))
+    for folder in (f"{name}.5.tmp", f".{name}.5.tmp", name):
+        assert package.find_build([str(tmp_path)], ("a" * 8, None)) is None
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "resnet50.so").write_bytes(b"half")
+    assert package.find_build([str(tmp_path)], ("a" * 8, None)) == str(tmp_path / name / "resnet50.so")
+
+
+def test_folders_with_a_space(package, tmp_path):
+    """This package, the builds, and PyTorch itself"""
+    site = tmp_path / "with space"
+    shutil.copytree(package.FOLDER, site / "csrc")
+    (site / "csrc" / "apart").mkdir()
+    (site / "csrc" / "apart" / "more.cpp").write_text('#include "cpu/answer.h"\nint more = ANSWER;\n')
+    for name in ("torch", "torch.libs"):
+        if os.path.exists(real := os.path.join(os.path.dirname(os.path.dirname(torch.__file__)), name)):
+            (site / name).symlink_to(real)
+    done = subprocess.run([sys.executable, "-c", "import csrc; print(csrc.build())"], cwd=site, capture_output=True,
+                          text=True, env={**os.environ, "TORCH_EXTENSIONS_DIR": str(site / "cache")})
+    assert os.path.exists(done.stdout.strip()), done.stderr
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("RESNET50_BUILD_TIMEOUT", "abc", "expected a number of seconds"), ("RESNET50_EXT_CFLAGS", '"x', "No closing quot"),
+    ("CXX", "'x", "No closing quot")])
+def test_variables_that_mean_nothing_are_named(package, name, value, said, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(package.BuildError, match=f"{name}={value}: {said}"):
+        package.build()
+
+
+def test_a_variable_that_means_nothing_is_one_line(tmp_path):
+    run = python("import csrc; print(csrc.describe())", RESNET50_EXT_CFLAGS='"x', TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert run.stdout.startswith('plain PyTorch: RESNET50_EXT_CFLAGS="x: '), run.stderr
+    assert run.stderr.count("\n") == 1
+
+
 def test_errors_are_the_compilers_first_lines(package):
     with open(os.path.join(package.FOLDER, "ops.cpp"), "a") as f:
         f.write("int wrong = nowhere;\n")
@@ -885,9 +929,9 @@ def test_threads_that_load_at_once_build_once(package, capfd):
 
 def test_clean_removes_our_other_builds_only(tmp_path):
     keep, other = f"resnet50-{'0' * 16}-{'a' * 8}-cpu", f"resnet50-{'1' * 16}-{'a' * 8}-{'b' * 8}"
-    for name in (keep, other, other + ".123.tmp", "resnet50-of-someone-else", "their_extension"):
+    for name in (keep, other, other + ".123.tmp", f".{other}.124.tmp", "resnet50-of-someone-else", "their_extension"):
         (tmp_path / name).mkdir()
-    assert clean(str(tmp_path), keep) == 2
+    assert clean(str(tmp_path), keep) == 3
     assert sorted(os.listdir(tmp_path)) == [keep, "resnet50-of-someone-else", "resnet50.lock", "their_extension"]
 
 

@@ -462,7 +462,8 @@ def test_kernels_stay_in_registers_and_use_tensor_cores(tmp_path):
     def compile_for(kernel, architecture):
         path = str(tmp_path / f"{kernel}.{architecture}.cubin")
         source = os.path.join(emulated.CSRC, "cuda", f"{kernel}.cu")
-        return path, nvcc("-cubin", f"-arch={architecture}", "-Xptxas", "-v", *csrc.CUDA_FLAGS, source, "-o", path)
+        return path, nvcc("-cubin", f"-arch={architecture}", "-Xptxas", "-v", *csrc.CUDA_FLAGS, f"-I{csrc.FOLDER}",
+                          source, "-o", path)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {(kernel, architecture): pool.submit(compile_for, kernel, architecture)
