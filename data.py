@@ -62,7 +62,7 @@ def decode(data, formats=TRAIN_FORMATS, exif=False, short_side=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF blocks warn for thousands of good ImageNet files
             image = Image.open(io.BytesIO(data), formats=formats)
-            if image.format == "JPEG" and not jpeg_ends(data):
+            if image.format in ("JPEG", "MPO") and not jpeg_ends(data):  # MPO: a JPEG that others follow
                 raise ValueError("cut short: no end-of-image marker")
             if short_side:
                 image.draft(None, (short_side, short_side))

@@ -83,6 +83,18 @@ def test_jpeg_padded_with_zeros_and_thumbnails():
     data.decode(whole[:2] + segment + whole[2:] + b"trailing bytes")
 
 
+def test_several_pictures_in_a_jpeg():
+    """MPO, as phones write it: the first is the image, and it must have an end"""
+    whole = encode(picture(size=(200, 200)), "MPO", save_all=True, append_images=[picture(size=(100, 100))])
+    assert Image.open(io.BytesIO(whole)).format == "MPO"
+    for formats in (data.TRAIN_FORMATS, data.FORMATS):
+        assert np.array_equal(data.decode(whole, formats), Image.open(io.BytesIO(whole)))
+    cut = whole[:len(whole) // 3] + b"\0" * 9 * len(whole)
+    Image.open(io.BytesIO(cut)).load()  # PIL alone says nothing
+    with pytest.raises(ValueError, match="no end-of-image marker"):
+        data.decode(cut)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation):
     exif = Image.Exif()
