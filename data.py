@@ -342,16 +342,18 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     about = [mode, side, quality, exif, skip, shards, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
     log, index, parts = out + ".part.log", out + ".part", shard_names(out, shards)
-    rows, complaints, done = read_log(log, parts or [index], digest)
-    if not is_log(log, digest) and (found := [p for p in parts if os.path.exists(p)]):
+    rows, complaints, done, kept = read_log(log, parts or [index], digest)
+    if not kept and (found := [p for p in parts if os.path.exists(p)]):
         raise UserError(f"{found[0]}: exists, and is none of this pack's", code=2)
     csrc.load()  # once, before there are processes
     work = functools.partial(packed, mode=mode, side=side, quality=quality, exif=exif)
     paths = (os.path.join(root, n) for n in names[done:])
     try:
         with contextlib.ExitStack() as stack:
-            notes = stack.enter_context(open(log, "a" if done else "w"))
-            if not done:
+            notes = stack.enter_context(open(log, "r+" if kept else "w"))
+            notes.truncate(kept)  # what is written next would not follow from the rest
+            notes.seek(kept)
+            if not kept:
                 notes.write(json.dumps(digest) + "\n")
                 notes.flush()
             results = map(work, paths) if not workers else stack.enter_context(
@@ -416,26 +418,25 @@ def start_packer():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def is_log(log, digest):
-    with contextlib.suppress(OSError, ValueError):
-        with open(log) as f:
-            return json.loads(f.readline()) == digest
-    return False
-
-
 def read_log(log, parts, digest):
-    """-> (rows, complaints, images done) of an unfinished pack of the same images and settings"""
-    rows, complaints, done = [], [], 0
-    if not is_log(log, digest):
-        return rows, complaints, done
+    """-> (rows, complaints, images done) of an unfinished pack of the same images and settings, as far as its parts
+    still have them, and how many bytes of the log say so"""
+    rows, complaints, done, kept = [], [], 0, 0
+    sizes = [os.path.getsize(p) if os.path.exists(p) else 0 for p in parts]
     with contextlib.suppress(OSError, ValueError), open(log) as f:
-        f.readline()
         for line in f:
-            count, block, bad = json.loads(line)
-            if any(r[0] + r[1] > os.path.getsize(parts[r[5]]) for r in block[-1:]):
+            said = json.loads(line)
+            if not line.endswith("\n") or not kept and said != digest:  # cut by a kill, or of another pack
                 break
-            rows, complaints, done = rows + block, complaints + bad, count
-    return rows, complaints, done
+            if kept:
+                count, block, bad = said
+                if any(r[0] + r[1] > sizes[r[5]] for r in block):
+                    break
+                rows += block
+                complaints += bad
+                done = count
+            kept += len(line)
+    return rows, complaints, done, kept
 
 
 def write_index(f, rows, head):

@@ -87,6 +87,44 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, p
     assert len(read) == 104 - 40 and out.read_bytes() == wanted and sorted(os.listdir(tmp_path)) == ["one", "two"]
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_parts_and_logs_that_a_kill_has_cut(shards, folder, tmp_path, monkeypatch):
+    """Stopped again and again, with a part that is gone or shorter than the log says, and a line of it that has no
+    end: the same bytes as in one go"""
+    flags, inner, left = [*MODES["raw"], "--shards", shards, "--workers", 0], os.fsync, [0]
+    pack(folder, tmp_path / "one", *flags)
+    monkeypatch.setattr(data, "BLOCK", 20)
+
+    def fsync(fd):
+        inner(fd)
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+    monkeypatch.setattr(os, "fsync", fsync)
+    for damage in ("part cut", "part gone", "line cut"):
+        out = tmp_path / damage
+        log, part = f"{out}.part.log", f"{out}.001" if shards else f"{out}.part"
+        for first, left[0] in ((True, 5), (False, 2), (False, 2)):
+            with pytest.raises(Killed):
+                pack(folder, out, *flags)
+            with open(log) as f:
+                counts = [count for count, *_ in map(json.loads, f.readlines()[1:])]
+            assert counts == sorted(set(counts))  # each goes on where the line before it ends
+            if damage == "line cut":
+                os.truncate(log, os.path.getsize(log) - 9)
+            elif first and damage == "part cut":
+                os.truncate(part, os.path.getsize(part) * 2 // 3)
+            elif first:
+                os.unlink(part)
+        pack(folder, out, *flags)
+        for name in ["one", *(f"one.{k:03}" for k in range(shards))]:
+            assert (tmp_path / name).read_bytes() == (tmp_path / name.replace("one", damage)).read_bytes()
+
+
 def test_shards_hold_the_same(folder, packs, tmp_path, run):
     """Killed between and inside of shards, and resumed; damage, a shard that is missing, cut short or not its own"""
     wanted = pack(folder, tmp_path / "one", *MODES["raw"], "--shards", 5, "--workers", 2)
