@@ -524,14 +524,26 @@ class FusedResNet50(Flat, ResNet50):
             if step.kind == "conv":
                 for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
-        self.packed, self.one_call = None, True
+        self.program, self.one_call = None, True
         if dtype == torch.bfloat16 and device.type == "cpu" and self.config["attention"] == "none" \
                 and csrc.has_bf16():
             with torch.no_grad():
                 program = bf16_program(model)
             if all(v.isfinite().all() for step in program for v in step.values() if torch.is_tensor(v)):  # else an
                 # image's NaN could reach its neighbours by the zeros behind a tap
-                self.packed = tune(build_plan(program), self.preprocess["crop"])
+                self.program = program
+        self.pack()
+
+    def pack(self):
+        one_call = self.program is not None and csrc.has_bf16()
+        self.packed = tune(build_plan(self.program), self.preprocess["crop"]) if one_call else None
+
+    def __getstate__(self):
+        return {**self.__dict__, "packed": None}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.pack()  # for the instruction set that is here
 
     def plan(self):  # None: it does not run as one call
         return self.packed
@@ -794,6 +806,9 @@ class Int8ResNet50(Flat, nn.Module):
     def plan(self):
         self.pack()
         return self.packed
+
+    def __getstate__(self):  # a copy may run on another instruction set
+        return {**self.__dict__, "packed": None}
 
     def _apply(self, fn, recurse=True):
         self.packed = None

@@ -3,6 +3,7 @@ int8 checkpoints; the fused float network; the real ImageNet weights."""
 import copy
 import csv
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -298,6 +299,24 @@ def test_a_changed_network_is_packed_anew():
     assert torch.equal(a(pixels), expected[1])
     a.to("cpu")
     assert a.packed is None and torch.equal(a(pixels), expected[1])
+
+
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
+def test_a_copy_is_packed_for_the_machine_that_it_is_on(kind, monkeypatch):
+    pixels, model = photographs(2, 64, 64), build("plain")
+    net = resnet50.quantize(model, [pixels]) if kind == "int8" else resnet50.fuse(model, torch.bfloat16)
+    expected, content = net(pixels), pickle.dumps(net)
+    for twin in (pickle.loads(content), copy.deepcopy(net)):
+        assert kind == "bf16" or twin.packed is None
+        assert torch.equal(twin(pixels), expected) and (twin.plan() is None) == (net.plan() is None)
+    monkeypatch.setattr(csrc, "has_bf16", lambda: False)
+    if kind == "bf16":
+        elsewhere = pickle.loads(content)
+        assert elsewhere.plan() is None
+        torch.testing.assert_close(elsewhere(pixels), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    elif csrc.available():
+        net.packed[:] = 0  # no plan of this process: only what is packed anew runs
+        assert torch.equal(copy.deepcopy(net)(pixels), expected)
 
 
 # ---------------------------------------------------------------------------------------------- compile, export
