@@ -822,6 +822,7 @@ class FakeQuantResNet50(Flat, ResNet50):
     def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes)
         self.scale_of, self.zero_of = {"pixels": 1.0}, {"pixels": 0.0}
         self.live = self.training and int(self.bn1.num_batches_tracked - self.begun) < self.freeze_after
+        self.range_of = self.ranges()
         return self.run(x)
 
     def call(self, step, x, residual=None, x2=None):
@@ -839,7 +840,7 @@ class FakeQuantResNet50(Flat, ResNet50):
         if step.kind == "pool":
             return self.note(step, fake_quantize(module(x), scale, 0.0), scale, 0.0)
         learned = self.learned_scale(step, x)
-        low, high = self.range(step)
+        low, high = self.range_of[step.name]
         if step.kind == "conv":
             y, scale, zero = self.conv(step, x, residual, x2, low, high)
         elif step.kind == "avgpool":
@@ -848,7 +849,7 @@ class FakeQuantResNet50(Flat, ResNet50):
             both = scale + self.scale_of[step.residual or step.x]
             y = module.mix(x) if residual is None else F.relu(module(x) + residual)
             scale, zero = max(high / 255, both / 15), 0.0
-        y = fake_quantize(y, learned * (scale / learned.item()), zero)
+        y = fake_quantize(y, learned * (scale / learned.detach().double()).to(learned.dtype), zero)
         return self.note(step, y, scale, zero)
 
     def note(self, step, y, scale, zero):
@@ -891,11 +892,8 @@ class FakeQuantResNet50(Flat, ResNet50):
 
     def ranges(self):
         """-> {step name: (low, high)} as observe() gives, of the scales as they are now"""
-        return {step.name: self.range(step) for step in self.steps}
-
-    def range(self, step):
-        scale, zero = (t[self.at[step.name]].item() for t in (self.log_scale.detach().double().exp(), self.zero))
-        return -zero * scale, (255 - zero) * scale
+        pairs = zip(self.log_scale.detach().double().exp().tolist(), self.zero.tolist())  # a GPU is waited for once
+        return {step.name: (-zero * scale, (255 - zero) * scale) for step, (scale, zero) in zip(self.steps, pairs)}
 
 
 def fake_quantize(x, scale, zero):
@@ -1097,7 +1095,7 @@ class Pipeline:
 
     def __init__(self, args, world, stop, model, checkpoint, sets, report, teacher=None):
         self.args, self.world, self.stop, self.checkpoint, self.sets = args, world, stop, checkpoint, sets
-        self.model, self.report, self.teacher = model, report, teacher
+        self.model, self.report, self.teacher = model.to(world.device), report, teacher
         self.masks, self.pixels, self.encode, self.at = {}, None, {}, 0
 
     def run(self, stages):
@@ -1250,7 +1248,7 @@ class Pipeline:
 
     def equalised(self):
         """-> the float network on the CPU, its channels equalised if --equalise says so, and batches of pixels"""
-        batches, model = self.calibration()[0].cpu().split(32), self.model.cpu()
+        batches, model = self.calibration()[0].cpu().split(32), copy.deepcopy(self.model).cpu()  # the report times it
         return equalise(model, batches) if self.args.equalise else model, batches
 
     def quantize(self):
@@ -1284,7 +1282,7 @@ class Pipeline:
         names = [step.name for step in self.model.steps if step.kind in ("conv", "linear") and step.name not in chosen]
         gains = {name: divergence(float_model, to_int8(chosen + [name]), pixels) for name in names}
         names.sort(key=gains.get)
-        base = divergence(float_model, self.model, pixels)
+        base = divergence(float_model, self.model.cpu(), pixels)
         say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {base:.3e})")
         say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
         count = 1

@@ -11,6 +11,7 @@ names, split attention (ResNeSt, arXiv 2004.08955) the published ones. Imports o
 """
 import argparse
 import contextlib
+import copy
 import functools
 import glob
 import io
@@ -886,13 +887,14 @@ def conv_grid(name, weights, bias, residual, low, high, bits=8, per_tensor=False
         least = least.max().expand_as(least)
     if residual:
         least = least.clamp(min=residual * 255 / HEADROOM)
-    scale = max((high - low) / 255, least.max().item()) or 1.0  # where all is zero, any will do
-    if not (least * scale).isfinite().all():
+    largest = least.max().item()
+    scale = max((high - low) / 255, largest) or 1.0  # where all is zero, any will do
+    if not math.isfinite(largest * scale):
         raise UserError(f"{name}: a weight or the range of the results is not finite")
     steps, divisors = 2 ** MULT_BITS // EXACT, None
     if residual and (room := int(residual / scale * steps)):
         total, divisors = rich_number(room)
-        divisors = divisors[divisors <= steps]
+        divisors = divisors[divisors <= steps].to(least.device)
         scale = residual * steps / total
     mult = (least / scale * steps * (1 - 1e-12)).ceil().clamp(1, steps)
     if divisors is not None:  # a channel whose unit is larger than the residual's keeps its own, and gain is 1 or 0
@@ -926,7 +928,7 @@ def quantize_classifier(model):
     """float ResNet50 -> the same with a DynamicLinear for its classifier"""
     result = ResNet50(**{**model.config, "classifier": "int8"})
     result.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}, strict=False)
-    result.fc.fill(model.fc.cpu())
+    result.fc.fill(copy.deepcopy(model.fc).cpu())
     result.preprocess = dict(model.preprocess)
     return result.to(memory_format=torch.channels_last).eval()
 

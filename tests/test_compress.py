@@ -3,6 +3,7 @@ against the int8 program, losses against formulas written anew, and the commands
 import copy
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +189,18 @@ def test_nothing_left_and_values_that_are_not_finite():
         model.layer2[0].conv1.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="layer2.0.conv1: .*not finite"):
         compress.rank(model, "l1", None, None)
+
+
+def test_a_pipeline_s_network_goes_to_its_device_and_stays_there(monkeypatch):
+    """Stages on the CPU work on copies: the report times the networks where they were."""
+    pipeline = compress.Pipeline(SimpleNamespace(equalise=False), SimpleNamespace(device="meta"), None, build("plain"),
+                                 {}, None, None)
+    assert {p.device.type for p in pipeline.model.parameters()} == {"meta"}
+    pipeline.model, pipeline.pixels, moved = build("plain"), [photographs(2, 32, 32), None], []
+    monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self) or self)
+    resnet50.quantize_classifier(pipeline.model)
+    pipeline.equalised()
+    assert len(moved) == 2 and not set(moved) & set(pipeline.model.modules())
 
 
 def test_masks():
