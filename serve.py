@@ -1301,7 +1301,7 @@ def get_args_parser():
     g.add_argument("--amp-dtype", choices=("float32", "bfloat16"), default="float32",
                    help="in which float ResNet-50s compute")
     g.add_argument("--device", "--devices", dest="devices", type=lambda text: text.split(","), metavar="A[,B...]",
-                   default="cuda" if torch.cuda.is_available() else "cpu",
+                   default="cuda" if torch.cuda.device_count() else "cpu",  # is_available() would spoil CUDA for forks
                    help="several: each holds its share of every network, stage after stage")
     g.add_argument("--threads", type=between(1, 1024), help="of the CPU for a batch; default: one per core")
     g = p.add_argument_group("address")
@@ -1355,13 +1355,17 @@ def open_models(args):
 def check_args(args):
     if bool(args.tls_cert) != bool(args.tls_key):
         raise UserError("--tls-cert and --tls-key go together", 2)
-    for device in args.devices:
+    if args.processes > 1 and args.port == 0:
+        raise UserError("--processes needs a --port", 2)
+
+
+def check_devices(devices):
+    """In the process that serves: CUDA that its parent has started does not survive a fork."""
+    for device in devices:
         try:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}", 2) from error
-    if args.processes > 1 and args.port == 0:
-        raise UserError("--processes needs a --port", 2)
 
 
 def reload(models):
@@ -1395,6 +1399,7 @@ def arriving(numbers):
 
 def serve(args):
     """One process, until SIGTERM or SIGINT"""
+    check_devices(args.devices)
     if args.threads or args.processes > 1:
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
     models = open_models(args)

@@ -837,6 +837,15 @@ def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
     assert process.wait(20) == 0 and "another takes its place" in process.stderr.read()
 
 
+def test_processes_try_their_device_themselves(monkeypatch):
+    """CUDA that the parent has started would not survive the fork."""
+    process = start("--device", "cuda:9", "--processes", 2, "--port", free_port(), wait=False)
+    assert process.wait(60) == 2 and "--device cuda:9: " in process.stderr.read()
+    monkeypatch.setattr(torch, "zeros", None)
+    monkeypatch.setattr(torch.cuda, "is_available", None)
+    serve.check_args(serve.get_args_parser().parse_args(["--device", "cuda", "--processes", "2"]))
+
+
 @pytest.mark.parametrize("variant", ["plain", "se", "split"])
 @pytest.mark.parametrize("precision", ["float", "bfloat16", "int8"])
 def test_a_network_spread_over_devices(variant, precision):
