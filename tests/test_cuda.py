@@ -1,11 +1,15 @@
 """The CUDA kernels against exact references: on the emulator (tests/emulate_cuda), which also sees races, accesses out
 of bounds and alignment, values read before they are written; and with a GPU the same cases on that: pytest -m cuda."""
 import concurrent.futures
+import copy
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -13,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 import csrc
-from csrc import reference
-from resnet50 import ResNet50, quantize
+from csrc import graphs, reference
+from resnet50 import ResNet50, fuse, quantize
 from tests.conftest import ROOT
 from tests.emulate.kernels import ODD, Builder, Case, compare, extremes, requantize
 from tests.emulate_cuda import device as emulated
@@ -360,6 +364,96 @@ def test_a_network_on_a_gpu_has_the_bits_of_the_cpu(name):
     model, pixels = network(name)
     logits = model(pixels)
     assert torch.equal(model.cuda()(pixels.cuda()).cpu(), logits)
+
+
+# --------------------------------------------------------------------------------------------------- graphs
+
+@pytest.fixture
+def record(monkeypatch):
+    """record(function) -> Graphs of it, without a GPU: to replay is to compute anew in the memory of the recording"""
+    for name in ("device", "stream", "Stream", "Event", "current_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def made(function):
+        runs = []
+
+        def watched(x):
+            runs.append((x, function(x)))
+            return runs[-1][1]
+
+        class Recording:
+            def __init__(self):
+                self.at = len(runs) + 1  # behind the run that warms up
+
+            def replay(self):
+                x, y = runs[self.at]
+                y.copy_(function(x))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+        return graphs.Graphs(watched)
+    return made
+
+
+def test_graphs_are_few_and_fill_up_their_batches(record, monkeypatch):
+    function = lambda x: x.float().mean((2, 3))  # noqa: E731
+    network, pixels = record(function), photographs(70, 4, 4)
+    kept = [(network(pixels[:n]), function(pixels[:n])) for n in (*range(1, 40), 65, 70, 3, 1)]
+    assert all(torch.equal(got, want) for got, want in kept)  # in memory of their own, too
+    assert sorted(size for _, _, size, _ in network.recorded) == [1, 2, 4, 8, 16, 32, 64, 96]
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    network = record(function)
+    for n in (1, 2, 1, 4, 1):
+        network(pixels[:n])
+    assert [size for _, _, size, _ in network.recorded] == [4, 1]  # the longest unused one went
+
+
+def test_graphs_serve_inference_mode_and_others(record):
+    network, x = record(lambda x: x.relu()), torch.ones(2, 3, 4, 4)
+    with torch.inference_mode():
+        network(x * 2)
+    with torch.no_grad():
+        assert torch.equal(network(x), x)
+    assert not network(x.requires_grad_()).requires_grad
+
+
+def test_copies_of_a_network_record_their_own():
+    model = fuse(ResNet50(num_classes=7, widths=WIDTHS))
+    model.graphs = graphs.Graphs(model.run)
+    assert copy.deepcopy(model).graphs is None and pickle.loads(pickle.dumps(model)).graphs is None and model.graphs
+
+
+@pytest.mark.cuda
+def test_graphs_on_a_gpu(monkeypatch):
+    """Two networks asked by threads, on streams of their own and in both modes, while another thread pins memory, which
+    is forbidden beside a recording of mode "global"; with recordings that come and go."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    model, _ = network("plain")
+    pixels, done = photographs(40, 33, 33, seed=1), threading.Event()
+    logits = model(pixels)
+    models, pixels = [model.cuda(), copy.deepcopy(model)], pixels.cuda()
+
+    def pin():
+        count = 0
+        while not done.is_set():
+            torch.empty(count * 4096 + 1, dtype=torch.uint8, pin_memory=True)  # none of these sizes is at hand
+            count += 1
+
+    def ask(seed):
+        rng, stream = np.random.default_rng(seed), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream), torch.inference_mode(seed % 2 == 0):
+            for _ in range(20):
+                first, count = rng.integers(20), rng.integers(1, 21)
+                got = models[seed // 2 % 2](pixels[first:first + count]).cpu()
+                assert torch.equal(got, logits[first:first + count]), (seed, first, count)
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        pinning, asking = pool.submit(pin), [pool.submit(ask, seed) for seed in range(4)]
+        concurrent.futures.wait(asking)
+        done.set()
+        for job in (pinning, *asking):
+            job.result()
 
 
 # --------------------------------------------------------------------------------------------------- machine code
