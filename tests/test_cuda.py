@@ -35,14 +35,17 @@ emulates = pytest.mark.skipif(shutil.which("g++") is None or os.uname().machine 
 class Gpu:
     """emulated.Device's calls, on a GPU through the operations of library resnet50."""
 
-    def use(self, **_):
-        pass
+    shift = 0
+
+    def use(self, shift=0, **_):
+        self.shift = shift
 
     def tensor(self, array):
         """An array NHWC, or of fewer dimensions, on the GPU"""
         if array is None:
             return None
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        tensor = torch.from_numpy(np.append(np.zeros(self.shift, array.dtype), array)).cuda()
+        tensor = tensor[self.shift:].view(array.shape)
         return tensor.permute(0, 3, 1, 2) if tensor.dim() == 4 else tensor
 
     def array(self, tensor):
@@ -75,7 +78,7 @@ class Gpu:
         """(m, c) -> (m, c, 1, 1), which is NHWC"""
         if array is None:
             return None
-        tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).cuda()
+        tensor = self.tensor(array.view(np.int16) if array.dtype == np.uint16 else array)
         return (tensor if array.dtype == np.float32 else tensor.view(getattr(torch, type)))[:, :, None, None].to(
             memory_format=NHWC)
 
@@ -282,6 +285,16 @@ def test_bn_relu_gradient_of_not_a_number(device):
     y = np.float32([[np.nan, 0], [1, -1], [0, 2]])
     _, dresidual, _, dbias = device.bn_relu_backward(np.full((3, 2), 7, np.float32), y, x, one, one, one, True, True)
     assert np.array_equal(dresidual, np.float32([[7, 0], [7, 0], [0, 7]])) and np.array_equal(dbias, [14, 7])
+
+
+def test_tensors_at_odd_addresses(device):
+    """Where views of larger ones may lie: nothing is read 16 bytes at a time then."""
+    device.use(order="shuffled", shift=1)
+    case = Case(n=1, h=9, w=7, c=32, o=48, residual=True)
+    compare(device.conv_int8(case), case.want, case.text)
+    test_pools(device, (2, 9, 7, 48), 3, 2, 1)
+    for type in emulated.FLOATS:
+        test_bn_relu(device, type, 77, 24, 100)
 
 
 # --------------------------------------------------------------------------------------------------- planted faults

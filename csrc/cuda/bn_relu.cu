@@ -243,15 +243,23 @@ void backward(const BatchNorm& p, float* sums, Stream stream) {
   launch(apply_backward<T, V>, threads(p.m * p.c / V), THREADS, 0, stream, p);
 }
 
+// Whether every row of every tensor can be read 16 bytes, which are v channels, at a time.
+bool vectors(const BatchNorm& p, int v) {
+  for (const void* tensor : {p.x, p.residual, static_cast<const void*>(p.y), p.grad, static_cast<const void*>(p.dx),
+                             static_cast<const void*>(p.dresidual)})
+    if (!aligned(tensor)) return false;
+  return p.c % v == 0;
+}
+
 template <class T>
 void forward(const BatchNorm& p, float* sums, Stream stream) {
   constexpr int V = 16 / int(sizeof(typename T::Element));
-  p.c % V ? forward<T, 1>(p, sums, stream) : forward<T, V>(p, sums, stream);
+  vectors(p, V) ? forward<T, V>(p, sums, stream) : forward<T, 1>(p, sums, stream);
 }
 template <class T>
 void backward(const BatchNorm& p, float* sums, Stream stream) {
   constexpr int V = 16 / int(sizeof(typename T::Element));
-  p.c % V ? backward<T, 1>(p, sums, stream) : backward<T, V>(p, sums, stream);
+  vectors(p, V) ? backward<T, V>(p, sums, stream) : backward<T, 1>(p, sums, stream);
 }
 
 }  // namespace

@@ -292,8 +292,6 @@ __global__ void __launch_bounds__(256)
 
 // ------------------------------------------------------------------------------------------------- the host's side
 
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % CHUNK == 0; }
-
 // Whether every 16-byte chunk of k lies in one tap and one input, at a multiple of 16.
 inline bool aligned(const Conv& p, int size) {
   for (const Input& in : p.in)

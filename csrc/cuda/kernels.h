@@ -28,6 +28,8 @@ struct Conv {
   bool pieces;  // set by the launch: rows of `residual` and `out` are multiples of 16 bytes at multiples of 16
 };
 
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }  // for accesses of 16 bytes
+
 enum class Float { FLOAT32, FLOAT16, BFLOAT16 };
 
 // Bytes of scratch that the same convolution asks for, 0 where it needs none.

@@ -63,7 +63,7 @@ dim3 blocks(int64_t threads) { return dim3(unsigned((threads + THREADS - 1) / TH
 
 void max_pool_int8(const Pool& p, Stream stream) {
   const int64_t count = int64_t(p.n) * p.oh * p.ow * p.c;
-  if (p.c % 16)
+  if (p.c % 16 || !aligned(p.x) || !aligned(p.out))
     launch(max_pool<1>, blocks(count), THREADS, 0, stream, p);
   else
     launch(max_pool<16>, blocks(count / 16), THREADS, 0, stream, p);

@@ -80,6 +80,8 @@ class BatchNorm(ctypes.Structure):  # kernels.h
 class Device:
     """What a GPU would be to the tests. Arrays are NHWC; 16-bit floats travel as uint16."""
 
+    shift = 0  # elements between a multiple of 256 bytes and each operand
+
     def __init__(self, path):
         self.path, self.lib = path, ctypes.CDLL(path)
         self.lib.device_allocate.restype = ctypes.c_void_p
@@ -88,17 +90,18 @@ class Device:
                      "face_conv_half_scratch", "face_bn_relu_scratch"):
             getattr(self.lib, name).restype = ctypes.c_int64
 
-    def use(self, order="forward", seed=0, multiprocessors=4):
+    def use(self, order="forward", seed=0, multiprocessors=4, shift=0):
+        self.shift = shift
         self.lib.device_order(ORDERS[order], seed)
         self.lib.device_multiprocessors(multiprocessors)
 
     def put(self, array):
-        """-> pointer to memory of exactly its size"""
+        """-> pointer to memory that ends with it"""
         if array is None:
             return None
-        array = np.ascontiguousarray(array)
-        return ctypes.c_void_p(self.lib.device_allocate(ctypes.c_size_t(array.nbytes),
-                                                        array.ctypes.data_as(ctypes.c_void_p)))
+        array = np.append(np.zeros(self.shift, array.dtype), array)
+        start = self.lib.device_allocate(ctypes.c_size_t(array.nbytes), array.ctypes.data_as(ctypes.c_void_p))
+        return ctypes.c_void_p(start + self.shift * array.itemsize)
 
     def empty(self, size, dtype):
         """-> array to be filled by get(), and pointer"""
