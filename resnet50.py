@@ -318,12 +318,26 @@ def statistics_kept(block):
             m.num_batches_tracked.copy_(batches)
 
 
+def per_channel(values, device):
+    """-> float32 (3, 1, 1), of pixels from 0 to 255"""
+    return torch.tensor(values, device=device).view(3, 1, 1) * 255
+
+
+@functools.lru_cache
+def per_channel_once(values, device):
+    """per_channel, made on the CPU: it is copied before this returns, and any stream may read it"""
+    with torch.inference_mode(False):
+        return per_channel(values, "cpu").to(device)
+
+
 def normalize(pixels, preprocess):
     """uint8 (N, 3, H, W), any memory format -> float32, same shape and format: (pixels / 255 - mean) / std. What is
     floating point has been normalised already and stays."""
     if pixels.is_floating_point():
         return pixels
-    mean, std = (torch.tensor(preprocess[k], device=pixels.device).view(3, 1, 1) * 255 for k in ("mean", "std"))
+    again = pixels.is_cuda and not torch.compiler.is_compiling()  # a copy would wait for all that the GPU has to do
+    make = per_channel_once if again else per_channel
+    mean, std = (make(tuple(preprocess[k]), pixels.device) for k in ("mean", "std"))
     return pixels.float().sub_(mean).div_(std)
 
 

@@ -163,6 +163,10 @@ def test_normalize_and_predict_against_torchvision():
     assert (got - expected).abs().max() < 2e-6 and got.is_contiguous(memory_format=torch.channels_last)
     model = ResNet50(num_classes=4).eval()
     assert torch.equal(resnet50.predict(model, pixels), model(got)) and pixels.dtype == torch.uint8
+    with torch.inference_mode():
+        once = resnet50.per_channel_once((0.1, 0.2, 0.3), "cpu")
+    assert torch.equal(once, resnet50.per_channel((0.1, 0.2, 0.3), "cpu")) and not once.is_inference()
+    assert once is resnet50.per_channel_once((0.1, 0.2, 0.3), "cpu")
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
