@@ -39,7 +39,8 @@ def one_thread():
 @pytest.fixture
 def run():
     """run(script arguments..., before="python code run first", processes=N) -> CompletedProcess. `before` can wrap
-    functions of the imported module `train`, to place a signal or a kill at an exact step."""
+    functions of the imported module `train`, to place a signal or a kill at an exact step. On the CPU, where runs
+    repeat to the bit."""
     def call(*args, before="", processes=1, restarts=0, script="train.py", timeout=300, env=None):
         module = script.removesuffix(".py")
         code = f"import os, sys, signal\nsys.path.insert(0, {ROOT!r})\nimport {module}\nimport {module} as script\n" \
@@ -54,7 +55,7 @@ def run():
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                         f"--max-restarts={restarts}"]
         return subprocess.run(command + [path, *map(str, args)], capture_output=True, text=True, timeout=timeout,
-                              cwd=ROOT, env={**os.environ, **(env or {})})
+                              cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})})
     import tempfile
     with tempfile.TemporaryDirectory() as call.folder:
         call.count = 0

@@ -139,6 +139,10 @@ LAYERS = [
     dict(n=1, h=40, w=33, c=3, o=64, kernel=(7, 7), stride=(2, 2), padding=(3, 3), pad_value=True),
 ]
 
+# Layers that take the larger tiles on up to 196 multiprocessors; smaller ones fill them on the emulator's few.
+LARGE = [dict(n=16, h=56, w=56, c=64, o=256, residual=True), dict(n=16, h=56, w=56, c=64, o=256, c2=64),
+         dict(n=16, h=56, w=56, c=256, o=128), dict(n=16, h=56, w=56, c=256, o=64)]
+
 
 @pytest.mark.parametrize("order", emulated.ORDERS)
 def test_convolutions_are_exact(device, order):
@@ -156,6 +160,15 @@ def test_every_tile_and_split_gives_the_same(device, multiprocessors):
         case = Case(**shape, seed=50 + i)
         device.use(order="shuffled", seed=i, multiprocessors=multiprocessors)
         compare(device.conv_int8(case), case.want, f"{multiprocessors}: {case.text}")
+
+
+@pytest.mark.cuda
+def test_larger_tiles_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    for i, shape in enumerate(LARGE):
+        case = Case(**shape, seed=i)
+        compare(Gpu().conv_int8(case), case.want, case.text)
 
 
 def test_extremes(device):
@@ -208,13 +221,15 @@ HALVES = [  # n, h, w, c, o, kernel, stride, padding, groups
     (2, 9, 7, 32, 64, 3, 1, 1, 1), (1, 11, 13, 3, 24, 7, 2, 3, 1), (1, 7, 7, 512, 80, 1, 1, 0, 1),
     (3, 17, 17, 64, 136, 3, 2, 1, 2), (1, 1, 1, 1, 1, 1, 1, 0, 1), (1, 30, 30, 64, 128, 1, 1, 0, 1),
     (2, 6, 5, 59, 113, 3, 1, 1, 1), (1, 8, 8, 8, 8, 2, 1, 1, 1)]
+LARGE_HALVES = [(16, 56, 56, 64, 256, 1, 1, 0, 1), (16, 56, 56, 256, 64, 1, 1, 0, 1)]
 
 
 @pytest.mark.parametrize("type", ["bfloat16", "float16"])
 def test_conv_bn_relu_rounds_once(device, type):
     """Within the rounding of the result, one part in 2^8 or 2^11, and of float32 sums."""
     dtype = getattr(torch, type)
-    for i, (n, h, w, c, o, k, stride, padding, groups) in enumerate(HALVES):
+    cases = HALVES + LARGE_HALVES * isinstance(device, Gpu)
+    for i, (n, h, w, c, o, k, stride, padding, groups) in enumerate(cases):
         g = torch.Generator().manual_seed(i)
         x = torch.randn(n, h, w, c, generator=g).to(dtype)
         weight = (torch.randn(o, k, k, c // groups, generator=g) / (k * k * c // groups) ** 0.5).to(dtype)
