@@ -1,15 +1,16 @@
 """All figures of one GPU in one call of under nine minutes: roofs, layers, whole networks, a training step.
 
-  python -m tests.bench.gpu                          # the last line is JSON with every figure
+  python -m tests.bench.gpu --json FILE               # the last line is JSON with every figure, FILE has those so far
   python -m tests.bench.gpu --device cpu --size 64 --batches 1 --seconds 8 --layers layer4      # does it run at all
 
 Roofs are measured first: the largest products of PyTorch's own int8 and bf16 libraries, and a copy. A layer's roof is
 the larger of its multiplies and its bytes by these. Contenders of a table alternate, sample by sample, and a ratio is
 the median over rounds. Networks go from uint8 pixels to logits, ours as CUDA graphs; layers are graphs, too, so that
-launches do not count.
+launches do not count. torch.compile comes last, and as far as --limit allows: it tunes anew for each batch.
 """
 import argparse
 import copy
+import json
 import statistics
 import time
 
@@ -115,6 +116,7 @@ def layers(args, seconds, result):
                 result[f"roof_share.{name}.{title}"] = round(roof / middle, 4)
                 show(name, times, LAYERS[:2], result, title, f"  {roof / middle:.1%} of its roof")
     result |= {f"us.{name}.layers": round(value * 1e6, 1) for name, value in total.items()}
+    save(args, result)
 
 
 class CudnnResNet50(resnet50.FusedResNet50):
@@ -140,7 +142,31 @@ class CudnnResNet50(resnet50.FusedResNet50):
         return F.conv2d(x, conv.weight, *more)
 
 
+def save(args, result):
+    if args.json:
+        resnet50.write_atomic(args.json, json.dumps(result, indent=1).encode())
+
+
+def network(args, made, pixels, seconds):
+    """One batch through each of `made`, {name: function of pixels} -> figures"""
+    calls, batch, found = {}, len(pixels), {}
+    for name, run in made.items():
+        try:
+            run(pixels)
+            calls[name] = lambda run=run: run(pixels)
+        except RuntimeError as error:
+            say(f"  {name} skipped: {str(error).splitlines()[0][:120]}")
+    times = alternate(calls, seconds, args.device)
+    say(f"\nnetwork, batch {batch}, {args.size} px")
+    for name in calls:
+        rate = batch / statistics.median(times[name])
+        found[f"ips.{name}.bs{batch}"] = round(rate, 1)
+        show(name, times, ("int8", "bf16"), found, f"bs{batch}", f"  {rate:9.1f} images/s")
+    return found
+
+
 def networks(args, seconds, result):
+    """-> function() that measures torch.compile, too"""
     torch.manual_seed(0)
     model = resnet50.ResNet50().eval().requires_grad_(False).to(memory_format=torch.channels_last)
     for block in model.blocks():
@@ -158,22 +184,22 @@ def networks(args, seconds, result):
             "eager_bf16": eager["bf16"]}
     if args.device == "cuda":
         made |= {"eager_fp16": eager["fp16"],
-                 "cudnn_bf16": floating(CudnnResNet50(model, torch.bfloat16), torch.bfloat16),
-                 "compile_bf16": torch.compile(eager["bf16"], mode="max-autotune", dynamic=False)}
+                 "cudnn_bf16": floating(CudnnResNet50(model, torch.bfloat16), torch.bfloat16)}
     for batch in args.batches:
-        x, calls = pixels[:batch], {}
-        for name, network in made.items():
-            try:
-                network(x)
-                calls[name] = lambda network=network, x=x: network(x)
-            except RuntimeError as error:
-                say(f"  {name} skipped: {str(error).splitlines()[0][:120]}")
-        times = alternate(calls, seconds / len(args.batches), args.device)
-        say(f"\nnetwork, batch {batch}, {args.size} px")
-        for name in calls:
-            rate = batch / statistics.median(times[name])
-            result[f"ips.{name}.bs{batch}"] = round(rate, 1)
-            show(name, times, ("int8", "bf16"), result, f"bs{batch}", f"  {rate:9.1f} images/s")
+        result |= network(args, made, pixels[:batch], seconds / len(args.batches))
+        save(args, result)
+
+    def compiled():
+        run, longest = torch.compile(eager["bf16"], mode="max-autotune", dynamic=False), 150
+        for batch in args.batches:
+            began = time.monotonic()
+            if args.began + args.limit - began < longest:
+                return say(f"compile_bf16 skipped from batch {batch} on: {longest:.0f} seconds may not be left")
+            beside = {"int8": int8, "bf16": made["bf16"], "compile_bf16": run}
+            result.update(network(args, beside, pixels[:batch], 5) | result)  # what is measured already stays
+            save(args, result)
+            longest = 1.5 * (time.monotonic() - began)
+    return compiled
 
 
 def training(args, seconds, result):
@@ -201,6 +227,7 @@ def training(args, seconds, result):
     for name in calls:
         result[f"ips.{name}"] = round(batch / statistics.median(times[name]), 1)
         show(name, times, ("fused_bn",), result, "train", f"  {result[f'ips.{name}']:9.1f} images/s")
+    save(args, result)
 
 
 def parse():
@@ -211,6 +238,9 @@ def parse():
     p.add_argument("--size", type=int, default=224, metavar="PIXELS")
     p.add_argument("--layers", default="", metavar="TEXT", help="only layers whose name holds it")
     p.add_argument("--seconds", type=float, default=240, help="of measuring, without compiling (default %(default)s)")
+    p.add_argument("--limit", type=float, default=540, help="seconds for all, past which nothing is compiled "
+                   "(default %(default)s)")
+    p.add_argument("--json", metavar="FILE", help="gets the figures as they come")
     args = p.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: no GPU is visible")
@@ -218,6 +248,7 @@ def parse():
 
 
 def main(args):
+    args.began = time.monotonic()
     torch.set_grad_enabled(False)
     csrc.load()
     result = {"version.torch": torch.__version__, "version.cuda": torch.version.cuda, "extension": csrc.describe(),
@@ -226,8 +257,10 @@ def main(args):
         say(f"{key:14} {value}")
     roofs(args.device, result)
     layers(args, args.seconds * 0.4, result)
-    networks(args, args.seconds * 0.45, result)
+    compiled = networks(args, args.seconds * 0.45, result)
     training(args, args.seconds * 0.15, result)
+    if args.device == "cuda":
+        compiled()
     return result
 
 
