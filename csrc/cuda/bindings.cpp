@@ -36,6 +36,7 @@ gpu::Conv conv(const Geometry& g, const Tensor& x, const Tensor& weight, const O
              int(g.kh), int(g.kw), int(g.sh), int(g.sw), int(g.ph), int(g.pw)};
   p.in[1].kw = 1;
   p.m = int(g.n * g.oh * g.ow), p.o = int(g.o), p.oh = int(g.oh), p.ow = int(g.ow), p.groups = int(g.groups);
+  p.group_o = int(g.o / g.groups);
   p.residual = residual ? residual->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
   return p;

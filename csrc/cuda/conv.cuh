@@ -135,9 +135,9 @@ class Product {
     for (int i = 0; i < ROWS; i++) {
       const int row = int(threadIdx.x) / CHUNKS + i * STEP, chunk = int(threadIdx.x) % CHUNKS;
       const int place = row * BK + (chunk ^ (row / 2 % CHUNKS)) * CHUNK;
-      const bool inside = activations || first_column + row < p.o / p.groups;
+      const bool inside = activations || first_column + row < p.group_o;
       const unsigned char* weights = static_cast<const unsigned char*>(in.weight) +
-                                     (inside ? size_t(group * (p.o / p.groups) + first_column + row) * bytes : 0);
+                                     (inside ? size_t(group * p.group_o + first_column + row) * bytes : 0);
       if constexpr (ALIGNED) {
         if (activations) {
           const int y = rows.y[i] + at.ky, x = rows.x[i] + at.kx;
@@ -219,12 +219,12 @@ class Product {
 template <class T, class Output, class F>
 R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int group, F&& f) {
   constexpr int PIECES = T::BN * int(sizeof(Output)) / CHUNK;
-  const int columns = p.o / p.groups - first_column;  // that exist from here on
-  const bool whole = p.pieces && p.o / p.groups * sizeof(Output) % CHUNK == 0;
+  const int columns = p.group_o - first_column;  // that exist from here on
+  const bool whole = p.pieces && p.group_o * sizeof(Output) % CHUNK == 0;
   for (int piece = threadIdx.x; piece < T::BM * PIECES; piece += T::THREADS) {
     const int row = piece / PIECES, column = piece % PIECES * int(CHUNK / sizeof(Output));
     if (first_row + row >= p.m || column >= columns) continue;
-    const size_t place = size_t(first_row + row) * p.o + group * (p.o / p.groups) + first_column + column;
+    const size_t place = size_t(first_row + row) * p.o + group * p.group_o + first_column + column;
     const int shared = row * T::template PITCH<Output> + column * int(sizeof(Output));
     if (whole) {
       f(shared, place, true);
@@ -239,7 +239,7 @@ template <class Type, class T, bool ALIGNED>
 __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv p) {
   using Output = typename Type::Output;
   R50_SHARED(shared);
-  const int columns = (p.o / p.groups + T::BN - 1) / T::BN;  // neighbouring blocks share rows, which the L2 then holds
+  const int columns = (p.group_o + T::BN - 1) / T::BN;  // neighbouring blocks share rows, which the L2 then holds
   const int first_row = blockIdx.x / columns * T::BM, first_column = blockIdx.x % columns * T::BN;
   const int group = blockIdx.y, part = blockIdx.z, parts = gridDim.z;
 
@@ -261,11 +261,11 @@ __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv 
   }
   product.each([&](int row, int column, const typename Type::Accumulator* values) {
     const int channel = first_column + column;
-    if (first_row + row >= p.m || channel >= p.o / p.groups) return;
+    if (first_row + row >= p.m || channel >= p.group_o) return;
     Output* const place =
         reinterpret_cast<Output*>(shared + row * T::template PITCH<Output> + column * int(sizeof(Output)));
-    const int n = group * (p.o / p.groups) + channel;
-    for (int j = 0; j < 2 && channel + j < p.o / p.groups; j++)
+    const int n = group * p.group_o + channel;
+    for (int j = 0; j < 2 && channel + j < p.group_o; j++)
       place[j] = Type::finish(p, n + j, values[j], place + j);
   });
   __syncthreads();
@@ -301,7 +301,7 @@ inline bool aligned(const Conv& p, int size) {
 
 template <class T>
 dim3 grid(const Conv& p, int parts) {
-  const int64_t rows = (p.m + T::BM - 1) / T::BM, columns = (p.o / p.groups + T::BN - 1) / T::BN;
+  const int64_t rows = (p.m + T::BM - 1) / T::BM, columns = (p.group_o + T::BN - 1) / T::BN;
   return dim3(unsigned(rows * columns), unsigned(p.groups), unsigned(parts));
 }
 
@@ -341,7 +341,7 @@ void choose(const Conv& p, int size, void* scratch, Stream stream) {
   // the largest tile of which there are enough to keep all multiprocessors at work twice over
   const dim3 wide = grid<Wide>(p, 1), narrow = grid<Narrow>(p, 1);
   const unsigned enough = 2 * unsigned(multiprocessors());
-  if (p.o / p.groups > Narrow::BN && wide.x * wide.y >= enough) return run<Type, Wide, true>(p, 1, stream);
+  if (p.group_o > Narrow::BN && wide.x * wide.y >= enough) return run<Type, Wide, true>(p, 1, stream);
   if (narrow.x * narrow.y >= enough) return run<Type, Narrow, true>(p, 1, stream);
   run<Type, Small, true>(p, 1, stream);
 }

@@ -18,7 +18,7 @@ struct Input {
 // acc = the sum over both inputs, (M, O) with M = N * oh * ow; the epilogue depends on the kernel.
 struct Conv {
   Input in[2];
-  int m, o, oh, ow, groups;
+  int m, o, oh, ow, groups, group_o;  // group_o = o / groups: a GPU has no instruction that divides
   const uint8_t* pad_value;  // (C) of the first input, lies around it; null: 0
   const void* residual;      // as `out`, or null
   void* out;

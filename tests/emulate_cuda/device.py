@@ -59,7 +59,8 @@ class Input(ctypes.Structure):  # kernels.h
 
 
 class Conv(ctypes.Structure):  # kernels.h
-    _fields_ = [("input", Input * 2)] + [(name, ctypes.c_int) for name in ("m", "o", "oh", "ow", "groups")] + \
+    _fields_ = [("input", Input * 2)] + \
+               [(name, ctypes.c_int) for name in ("m", "o", "oh", "ow", "groups", "group_o")] + \
                [(name, ctypes.c_void_p) for name in
                 ("pad_value", "residual", "out", "mult", "bias", "gain", "scale", "shift")] + \
                [(name, ctypes.c_bool) for name in ("relu", "pieces")]
@@ -135,8 +136,8 @@ class Device:
         if x2 is not None:
             c2 = x2.shape[3]
             inputs[1] = Input(self.put(x2), self.put(weight2), *x2.shape[1:3], c2, c2, 1, 1, *stride2, 0, 0)
-        return Conv(input=(Input * 2)(*inputs), m=n * oh * ow, o=o, oh=oh, ow=ow, groups=groups, out=out,
-                    pad_value=self.put(pad_value), residual=self.put(residual),
+        return Conv(input=(Input * 2)(*inputs), m=n * oh * ow, o=o, oh=oh, ow=ow, groups=groups,
+                    group_o=o // groups, out=out, pad_value=self.put(pad_value), residual=self.put(residual),
                     **{name: self.put(value) for name, value in vectors.items()})
 
     def scratch(self, bytes):
