@@ -62,6 +62,19 @@ struct Values {
   }
 };
 
+// A value per channel, of V neighbours.
+template <int V>
+R50_DEVICE void load(const float* from, int channel, float (&to)[V]) {
+  constexpr int STEP = V == 1 ? 1 : 4;
+#pragma unroll
+  for (int j = 0; j < V; j += STEP) {
+    Values<Type<Float::FLOAT32>, STEP> part;
+    part.load(from, channel + j);
+#pragma unroll
+    for (int i = 0; i < STEP; i++) to[j + i] = part.value[i];
+  }
+}
+
 // Threads of a block: `lanes` of them side by side, V channels each, and THREADS / lanes rows.
 R50_DEVICE int lanes_of(int c, int v) {
   int lanes = 1;
@@ -129,8 +142,8 @@ __global__ void __launch_bounds__(THREADS) sum_backward(const __grid_constant__ 
   if (channel < p.c) {
     Values<T, V> x, y, grad;
     float mean[V], invstd[V];
-#pragma unroll
-    for (int j = 0; j < V; j++) mean[j] = p.mean[channel + j], invstd[j] = p.invstd[channel + j];
+    load(p.mean, channel, mean);
+    load(p.invstd, channel, invstd);
     const int rows = THREADS / lanes;
     for (int64_t row = int64_t(blockIdx.y) * rows + threadIdx.x / lanes; row < p.m; row += int64_t(gridDim.y) * rows) {
       const size_t at = size_t(row) * p.c + channel;
@@ -148,30 +161,40 @@ __global__ void __launch_bounds__(THREADS) sum_backward(const __grid_constant__ 
   add_up(first, second, channel, p.c, lanes, sums);
 }
 
-// One of the two sums of a channel over all slices.
-R50_DEVICE double total(const float* sums, int which, int slices, int c, int channel) {
-  double sum = 0;
-  for (int slice = 0; slice < slices; slice++) sum += sums[size_t(2 * slice + which) * c + channel];
-  return sum;
+// Both sums of a channel over all slices: a block's warps share these for a channel per lane, and the first adds up.
+R50_DEVICE void add_slices(const float* sums, int slices, int c, int channel, double (&sum)[2]) {
+  R50_SHARED(shared);
+  double* const all = reinterpret_cast<double*>(shared);  // [2][THREADS]
+  if (channel < c)
+    for (int slice = threadIdx.x / 32; slice < slices; slice += THREADS / 32)
+      for (int which = 0; which < 2; which++) sum[which] += sums[size_t(2 * slice + which) * c + channel];
+  for (int which = 0; which < 2; which++) all[which * THREADS + threadIdx.x] = sum[which];
+  __syncthreads();
+  if (threadIdx.x < 32)
+    for (int at = threadIdx.x + 32; at < THREADS; at += 32)
+      for (int which = 0; which < 2; which++) sum[which] += all[which * THREADS + at];
 }
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     finish_forward(const __grid_constant__ BatchNorm p, const float* sums, int slices) {
-  const int channel = blockIdx.x * THREADS + threadIdx.x;
-  if (channel >= p.c) return;
-  const double count = double(p.m), mean = total(sums, 0, slices, p.c, channel) / count;
-  const double variance = total(sums, 1, slices, p.c, channel) / count - mean * mean;
+  const int channel = blockIdx.x * 32 + threadIdx.x % 32;
+  double sum[2] = {};
+  add_slices(sums, slices, p.c, channel, sum);
+  if (threadIdx.x >= 32 || channel >= p.c) return;
+  const double count = double(p.m), mean = sum[0] / count, variance = sum[1] / count - mean * mean;
   p.mean[channel] = float(T::load(static_cast<const typename T::Element*>(p.x)[channel]) + mean);
   p.invstd[channel] = float(1 / sqrt((variance > 0 || variance != variance ? variance : 0) + double(p.eps)));
 }
 
 __global__ void __launch_bounds__(THREADS)
     finish_backward(const __grid_constant__ BatchNorm p, const float* sums, int slices) {
-  const int channel = blockIdx.x * THREADS + threadIdx.x;
-  if (channel >= p.c) return;
-  p.dbias[channel] = float(total(sums, 0, slices, p.c, channel));
-  p.dweight[channel] = float(total(sums, 1, slices, p.c, channel));
+  const int channel = blockIdx.x * 32 + threadIdx.x % 32;
+  double sum[2] = {};
+  add_slices(sums, slices, p.c, channel, sum);
+  if (threadIdx.x >= 32 || channel >= p.c) return;
+  p.dbias[channel] = float(sum[0]);
+  p.dweight[channel] = float(sum[1]);
 }
 
 template <class T, int V>
@@ -182,10 +205,14 @@ __global__ void __launch_bounds__(THREADS) apply_forward(const __grid_constant__
   Values<T, V> x, residual;
   x.load(p.x, i);
   if (p.residual) residual.load(p.residual, i);
+  float mean[V], invstd[V], weight[V], bias[V];
+  load(p.mean, channel, mean);
+  load(p.invstd, channel, invstd);
+  load(p.weight, channel, weight);
+  load(p.bias, channel, bias);
 #pragma unroll
   for (int j = 0; j < V; j++) {
-    const float scale = p.invstd[channel + j] * p.weight[channel + j];
-    float y = __fmaf_rn(x.value[j] - p.mean[channel + j], scale, p.bias[channel + j]);
+    float y = __fmaf_rn(x.value[j] - mean[j], invstd[j] * weight[j], bias[j]);
     if (p.residual) y += residual.value[j];
     x.value[j] = p.relu && y < 0 ? 0.0f : y;
   }
@@ -202,12 +229,18 @@ __global__ void __launch_bounds__(THREADS) apply_backward(const __grid_constant_
   grad.load(p.grad, i);
   if (p.relu) y.load(p.y, i);
   const float share = 1.0f / float(p.m);
+  float mean[V], invstd[V], weight[V], dweight[V], dbias[V];
+  load(p.mean, channel, mean);
+  load(p.invstd, channel, invstd);
+  load(p.weight, channel, weight);
+  load(p.dweight, channel, dweight);
+  load(p.dbias, channel, dbias);
 #pragma unroll
   for (int j = 0; j < V; j++) {
     const float g = p.relu ? passed(p, grad.value[j], y.value[j]) : grad.value[j];
-    const float normal = (x.value[j] - p.mean[channel + j]) * p.invstd[channel + j];
-    const float common = (p.dbias[channel + j] + normal * p.dweight[channel + j]) * share;
-    x.value[j] = (g - common) * (p.invstd[channel + j] * p.weight[channel + j]);
+    const float normal = (x.value[j] - mean[j]) * invstd[j];
+    const float common = (dbias[j] + normal * dweight[j]) * share;
+    x.value[j] = (g - common) * (invstd[j] * weight[j]);
     grad.value[j] = g;
   }
   x.store(p.dx, i);
@@ -231,7 +264,8 @@ template <class T, int V>
 void forward(const BatchNorm& p, float* sums, Stream stream) {
   const dim3 grid = slabs(p, V);
   launch(sum_forward<T, V>, grid, THREADS, 2 * V * THREADS * int(sizeof(float)), stream, p, sums);
-  launch(finish_forward<T>, threads(p.c), THREADS, 0, stream, p, static_cast<const float*>(sums), int(grid.y));
+  launch(finish_forward<T>, dim3((p.c + 31) / 32), THREADS, 2 * THREADS * int(sizeof(double)), stream, p,
+         static_cast<const float*>(sums), int(grid.y));
   launch(apply_forward<T, V>, threads(p.m * p.c / V), THREADS, 0, stream, p);
 }
 
@@ -239,14 +273,16 @@ template <class T, int V>
 void backward(const BatchNorm& p, float* sums, Stream stream) {
   const dim3 grid = slabs(p, V);
   launch(sum_backward<T, V>, grid, THREADS, 2 * V * THREADS * int(sizeof(float)), stream, p, sums);
-  launch(finish_backward, threads(p.c), THREADS, 0, stream, p, static_cast<const float*>(sums), int(grid.y));
+  launch(finish_backward, dim3((p.c + 31) / 32), THREADS, 2 * THREADS * int(sizeof(double)), stream, p,
+         static_cast<const float*>(sums), int(grid.y));
   launch(apply_backward<T, V>, threads(p.m * p.c / V), THREADS, 0, stream, p);
 }
 
 // Whether every row of every tensor can be read 16 bytes, which are v channels, at a time.
 bool vectors(const BatchNorm& p, int v) {
-  for (const void* tensor : {p.x, p.residual, static_cast<const void*>(p.y), p.grad, static_cast<const void*>(p.dx),
-                             static_cast<const void*>(p.dresidual)})
+  const void* const tensors[] = {p.x,    p.residual, p.weight, p.bias,      p.mean,    p.invstd,
+                                 p.y,    p.grad,     p.dx,     p.dresidual, p.dweight, p.dbias};
+  for (const void* tensor : tensors)
     if (!aligned(tensor)) return false;
   return p.c % v == 0;
 }

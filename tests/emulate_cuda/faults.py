@@ -75,6 +75,9 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, wh
     "sums of a block not waited for": ("bn_relu.cu", "rows /= 2) {\n    __syncthreads();",
         "rows /= 2) {\n    if (!FAULT) __syncthreads();",
         "race in shared|uninitialised shared", "norm"),
+    "sums of slices not waited for": ("bn_relu.cu", "= sum[which];\n  __syncthreads();",
+        "= sum[which];\n  if (!FAULT) __syncthreads();",
+        "race in shared|uninitialised shared", "norm"),
 }
 
 
