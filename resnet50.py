@@ -1170,7 +1170,8 @@ def read_file(path):
             raise UserError(f"{path}: refused, this pickle wants to run other code than tensors need: "
                             f"{', '.join(sorted(foreign))}. Save the state_dict alone, where it was made") from error
         raise UserError(f"{path}: not a checkpoint, or a damaged one") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, AttributeError, TypeError,
+            struct.error) as error:
         raise UserError(f"{path}: truncated or damaged "
                         f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
 

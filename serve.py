@@ -14,13 +14,16 @@ strangers reach it (README.md says what for).
 import argparse
 import base64
 import contextlib
+import ctypes
 import hmac
 import http.server
 import io
+import itertools
 import json
 import math
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -40,10 +43,22 @@ import torch
 from PIL import Image
 
 import data
-from resnet50 import Flat, ResNet50, UserError, add_model_args, between, fuse, load_some_model, predict, run_script
+from resnet50 import (
+    Flat,
+    ResNet50,
+    UserError,
+    add_model_args,
+    between,
+    device_name,
+    fuse,
+    load_some_model,
+    predict,
+    run_script,
+)
 
 DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"BM", b"GIF8")  # what their files begin with
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
 TYPES = {"UINT8": np.uint8, "FP32": np.float32}  # of pixels
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository",
@@ -193,7 +208,9 @@ class Model:
             blank = blank.contiguous(memory_format=torch.channels_last)
             for _ in range(2):  # cold, then warm
                 began = time.perf_counter()
-                predict(net, blank).cpu()
+                logits = predict(net, blank).cpu()
+            if not logits.isfinite().all():
+                raise UserError(f"{source}: its outputs are not finite")
             return time.perf_counter() - began
         with torch.inference_mode():
             unit = torch.get_num_threads() if device.type == "cpu" else 1
@@ -218,6 +235,8 @@ class Model:
         with self.changed:
             if self.closed:
                 raise Refusal(503, "the server is stopping", Retry_After="1")
+            if images > self.args.max_queue:
+                raise Refusal(413, f"more images than the queue of {self.args.max_queue} has room for")
             ahead = self.images + self.coming
             wait, later = ahead * self.pace, f"{math.ceil(max(ahead * self.pace, 1))}"
             if ahead + images > self.args.max_queue:
@@ -288,11 +307,15 @@ class Model:
                     ticket.fail(Refusal(500, "the network failed; the server's log says how"))
                 continue
             seconds = time.monotonic() - started
+            for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
+                if not part.isfinite().all():  # JSON has no word for that
+                    ticket.fail(Refusal(500, "the network's outputs are not finite"))
             self.pace += (seconds / len(pixels) - self.pace) / 4 if self.pace else seconds / len(pixels)
             self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
             for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-                ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
-                ticket.done.set()
+                if not ticket.done.is_set():
+                    ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
+                    ticket.done.set()
 
 
 def spread(net, devices):
@@ -337,8 +360,9 @@ def decode(network, encoded, args, gate):
     except Image.UnidentifiedImageError:
         raise Refusal(400, f"not an image in any of {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise nearly everything on damaged headers
-        raise Refusal(413 if isinstance(error, Image.DecompressionBombError) else 400,
-                      f"damaged image: {type(error).__name__}") from None
+        if isinstance(error, Image.DecompressionBombError):
+            raise Refusal(413, f"the image has more than {args.max_pixels} pixels") from None
+        raise Refusal(400, f"damaged image: {type(error).__name__}") from None
     if width * height > args.max_pixels:
         raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
     with gate:
@@ -436,10 +460,11 @@ def read_head(stream):
             break
         if len(headers) >= HEADERS or left < 0:
             raise bad("too many headers", 431)
-        field = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*((?:[^\x00-\x08\x0a-\x1f\x7f])*?)[ \t]*", line)
+        # one way to match: a line of blanks could cost seconds with Python's lock held
+        field = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
         if not field:
             raise bad("a header is malformed")
-        name, value = field[1].decode().lower(), field[2].decode("latin-1")
+        name, value = field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type",
                                         "content-encoding", "inference-header-content-length"):
             raise bad(f"several {name} headers")
@@ -480,7 +505,9 @@ def read_json(text):
         raise ValueError(f"{constant} is no JSON")
     try:
         depth = deepest = 0
-        for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", text)):
+        bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # so that strings end at the next quote: linear time
+        bare = re.sub(rb'"[^"]*"?', b"", bare)
+        for bracket in re.findall(rb"[\[\]{}]", bare):
             depth += 1 if bracket in b"[{" else -1
             deepest = max(deepest, depth)
         if deepest > DEPTH:
@@ -493,24 +520,25 @@ def read_json(text):
     return value
 
 
-def read_form(body, content_type):
-    """multipart/form-data -> contents of the parts named image, or of all that are files"""
-    match = re.search(r'boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type)
+def read_form(body, content_type, most):
+    """multipart/form-data of up to `most` parts -> contents of those named image and of those that are files"""
+    match = re.search(r'(?i:boundary)=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type)
     if not match:
         raise Refusal(400, "multipart without a boundary")
     edge = b"--" + (match[1] or match[2]).encode("latin-1")
-    pieces = (b"\r\n" + body).split(b"\r\n" + edge)
-    if len(pieces) < 3 or pieces[0] or not pieces[-1].startswith(b"--"):
-        raise Refusal(400, "the multipart body does not begin and end with its boundary")
-    if len(pieces) > PARTS + 2:
-        raise Refusal(413, f"more than {PARTS} parts")
+    pieces = (b"\r\n" + body).split(b"\r\n" + edge, most + 3)  # the first is what RFC 2046 calls the preamble
+    if len(pieces) > most + 2:
+        raise Refusal(413, f"more than {most} parts")
+    if len(pieces) < 3 or not pieces[-1].startswith(b"--"):
+        raise Refusal(400, "the multipart body does not have and end with its boundary")
     found = []
     for piece in pieces[1:-1]:
         head, separator, content = piece.partition(b"\r\n\r\n")
         disposition = re.search(rb"(?im)^content-disposition:\s*form-data;(.*)$", head)
         if not separator or not disposition:
             raise Refusal(400, "a part of the form has no Content-Disposition")
-        if re.search(rb'\bname="?image(\[\])?"?(\s*;|\s*$)', disposition[1]) or b"filename" in disposition[1]:
+        if re.search(rb'\bname="?image(\[\])?"?(\s*;|\s*$)', disposition[1]) \
+                or re.search(rb"\bfilename\*?=", disposition[1]):
             found.append(content)
     if not found:
         raise Refusal(400, "the form has no field named image")
@@ -527,7 +555,7 @@ def metadata(model):
 
 def configuration(model):
     return dict(name=model.name, platform="pytorch_resnet50", backend="resnet50", version_policy={"latest": {}},
-                max_batch_size=model.args.max_batch,
+                max_batch_size=min(model.args.max_batch, model.args.max_images),
                 input=[dict(name="pixels", data_type="TYPE_UINT8", format="FORMAT_NCHW",
                             dims=[3, model.network.size, model.network.size])],
                 output=[dict(name="probabilities", data_type="TYPE_FP32", dims=[len(model.network.classes)],
@@ -612,9 +640,15 @@ def read_input(network, request, tail, limit):
 
 def json_numbers(values, count, kind):
     try:
+        while isinstance(values, list) and values and set(map(type, values)) == {list}:
+            if len(set(map(len, values))) > 1:
+                raise ValueError
+            values = list(itertools.chain.from_iterable(values))
+        if not isinstance(values, list) or set(map(type, values)) - {int, float}:  # of texts NumPy makes giant arrays
+            raise ValueError
         array = np.array(values)
     except (ValueError, OverflowError):
-        raise Refusal(400, "data is ragged") from None
+        raise Refusal(400, f"data must be {count} numbers, and not ragged") from None
     whole = array.dtype.kind in "iu" and (array.size == 0 or 0 <= array.min() <= array.max() <= 255)
     if array.size != count or not (whole or kind == "FP32" and array.dtype.kind in "iuf"):
         raise Refusal(400, f"data must be {count} numbers" + " from 0 to 255" * (kind == "UINT8"))
@@ -653,8 +687,8 @@ def wanted_outputs(request, classes):
     outputs = request.get("outputs", [])
     if not isinstance(outputs, list) or len(outputs) > 2 or not all(isinstance(o, dict) for o in outputs):
         raise Refusal(400, "outputs must be a list of probabilities, logits or both")
-    if not isinstance(request.get("id", ""), str):
-        raise Refusal(400, "id is no text")
+    if not isinstance(request.get("id", ""), str) or len(request.get("id", "")) > 1024:
+        raise Refusal(400, "id is no text of up to 1024 characters")
     found = []
     for output in outputs or [{"name": "probabilities"}]:
         parameters, name = parameters_of(output), output.get("name")
@@ -689,7 +723,7 @@ def infer_response(name, classes, request, outputs, logits):
         entries.append(entry)
     answer = dict(model_name=name, model_version=VERSION, outputs=entries)
     if request and "id" in request:
-        answer["id"] = request["id"][:1024]
+        answer["id"] = request["id"]
     body = json.dumps(answer).encode()
     if not tails:
         return {"Content-Type": "application/json"}, body
@@ -879,6 +913,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def finish(self):
         if self.server.tls:  # which has taken the socket that shutdown_request would close
+            with contextlib.suppress(OSError, ValueError):
+                self.connection.settimeout(1)
+                self.connection.unwrap()  # without TLS's own goodbye the end could be an attacker's
             self.connection.close()
 
     def one(self):
@@ -895,8 +932,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self.server.busy():
             try:
                 self.method, self.path, minor, self.headers = read_head(self.stream)
+                self.minor = minor
                 route, match = self.route()
                 self.read_body()
+                self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
                 status, headers, body = route(self, match)
                 close = False
             except Refusal as refusal:
@@ -923,7 +962,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self):
         """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
         what is left of a body unread closes the connection."""
-        path, _, query = self.path.partition("?")
+        path, _, query = re.sub("^https?://[^/?]*(?=/)", "", self.path).partition("?")  # RFC 9112, 3.2.2
         self.query = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
         asked = "GET" if self.method == "HEAD" else self.method
         found = [(method, function, match) for method, pattern, function in ROUTES
@@ -942,12 +981,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         expected = self.headers.get("expect")
         if expected and expected.lower() != "100-continue":
             raise Refusal(417, "nothing but 100-continue can be expected", close=True)
-        if expected and body and not self.stream.buffer:
+        if expected and body and self.minor and not self.stream.buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         return next((function, match) for method, function, match in found if method == asked)
 
     def authorised(self):
-        given = self.headers.get("x-api-key") or self.headers.get("authorization", "").removeprefix("Bearer ")
+        given = self.headers.get("x-api-key") or re.sub("^(?i:bearer) ", "", self.headers.get("authorization", ""))
         return any([hmac.compare_digest(given.encode("latin-1"), key) for key in self.server.keys])
 
     def read_body(self):
@@ -997,7 +1036,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def alive(self):
         """False when the client has closed its end."""
         with contextlib.suppress(OSError, ValueError):
-            if not self.server.tls and select.select([self.connection], [], [], 0)[0]:
+            poll = select.poll()  # select() knows descriptors up to 1023
+            poll.register(self.connection, select.POLLIN)
+            if not self.server.tls and poll.poll(0):
                 return bool(self.stream.buffer) or bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
             return True
         return False
@@ -1020,7 +1061,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
         if not re.fullmatch("[0-9]{1,9}", timeout) or int(timeout) < 1:
             raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
-        deadline = self.started + min(int(timeout), self.args.timeout_ms) / 1e3
+        deadline = self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
         begin = time.monotonic()
         with model.expecting(len(encoded) if pixels is None else len(pixels), deadline):
             if pixels is None:
@@ -1047,7 +1088,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "topk is no positive number")
         top = min(int(self.query.get("topk", 5)), len(network.classes))
         kind = self.headers.get("content-type", "")
-        encoded = read_form(self.body, kind) if kind.lower().startswith("multipart/form-data") else [self.body]
+        encoded = [self.body]
+        if kind.lower().startswith("multipart/form-data"):
+            encoded = read_form(self.body, kind, max(PARTS, self.args.max_images))
         if len(encoded) > self.args.max_images:
             raise Refusal(413, f"more than {self.args.max_images} images")
         logits = self.infer(model, network, encoded=encoded)
@@ -1071,7 +1114,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outputs = wanted_outputs(request, len(network.classes))
         if request is not None:
             pixels, encoded = read_input(network, request, tail, self.args.max_images)
-        elif len(tail) == 3 * network.size ** 2:
+        elif len(tail) == 3 * network.size ** 2 and not tail.startswith(MAGIC):  # an image may have that many bytes
             pixels, encoded = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, network.size, -1), None
         else:
             pixels, encoded = None, [tail]
@@ -1215,6 +1258,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             self.lock.wait_for(lambda: False, self.args.drain_delay)
         self.shutdown()
+        self.server_close()  # who comes now is refused at once, and may ask another server
         self.closing = True
         with self.lock:
             for request, handler in self.handlers.items():
@@ -1224,14 +1268,14 @@ class Server(http.server.ThreadingHTTPServer):
             self.lock.wait_for(lambda: self.begun == 0, self.args.drain_timeout)
         for model in self.models.values():
             model.close()
-        self.server_close()
 
     def count(self, status):
         with self.lock:
             self.answers[status] += 1
 
     def log(self, entry):
-        sys.stderr.write(json.dumps(entry) + "\n")  # in one piece, whatever other threads print
+        with contextlib.suppress(OSError, AttributeError):  # answers go on when nobody reads the log any more
+            sys.stderr.write(json.dumps(entry) + "\n")  # in one piece, whatever other threads print
 
     def metrics(self):
         """Prometheus' text format, 0.0.4"""
@@ -1280,9 +1324,12 @@ def read_keys(path):
 def read_tls(args):
     if args.tls_cert is None:
         return None
+
+    def refuse():  # instead of asking the terminal
+        raise UserError(f"--tls-key {args.tls_key}: is encrypted; a server needs one without a pass phrase")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(args.tls_cert, args.tls_key)
+        context.load_cert_chain(args.tls_cert, args.tls_key, refuse)
     except (OSError, ssl.SSLError) as error:
         raise UserError(f"--tls-cert {args.tls_cert}, --tls-key {args.tls_key}: "
                         f"{getattr(error, 'strerror', None) or error}") from error
@@ -1300,7 +1347,8 @@ def get_args_parser():
                    help="serve FILE under this name; may be given several times (default: resnet50 alone)")
     g.add_argument("--amp-dtype", choices=("float32", "bfloat16"), default="float32",
                    help="in which float ResNet-50s compute")
-    g.add_argument("--device", "--devices", dest="devices", type=lambda text: text.split(","), metavar="A[,B...]",
+    g.add_argument("--device", "--devices", dest="devices", metavar="A[,B...]",
+                   type=lambda text: [device_name(name) for name in text.split(",")],
                    default="cuda" if torch.cuda.device_count() else "cpu",  # is_available() would spoil CUDA for forks
                    help="several: each holds its share of every network, stage after stage")
     g.add_argument("--threads", type=between(1, 1024), help="of the CPU for a batch; default: one per core")
@@ -1357,6 +1405,18 @@ def check_args(args):
         raise UserError("--tls-cert and --tls-key go together", 2)
     if args.processes > 1 and args.port == 0:
         raise UserError("--processes needs a --port", 2)
+    if not args.host:
+        raise UserError("--host is empty; 0.0.0.0 or :: is every interface", 2)
+    Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow's own limit would come first
+    spare = 64  # files beside the connections: the listening socket, checkpoints, what Python opens
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < args.max_connections + spare:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(args.max_connections + spare, hard), hard))
+        if 0 <= (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < args.max_connections + spare:
+            args.max_connections = max(1, files - spare)
+            print(f"only {args.max_connections} connections: the system allows {files} open files (ulimit -n)",
+                  file=sys.stderr, flush=True)
 
 
 def check_devices(devices):
@@ -1414,6 +1474,9 @@ def serve(args):
     sys.stdout.flush()
     while next(signals) == signal.SIGHUP:
         reload(models)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if args.processes == 1:  # a second one ends it at once; a terminal's reaches children twice at first
+            signal.signal(number, signal.SIG_DFL)
     server.drain()
 
 
@@ -1437,6 +1500,8 @@ def supervise(args):
             return
         code = 1
         try:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: nobody serves on without the parent
             signal.set_wakeup_fd(-1)
             for number in (*SIGNALS, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
@@ -1456,6 +1521,12 @@ def supervise(args):
                 return
             children.discard(pid)
             yield pid, status
+    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:  # children share the port with whoever asks for that, also with another server's
+            probe.bind((args.host, args.port))
+        except OSError as error:
+            raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}", 2) from error
     signals = arriving((*SIGNALS, signal.SIGCHLD))
     for _ in range(args.processes):
         spawn()

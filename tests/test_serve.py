@@ -1,13 +1,16 @@
 """serve.py: real clients where they are installed, the wire's odd corners by hand, answers against predict()."""
 import asyncio
 import contextlib
+import fcntl
 import gzip
 import http.client
 import io
 import json
+import math
 import os
 import pwd
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zlib
 
 import numpy as np
@@ -475,12 +479,104 @@ def test_wrong_images(server, body, status, text):
     assert found == status and text in json.loads(answer)["error"], answer
 
 
+@pytest.mark.parametrize("line", [b"A:" + b" " * 60000 + b"\x01", b"A: x" + b" " * 60000 + b"\x01y"])
+def test_blanks_in_a_header_cost_nothing(line):
+    """Tried in all ways to divide them they would take days."""
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n" + line + b"\r\n\r\n")
+        stream = serve.Stream(reader)
+        stream.deadline = time.monotonic() + 20
+        with pytest.raises(serve.Refusal, match="malformed"):
+            serve.read_head(stream)
+
+
+@pytest.mark.parametrize("text", [b'\\"' * 100_000, b'{"a": "' + b'\\"' * 100_000, b'"' * 99_999, b"\\" * 99_999])
+def test_quotes_in_json_cost_nothing(text):
+    with pytest.raises(serve.Refusal, match="cannot be read"):
+        serve.read_json(text)
+
+
+def test_depth_is_counted_outside_of_strings():
+    deep = "[" * 101
+    for text in (json.dumps({"a": deep}), json.dumps({"a": "\\" + '"' + deep}), json.dumps({'"' + deep: "\\"})):
+        assert serve.read_json(text.encode()) == json.loads(text)
+    with pytest.raises(serve.Refusal, match="deeper"):
+        serve.read_json(json.dumps({"\\": [[]]}).replace("[[]]", deep + "]" * 101).encode())
+
+
+@pytest.mark.parametrize("values", [["A" * 300_000, *[""] * 3071], [[1, "x"] * 1536], [None] * 3072, [True] * 3072,
+                                    {"a": 1}, "x" * 3072, [[1] * 3071, [1]], [10 ** 400] * 3072])
+def test_numbers_are_looked_at_before_an_array_is_made(values):
+    with pytest.raises(serve.Refusal, match="3072 numbers"):
+        serve.json_numbers(values, 3072, "FP32")
+
+
+def test_clients_beyond_the_descriptors_that_select_knows():
+    here, there = socket.socketpair()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("few open files are allowed here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD, 1500)) as far:
+        handler = types.SimpleNamespace(server=types.SimpleNamespace(tls=None), connection=far,
+                                        stream=types.SimpleNamespace(buffer=b""))
+        assert far.fileno() >= 1500 and serve.Handler.alive(handler)
+        there.close()
+        assert not serve.Handler.alive(handler)
+
+
+def test_a_port_in_use_is_told_before_processes_share_it(networks):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        process = start("--processes", 2, "--port", other.getsockname()[1], "--checkpoint", networks["float"],
+                        wait=False)
+        assert process.wait(60) == 2 and "in use" in process.stderr.read()
+
+
+def test_a_network_whose_outputs_are_not_finite_does_not_serve(networks, tmp_path):
+    checkpoint = resnet50.load_checkpoint(networks["float"])
+    model = resnet50.build_model(checkpoint, "float")
+    with torch.no_grad():
+        model.fc.bias[1] = math.nan
+    resnet50.save_checkpoint(str(tmp_path / "nan.pt"), model, classes=CLASSES)
+    process = start("--checkpoint", tmp_path / "nan.pt", wait=False)
+    assert process.wait(60) == 3 and "nan.pt: its outputs are not finite" in process.stderr.read()
+
+
+def test_answers_do_not_depend_on_a_reader_of_the_log(monkeypatch):
+    for stderr in (None, open("/dev/full", "w", buffering=1)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        serve.Server.log(None, {"status": 200})
+
+
+def test_forms_as_rfc_2046_and_7578_have_them(server):
+    image = picture()
+    whole, headers = form(image)
+    field = b'--x\r\nContent-Disposition: form-data; name="filename"\r\n\r\ncat\r\n'
+    for body, kind in ((b"a preamble\r\n" + whole, headers["Content_Type"]),
+                       (whole, headers["Content_Type"].replace("boundary", "Boundary")),
+                       (field + whole, headers["Content_Type"])):
+        status, _, answer = ask(server, "POST", "/predict", body, Content_Type=kind)
+        assert status == 200 and "class" in json.loads(answer), answer
+
+
+def test_requests_as_rfc_9112_and_9110_have_them(server):
+    assert status_of(raw(server, b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == 200
+    image = picture()
+    answer = raw(server, b"POST /predict HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(image),
+                 more=[image])
+    assert b"100 Continue" not in answer and status_of(answer) == 200
+
+
 def test_wrong_forms_and_queries(server):
     image = picture()
     whole, headers = form(image)
     for body, more, status in ((whole[:-6], headers, 400), (whole, {"Content_Type": "multipart/form-data"}, 400),
                                (b"--x--\r\n", headers, 400), (form(*[image] * 9)[0], headers, 413),
-                               (b"--x\r\n\r\nabc\r\n--x--\r\n", headers, 400), (b"--x\r\n" * 1000, headers, 400)):
+                               (b"--x\r\n\r\nabc\r\n--x--\r\n", headers, 400), (b"--x\r\n" * 1000, headers, 413)):
         assert ask(server, "POST", "/predict", body, **more)[0] == status
     for query in ("0", "-1", "x", "1" * 30):
         assert ask(server, "POST", f"/predict?topk={query}", image)[0] == 400
