@@ -1423,7 +1423,7 @@ def get_args_parser():
                    help="use fewer of int8's values for weights")
     g.add_argument("--per-tensor", action="store_true", help="one scale for all of a layer's weights, not per channel")
     g.add_argument("--float-layers", nargs="+", default=[], metavar="LAYER", help="stay float, such as conv1 and fc")
-    g.add_argument("--max-drop", type=amount, metavar="POINTS",
+    g.add_argument("--max-drop", type=between(-100.0, 100.0, float), metavar="POINTS",
                    help="return layers to float until no more is lost; with --auto and --cascade what may be lost")
     g.add_argument("--int4-weights", type=positive, metavar="GROUP",
                    help="4-bit weights in the file, one scale per so many; computes in float")
