@@ -1441,20 +1441,21 @@ def reload(models):
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
+@contextlib.contextmanager
 def arriving(numbers):
-    """-> iterator over these signals as they arrive. Python runs a handler between two of the main thread's steps, so
-    one that comes right before a step that waits would wait too; a byte on a socket does not."""
+    """-> iterator over these signals as they arrive, within. Python runs a handler between two of the main
+    thread's steps, so one that comes right before a step that waits would wait too; a byte on a socket does not."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
-    for number in numbers:
-        signal.signal(number, lambda number, frame: None)
-
-    def signals():
-        with reader, writer:
-            while True:
-                yield reader.recv(1)[0]
-    return signals()
+    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+    with reader, writer:
+        try:
+            yield iter(lambda: reader.recv(1)[0], None)
+        finally:  # or signals would be written into whatever file gets the socket's number
+            signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def serve(args):
@@ -1464,20 +1465,20 @@ def serve(args):
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
     models = open_models(args)
     server = Server(args, models)
-    signals = arriving(SIGNALS)
-    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
-    server.ready = True
-    host, port = server.server_address[:2]
-    paths = {name: model.network.path for name, model in models.items()}
-    # in one piece, or with PYTHONUNBUFFERED the lines of several processes run into one another
-    sys.stdout.write(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)) + "\n")
-    sys.stdout.flush()
-    while next(signals) == signal.SIGHUP:
-        reload(models)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if args.processes == 1:  # a second one ends it at once; a terminal's reaches children twice at first
-            signal.signal(number, signal.SIG_DFL)
-    server.drain()
+    with arriving(SIGNALS) as signals:
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
+        server.ready = True
+        host, port = server.server_address[:2]
+        paths = {name: model.network.path for name, model in models.items()}
+        # in one piece, or with PYTHONUNBUFFERED the lines of several processes run into one another
+        sys.stdout.write(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)) + "\n")
+        sys.stdout.flush()
+        while next(signals) == signal.SIGHUP:
+            reload(models)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if args.processes == 1:  # a second one ends it at once; a terminal's reaches children twice at first
+                signal.signal(number, signal.SIG_DFL)
+        server.drain()
 
 
 def supervise(args):
@@ -1527,19 +1528,19 @@ def supervise(args):
             probe.bind((args.host, args.port))
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}", 2) from error
-    signals = arriving((*SIGNALS, signal.SIGCHLD))
-    for _ in range(args.processes):
-        spawn()
-    while children:
-        if (number := next(signals)) != signal.SIGCHLD:
-            forward(number)
-        for pid, status in ended():
-            if not stopping:
-                if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
-                    forward(signal.SIGTERM)
-                    raise UserError(f"a process ended by itself with status {code}", code)
-                print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
-                spawn()
+    with arriving((*SIGNALS, signal.SIGCHLD)) as signals:
+        for _ in range(args.processes):
+            spawn()
+        while children:
+            if (number := next(signals)) != signal.SIGCHLD:
+                forward(number)
+            for pid, status in ended():
+                if not stopping:
+                    if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
+                        forward(signal.SIGTERM)
+                        raise UserError(f"a process ended by itself with status {code}", code)
+                    print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
+                    spawn()
 
 
 def main(args):

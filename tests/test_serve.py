@@ -1018,6 +1018,7 @@ def test_bad_flags_are_one_line(networks, capsys, flags, code, text):
     with pytest.raises((resnet50.UserError, SystemExit)) as caught:
         serve.main(serve.get_args_parser().parse_args(["--device", "cpu", *flags]))
     assert caught.value.code == code and text in (str(caught.value) + capsys.readouterr().err)
+    assert signal.set_wakeup_fd(-1) == -1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # --------------------------------------------------------------------------------------------------- the page
