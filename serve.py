@@ -1475,9 +1475,6 @@ def serve(args):
         sys.stdout.flush()
         while next(signals) == signal.SIGHUP:
             reload(models)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            if args.processes == 1:  # a second one ends it at once; a terminal's reaches children twice at first
-                signal.signal(number, signal.SIG_DFL)
         server.drain()
 
 
