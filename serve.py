@@ -58,7 +58,7 @@ from resnet50 import (
 
 DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"BM", b"GIF8")  # what their files begin with
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")  # what files begin with and pixels hardly ever
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
 TYPES = {"UINT8": np.uint8, "FP32": np.float32}  # of pixels
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository",

@@ -129,7 +129,6 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**{**recipe, **saved, **({"recipe": name} if "recipe" in known else {})})
         return super().parse_known_args(args, namespace)
 
-
     def checked(self, path, action, value):
         """-> a file's value for a flag, as if it had been given on the command line; None is no value"""
         if value is None:

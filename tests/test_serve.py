@@ -563,6 +563,25 @@ def test_forms_as_rfc_2046_and_7578_have_them(server):
         assert status == 200 and "class" in json.loads(answer), answer
 
 
+def test_bytes_without_a_json_part_are_pixels_or_a_file_of_as_many(server):
+    def raw_infer(tail):
+        return ask(server, "POST", "/v2/models/float/infer", tail, Content_Type="application/octet-stream",
+                   Inference_Header_Content_Length="0")
+    image = picture("JPEG", size=(30, 25))
+    padded = image[:2] + b"\xff\xfe" + (3 * 32 * 32 - len(image) - 2).to_bytes(2, "big") \
+        + b"\0" * (3 * 32 * 32 - len(image) - 4) + image[2:]  # a comment
+    assert len(padded) == 3 * 32 * 32
+    assert raw_infer(padded)[0] == 200 and raw_infer(padded)[2] == raw_infer(image)[2]
+    assert raw_infer(b"BM" + bytes(3 * 32 * 32 - 2))[0] == 200  # grey values 66 and 77
+
+
+def test_more_images_than_the_queue_holds_need_not_come_again(slow):
+    with pytest.raises(serve.Refusal, match="has room for") as caught:
+        with slow[0].expecting(7, time.monotonic() + 20):
+            pass
+    assert caught.value.status == 413
+
+
 def test_requests_as_rfc_9112_and_9110_have_them(server):
     assert status_of(raw(server, b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == 200
     image = picture()
@@ -827,6 +846,8 @@ def test_sigterm_ends_idle_connections_and_finishes_the_rest(networks):
     wait_until(lambda: b"resnet50_connections 3" in ask(port, "GET", "/metrics")[2])
     process.send_signal(signal.SIGTERM)
     assert idle.recv(10) == b""
+    with pytest.raises(ConnectionRefusedError):  # not left to wait for the rest
+        socket.create_connection(("127.0.0.1", port), timeout=10)
     busy.sendall(body[-1:])
     answer = busy.recv(65536)
     assert answer.startswith(b"HTTP/1.1 200 ") and b"Connection: close" in answer
@@ -862,7 +883,8 @@ def test_keys_and_tls(networks, tmp_path):
         connection.request("GET", path, headers={k.replace("_", "-"): v for k, v in headers.items()})
         return connection.getresponse().status
     assert secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
-    assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", X_API_Key="first") == secure("/healthz")
+    assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", Authorization="bearer second")
+    assert 200 == secure("/v2", X_API_Key="first") == secure("/healthz")
     with contextlib.suppress(ConnectionResetError):
         assert not raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1")
     assert secure("/healthz") == 200
