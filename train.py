@@ -109,11 +109,12 @@ class Parser(argparse.ArgumentParser):
             path = first.config or (first.resume and resumed_args_path(first))
             if path:
                 with open(path, encoding="utf-8") as f:
-                    saved = json.load(f)
+                    saved = dict(json.load(f))
                 unknown = sorted(set(saved) - known)
                 if unknown:
                     self.error(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
-                saved = {a.dest: self.checked(path, a, saved[a.dest]) for a in self._actions if a.dest in saved}
+                saved = {a.dest: self.checked(path, a, saved[a.dest]) for a in self._actions
+                         if saved.get(a.dest) is not None}  # null is no value
         except (OSError, ValueError, TypeError) as error:
             self.error(f"{path}: {error}")
         given = argparse.Namespace(**{k: v if v is not None else saved.get(k) for k, v in vars(first).items()})
@@ -130,9 +131,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def checked(self, path, action, value):
-        """-> a file's value for a flag, as if it had been given on the command line; None is no value"""
-        if value is None:
-            return value
+        """-> a file's value for a flag, as if it had been given on the command line"""
         if action.nargs == 0:
             fits = isinstance(value, bool)
         elif fits := isinstance(value, list) == (action.nargs not in (None, "?")):
@@ -140,7 +139,8 @@ class Parser(argparse.ArgumentParser):
             try:
                 if action.type:
                     items = [action.type(v if isinstance(v, str) else json.dumps(v)) for v in items]
-                fits = all(v in action.choices if action.choices else action.type or isinstance(v, str) for v in items)
+                fits = (action.nargs in (None, "?", len(items)) or action.nargs == "+" and items) and all(
+                    v in action.choices if action.choices else action.type or isinstance(v, str) for v in items)
                 value = items if isinstance(value, list) else items[0]
             except (ValueError, TypeError, argparse.ArgumentTypeError):
                 fits = False
