@@ -491,17 +491,27 @@ def statistics(model):
             for b in m.buffers(recurse=False)]
 
 
+def float_statistics(models):
+    """-> the batch-norm buffers of all models that are floats, and their values as one float64 tensor"""
+    buffers = [b for model in models for b in statistics(model) if b.is_floating_point()]
+    return buffers, torch.cat([b.double().flatten() for b in buffers] or [torch.zeros(0, dtype=torch.float64)])
+
+
 @torch.no_grad()
+def set_statistics(models, values):
+    """float_statistics' values into the buffers"""
+    buffers, _ = float_statistics(models)
+    for buffer, part in zip(buffers, values.split([b.numel() for b in buffers])):
+        buffer.copy_(part.view_as(buffer))
+
+
 def average_statistics(world, models):
     """Every process has seen other images; before evaluation their batch-norm statistics are averaged. In float64, so
     that averaging what is equal already changes no bit (a run stopped in its evaluation does it twice)."""
-    if world.size == 1:
-        return
-    buffers = [b for model in models for b in statistics(model) if b.is_floating_point()]
-    flat = torch.cat([b.double().flatten() for b in buffers])
-    dist.all_reduce(flat)
-    for buffer, values in zip(buffers, (flat / world.size).split([b.numel() for b in buffers])):
-        buffer.copy_(values.view_as(buffer))
+    buffers, values = float_statistics(models)
+    if world.size > 1 and buffers:
+        dist.all_reduce(values)
+        set_statistics(models, values / world.size)
 
 
 @torch.no_grad()
@@ -881,25 +891,18 @@ def save_training(path, model, ema, optimizer, scaler, progress, world, **fields
     statistics of its own: `model` and `ema` hold their mean, `statistics` each process's, and the run itself goes on
     untouched."""
     models = [model] + ([ema.model] if ema else [])
-    own = torch.cat([b.double().flatten().cpu() for m in models for b in statistics(m) if b.is_floating_point()])
-    everyone = world.gather(own)
+    everyone = world.gather(float_statistics(models)[1].cpu())
     totals = dict(zip(("loss_sum", "correct", "count", "skipped"),
                       world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))))
     if world.rank == 0:
         averaged = [copy.deepcopy(m) if world.size > 1 else m for m in models]
         if world.size > 1:
-            scatter_statistics(averaged, torch.stack(everyone).mean(0))
+            set_statistics(averaged, torch.stack(everyone).mean(0))
         save_checkpoint(path, averaged[0], optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict() if scaler else None, ema=averaged[1].state_dict() if ema else None,
                         ema_updates=ema.updates if ema else 0, statistics=everyone if world.size > 1 else None,
                         **{**progress, **totals}, **fields)
     world.barrier()
-
-
-def scatter_statistics(models, flat):
-    buffers = [b for m in models for b in statistics(m) if b.is_floating_point()]
-    for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers])):
-        buffer.copy_(values.view_as(buffer))
 
 
 def restore_training(path, model, ema, optimizer, scaler, progress, world, classes):
@@ -919,8 +922,7 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
         load_weights(ema.model, checkpoint["ema"], path)
         ema.updates = checkpoint["ema_updates"]
     if checkpoint["statistics"] is not None and len(checkpoint["statistics"]) == world.size:
-        with torch.no_grad():
-            scatter_statistics([model] + ([ema.model] if ema else []), checkpoint["statistics"][world.rank])
+        set_statistics([model] + ([ema.model] if ema else []), checkpoint["statistics"][world.rank])
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
         if scaler and checkpoint["scaler"]:
