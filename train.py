@@ -631,15 +631,16 @@ def check_corrupt(complaints, policy):
 class RunLog:
     """metrics.jsonl, the line on the terminal, curves.svg, and other tools' logs. Only rank 0 has one that writes."""
 
-    def __init__(self, out, args, world, resumed_step=None):
+    def __init__(self, out, args, world, resumed=None):
         self.on, self.out, self.path = world.rank == 0, out, os.path.join(out, "metrics.jsonl")
         self.records, self.sinks, self.live = [], [], sys.stderr.isatty()
         if not self.on:
             return
-        if resumed_step is not None and os.path.exists(self.path):  # a killed run has logged past its last checkpoint
+        if resumed and os.path.exists(self.path):  # a killed run has logged past its last checkpoint
             with open(self.path, encoding="utf-8") as f:
                 lines = [line for line in f if line.endswith("\n")]
-            self.records = [r for r in map(json.loads, lines) if r["step"] <= resumed_step]
+            self.records = [r for r in map(json.loads, lines) if r["step"] <= resumed["step"]
+                            and (r["event"] != "epoch" or r["epoch"] <= resumed["epoch"])]
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         self.file = open(self.path, "a", encoding="utf-8")
         self.add_sinks(args)
@@ -862,14 +863,15 @@ def open_run(args, world):
     """Checks and prepares --out; -> path of the checkpoint to resume from, or None."""
     last = os.path.join(args.out, "last.pt")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts: go on by oneself
-    args.resume = args.resume or ("auto" if restarted else None)
+    if restarted and (args.resume is None or os.path.exists(last)):
+        args.resume = "auto"
     if args.resume == "auto":
         path = last if os.path.exists(last) else None
     else:
         path = args.resume
         if path and not os.path.exists(path):
             raise UserError(f"--resume {path}: no such file")
-        if (os.path.isdir(args.out) and os.listdir(args.out) and not args.overwrite
+        if (os.path.isdir(args.out) and os.listdir(args.out) and not args.overwrite and not restarted
                 and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
             raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, "
                             "--out names another folder", code=2)
@@ -905,8 +907,9 @@ def save_training(path, model, ema, optimizer, scaler, progress, world, **fields
     world.barrier()
 
 
-def restore_training(path, model, ema, optimizer, scaler, progress, world, classes):
-    """Reads what save_training wrote into the given objects. Raises UserError if the run is another one."""
+def restore_training(path, model, ema, optimizer, scaler, progress, world, classes, args):
+    """Reads what save_training wrote into the given objects -> what the last evaluation found, if there was one. Raises
+    UserError if the run is another one."""
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path}: holds no training state (best.pt and foreign files do not); "
@@ -915,6 +918,11 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
         raise UserError(f"{path}: was trained on other classes than these {len(classes)}")
     if {**checkpoint["config"], "drop_path": 0, "dropout": 0} != {**model.config, "drop_path": 0, "dropout": 0}:
         raise UserError(f"{path}: holds another network: {checkpoint['config']}")
+    for key in ("opt", "best_by"):  # the optimizer's state and the best value so far mean nothing to another
+        saved = checkpoint["args"].get(key, getattr(args, key))
+        if saved != getattr(args, key):
+            raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved}, not {getattr(args, key)}",
+                            code=2)
     load_weights(model, checkpoint["model"], path)
     if (ema is None) != (checkpoint["ema"] is None):
         raise UserError(f"{path}: --model-ema-decay was {'on' if ema is None else 'off'} in this run", code=2)
@@ -924,7 +932,10 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     if checkpoint["statistics"] is not None and len(checkpoint["statistics"]) == world.size:
         set_statistics([model] + ([ema.model] if ema else []), checkpoint["statistics"][world.rank])
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        saved, groups = checkpoint["optimizer"], optimizer.state_dict()["param_groups"]
+        # decay and momentum are as this run's flags say
+        optimizer.load_state_dict(dict(saved, param_groups=[
+            dict(mine, params=theirs["params"]) for mine, theirs in zip(groups, saved["param_groups"], strict=True)]))
         if scaler and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError) as error:
@@ -933,6 +944,7 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
         progress[key] = checkpoint.get(key, progress[key])
     if world.rank:  # totals over all processes: rank 0 carries them on
         progress.update(loss_sum=0.0, correct=0.0, count=0.0, skipped=0)
+    return checkpoint["metrics"] or None
 
 
 def data_root(root, world):
@@ -1141,8 +1153,9 @@ def train(args, world, stop, plan=Plan()):
     progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0,
                     skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
     last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
+    result = None  # of the last evaluation
     if resume:
-        restore_training(resume, model, ema, optimizer, scaler, progress, world, classes)
+        result = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
         beside = os.path.join(os.path.dirname(resume), "best.pt")
         if os.path.abspath(beside) != os.path.abspath(best):  # another folder's run goes on in this one
             if not os.path.exists(beside):
@@ -1150,14 +1163,14 @@ def train(args, world, stop, plan=Plan()):
             elif world.rank == 0:
                 with open(beside, "rb") as f:
                     write_atomic(best, f.read())
-    log = RunLog(args.out, args, world, progress["step"] if resume else None)
+    log = RunLog(args.out, args, world, progress if resume else None)
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
     fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
 
-    def save(metrics=None):
+    def save():
         save_training(last, model, ema, optimizer, scaler, {**progress, **counted(window, progress)}, world,
-                      rng=dict(seed=args.seed), metrics=metrics, **fields)
+                      rng=dict(seed=args.seed), metrics=result, **fields)
 
     def diverged(why):
         left = last if os.path.exists(last) else "no checkpoint yet, and none"
@@ -1184,7 +1197,7 @@ def train(args, world, stop, plan=Plan()):
     val_batch = args.batch_size * 2
     val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
                                   workers, device)
-    result, stopped, corrupt = None, stop.poll(), set()
+    stopped, corrupt = stop.poll(), set()
     begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
     window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
     main = next(iter(plan.measures))
@@ -1213,8 +1226,8 @@ def train(args, world, stop, plan=Plan()):
         result = dict(score, epoch=epoch)
         if better and world.rank == 0:
             save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
-        save(metrics=result)
         log.write("epoch", **record)
+        save()
         measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
         measured += [f"{name} {score[k]:.2f}" for k, name in plan.measures.items()]
         log.say(f"epoch {epoch}/{args.epochs}: {' '.join(measured)} on validation; "
@@ -1237,13 +1250,15 @@ def train(args, world, stop, plan=Plan()):
         if plan.begin(model, epoch):
             net = None  # DDP's hooks go with it
             net = wrap(model, args, world, amp)
-        order.epoch, order.start = epoch, progress["seen"]
-        batches = iter(loader) if len(order) else iter(())
-        for _ in range(len(order) // args.accumulate):
+        # a run with a smaller global batch may have used more of the epoch than this one would
+        order.epoch, order.start = epoch, min(progress["seen"], order.steps * order.global_batch)
+        steps = len(order) // args.accumulate
+        batches = iter(loader) if steps else iter(())
+        for left in reversed(range(steps)):
             at = epoch + progress["seen"] / (order.steps * order.global_batch)
             lr = lr_at(at, args, peak)
             for group in optimizer.param_groups:
-                group["lr"] = lr * group.get("lr_share", 1.0)  # absent in last.pt from before it was there
+                group["lr"] = lr * group["lr_share"]
             waiting = time.perf_counter()
             micro = [next(batches) for _ in range(args.accumulate)]
             window["wait"] += time.perf_counter() - waiting
@@ -1275,8 +1290,7 @@ def train(args, world, stop, plan=Plan()):
             window["correct"].append(correct)
             window["samples"] += samples
             done += samples * world.size
-            if (progress["step"] % args.log_every == 0 or len(order) == 0
-                    or progress["seen"] >= order.steps * order.global_batch):
+            if progress["step"] % args.log_every == 0 or not left:
                 flush_window(window, progress, log, order, epoch, lr, device, world, args, "top1" in plan.measures)
             if args.save_every and progress["step"] % args.save_every == 0 and not progress["skips"]:
                 save()
@@ -1313,8 +1327,6 @@ def train(args, world, stop, plan=Plan()):
     if bad:
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
     seconds = time.perf_counter() - begin
-    if result is None:  # resumed a finished run
-        result = load_checkpoint(resume)["metrics"]
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
     return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
                 best_epoch=progress["best_epoch"], **{f"last_{k}": result[k] for k in list(plan.measures)[:1]},

@@ -6,6 +6,7 @@ drop-path, RandAugment. The network is a narrow one, so that a step takes millis
 its width."""
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -63,6 +64,19 @@ def straight(tiny, tmp_path_factory):
             assert done.returncode == 0, done.stderr[-3000:]
             runs[processes] = out
         return runs[processes]
+    return get
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, tmp_path_factory):
+    """Copies a run that was stopped after 7 of the 10 steps of its second epoch -> the copy."""
+    first = tmp_path_factory.mktemp("stopped") / "r"
+
+    def get(run, out):
+        if not first.exists():
+            done = run(*flags(tiny, first, "--workers", 0), before=kill_after(17, "SIGTERM"))
+            assert done.returncode == 75, done.stderr[-3000:]
+        return shutil.copytree(first, out)
     return get
 
 
@@ -191,6 +205,63 @@ def test_a_run_goes_on_in_another_folder_with_its_best_network(run, tiny, tmp_pa
     assert done.returncode == 0 and (tmp_path / "third" / "best.pt").exists(), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("flag, value, before", [("--opt", "adamw", "nesterov"), ("--best-by", "loss", "top1")])
+def test_what_a_resumed_run_cannot_change_is_refused(run, tiny, tmp_path, stopped, flag, value, before):
+    done = run("--resume", "--out", stopped(run, tmp_path / "r"), flag, value, "--workers", 0)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"last.pt: was trained with {flag} {before}, not {value}" in done.stderr.splitlines()[-1]
+
+
+def test_a_resumed_run_decays_and_moves_as_its_flags_say(run, tiny, tmp_path, stopped):
+    out = stopped(run, tmp_path / "r")
+    done = run("--resume", "--out", out, "--weight-decay", 0.5, "--momentum", 0.25, "--workers", 0)
+    assert done.returncode == 0, done.stderr[-2000:]
+    groups = torch.load(out / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [(g["weight_decay"], g["momentum"]) for g in groups] == [(0.5, 0.25), (0.0, 0.25)]
+
+
+@pytest.mark.parametrize("batch, steps", [(8, 1), (30, 0)])  # of the epoch's 50 images 35 have been used
+def test_a_run_goes_on_with_another_batch_size(run, tiny, tmp_path, stopped, batch, steps):
+    out = stopped(run, tmp_path / "r")
+    done = run("--resume", "--out", out, "--batch-size", batch, "--log-every", 5, "--workers", 0)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 17 + steps
+    last = [r for r in records(out) if r["event"] == "step"][-1]
+    assert steps == 0 or last["step"] == 18  # what is left of the epoch is in its training loss
+
+
+def test_a_run_is_ended_by_fewer_epochs(run, tiny, tmp_path, stopped):
+    out = stopped(run, tmp_path / "r")
+    done = run("--resume", "--out", out, "--epochs", 1, "--workers", 0)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    result, (epoch,) = json.loads(done.stdout.splitlines()[-1]), [r for r in records(out) if r["event"] == "epoch"]
+    assert (result["epochs"], result["top1"], result["last_top1"]) == (1, epoch["top1"], epoch["top1"])
+
+
+@pytest.mark.parametrize("where", ["RunLog.write", "save_training"])
+def test_a_kill_at_the_end_of_an_epoch_neither_loses_nor_doubles_its_line(run, tiny, tmp_path, where):
+    out = tmp_path / "r"
+    killer = f"""
+real, saves = train.{where}, [0]
+def killing(*a, **k):
+    saves[0] += 1
+    if a[1:2] == ("epoch",) or a[0] == {str(out / "last.pt")!r} and saves[0] == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return real(*a, **k)
+train.{where} = killing
+"""
+    done = run(*flags(tiny, out, "--save-every", 5, "--workers", 0), before=killer)
+    assert done.returncode == -signal.SIGKILL and torch.load(out / "last.pt", weights_only=True)["step"] == 10
+    done = run("--resume", "--out", out, "--workers", 0)
+    assert done.returncode == 0 and [r["epoch"] for r in records(out) if r["event"] == "epoch"] == [1, 2], done.stderr
+
+
+def test_a_restarted_run_that_began_with_another_goes_on_from_its_own(run, tiny, tmp_path, stopped):
+    other, out = stopped(run, tmp_path / "other"), stopped(run, tmp_path / "r")
+    done = run(*flags(tiny, out, "--resume", other / "last.pt", "--workers", 0),
+               env=dict(TORCHELASTIC_RESTART_COUNT="1"))
+    assert done.returncode == 0 and f"resumed {out}/last.pt at epoch 1, step 17" in done.stderr, done.stderr[-2000:]
+
+
 def test_patience_lasts_no_longer_by_asking_again(run, tiny, tmp_path):
     out = tmp_path / "r"
     for more in ((), ("--resume",), ("--resume",)):
@@ -239,7 +310,6 @@ def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
 
 
 def test_corrupt_training_files(run, tiny, tmp_path):
-    import shutil
     shutil.copytree(tiny, tmp_path / "d")
     victim = tmp_path / "d" / "train" / "ring" / "0002.jpg"
     victim.write_bytes(b"not an image")
