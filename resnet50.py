@@ -496,31 +496,37 @@ def batch_norm_affine(bn):
     return scale, bn.bias.double() - bn.running_mean.double() * scale
 
 
+def fold_norm(model, step):
+    """-> float64 (O, C, kh, kw), (O): a convolution's weights and bias with its batch-norm folded in, the first one's
+    for pixels 0 to 255 less their mean"""
+    scale, shift = batch_norm_affine(model.get_submodule(step.bn))
+    weight = model.get_submodule(step.name).weight.double() * scale.view(-1, 1, 1, 1)
+    if step.x == "pixels":
+        weight = weight / (255 * torch.tensor(model.preprocess["std"], dtype=torch.float64).view(1, -1, 1, 1))
+    return weight, shift
+
+
 def bf16_program(model):
     """ResNet50 without attention -> its steps in bfloat16 as csrc.plan.build_plan takes them, batch-norms, mean and std
     of the pixels folded into the weights. Padding is the mean colour in whole steps of 1/255, as in the int8 one."""
-    def fold(step):
-        conv, (scale, shift) = model.get_submodule(step.name), batch_norm_affine(model.get_submodule(step.bn))
-        return conv, conv.weight.double() * scale.view(-1, 1, 1, 1), shift
-
     def describe(step):
         row = dict(kind=step.kind, x=step.x, residual=step.residual, x2=step.x2, out=step.name)
-        if step.kind == "linear":
-            fc = model.get_submodule(step.name)
-            return dict(row, weight=fc.weight.bfloat16(), bias=fc.bias.float())
-        if step.kind != "conv":
+        if step.kind not in ("conv", "linear"):
             return row
-        conv, weight, bias = fold(step)
+        module = model.get_submodule(step.name)
+        if step.kind == "linear":
+            return dict(row, weight=module.weight.bfloat16(), bias=module.bias.float())
+        weight, bias = fold_norm(model, step)
         if step.folded:
-            other, weight2, bias2 = fold(step.folded)
-            row.update(weight2=weight2.bfloat16(), stride2=other.stride[0])
+            weight2, bias2 = fold_norm(model, step.folded)
+            row.update(weight2=weight2.bfloat16(), stride2=model.get_submodule(step.folded.name).stride[0])
             bias = bias + bias2
         if step.x == "pixels":
-            mean, std = (255 * torch.tensor(model.preprocess[k], dtype=torch.float64) for k in ("mean", "std"))
-            weight = weight / std.view(-1, 1, 1)
+            mean = 255 * torch.tensor(model.preprocess["mean"], dtype=torch.float64)
             bias = bias + (weight * (mean.round() - mean).view(-1, 1, 1)).sum((1, 2, 3))
             row["centre"] = mean.round().to(torch.uint8)
-        return dict(row, weight=weight.bfloat16(), bias=bias.float(), stride=conv.stride[0], padding=conv.padding[0])
+        return dict(row, weight=weight.bfloat16(), bias=bias.float(), stride=module.stride[0],
+                    padding=module.padding[0])
     return [describe(step) for step in fold_downsample(flatten(model))]
 
 
@@ -947,16 +953,6 @@ def quantize_classifier(model):
     return result.to(memory_format=torch.channels_last).eval()
 
 
-def fold_norm(model, step):
-    """-> float64 (O, C, kh, kw), (O): a convolution's weights and bias with its batch-norm folded in, the first one's
-    for pixels 0 to 255 less their mean"""
-    scale, shift = batch_norm_affine(model.get_submodule(step.bn))
-    weight = model.get_submodule(step.name).weight.double() * scale.view(-1, 1, 1, 1)
-    if step.x == "pixels":
-        weight = weight / (255 * torch.tensor(model.preprocess["std"], dtype=torch.float64).view(1, -1, 1, 1))
-    return weight, shift
-
-
 @torch.no_grad()
 def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
     """Post-training quantization of a float ResNet50 on the CPU -> Int8ResNet50. `ranges`, or what observe() says of
@@ -1352,6 +1348,14 @@ def device_name(text):
     return text
 
 
+def find_device(name):
+    """A name that device_name lets pass -> torch.device; UserError where PyTorch has none of that name"""
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: PyTorch sees {count or 'no'} CUDA device{'s' * (count != 1)} here", code=2)
+    return device
+
+
 def add_model_args(parser):
     """The flags that every script with a --checkpoint shares; a checkpoint from elsewhere carries no config."""
     group = parser.add_argument_group("network")
@@ -1556,7 +1560,7 @@ def get_args_parser():
 
 
 def main(args):
-    device = torch.device(args.device)
+    device = find_device(args.device)
     model, _, source = load_model(args)
     if model is None:
         config = dict(stride_on=args.stride_on, attention=args.attention, stem=args.stem, num_classes=args.num_classes)

@@ -43,6 +43,7 @@ from resnet50 import (
     between,
     cpu_isa,
     device_name,
+    find_device,
     finite,
     fraction,
     fuse,
@@ -185,9 +186,9 @@ def add_training_args(p):
     g.add_argument("--batch-size", type=batch_size, metavar="N",
                    help="images per process and forward pass; 'auto': the largest that fits")
     g.add_argument("--accumulate", type=positive, default=1, metavar="N", help="forward passes per optimizer step")
-    g.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N",
+    g.add_argument("--workers", type=between(0), default=max(1, min(8, (os.cpu_count() or 1) // local)), metavar="N",
                    help="loader threads; processes where augmentations follow the crop")
-    g.add_argument("--shuffle-chunk", type=int, default=0, metavar="N",
+    g.add_argument("--shuffle-chunk", type=between(0), default=0, metavar="N",
                    help="use N neighbouring images near to one another, so that a pack larger than memory is read in "
                         f"pieces of N; {data.MIXED} such chunks are mixed (default: every image by itself)")
     g.add_argument("--val-split", type=float, metavar="F",
@@ -251,10 +252,10 @@ def add_training_args(p):
     g.add_argument("--class-weights", choices=("none", "balanced"), default="none",
                    help="balanced: inverse class frequency")
     g.add_argument("--clip-grad-norm", type=amount, default=0.0, metavar="NORM")
-    g.add_argument("--model-ema-decay", type=float, default=0.0, metavar="D",
+    g.add_argument("--model-ema-decay", type=below_one, default=0.0, metavar="D",
                    help="moving average of the weights: share kept per update")
     g.add_argument("--model-ema-steps", type=positive, default=1, metavar="STEPS", help="steps per update")
-    g.add_argument("--swa-start", type=float, metavar="F",
+    g.add_argument("--swa-start", type=below_one, metavar="F",
                    help="from this share of the epochs on evaluate and save the mean of their weights")
     g = add_model_args(p)
     g.add_argument("--drop-path", type=below_one, metavar="P",
@@ -273,7 +274,7 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank, self.local_size = (int(os.environ.get("LOCAL_RANK", 0)),
                                             int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.device, self.control = torch.device(device), None
+        self.device, self.control = find_device(device), None
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.local_rank if self.device.index is None else self.device.index)
             torch.cuda.set_device(self.device)
@@ -349,8 +350,8 @@ class Stop:
 # ----------------------------------------------------------------------------------------------- optimization
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose rate is scaled per layer by trust * |w| / |g + decay * w| (You et al., arXiv 1708.03888).
-    One-dimensional parameters are not scaled."""
+    """SGD with momentum whose rate is scaled per layer by trust * |w| / (|g| + decay * |w|) (You et al., arXiv
+    1708.03888). One-dimensional parameters are not scaled."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
@@ -361,8 +362,9 @@ class LARS(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 update = p.grad.add(p, alpha=group["weight_decay"])
                 if p.ndim > 1:
-                    weight, gradient = p.norm(), update.norm()
-                    update.mul_(torch.where((weight > 0) & (gradient > 0), group["trust"] * weight / gradient, 1.0))
+                    weight, gradient = p.norm(), p.grad.norm()
+                    ratio = group["trust"] * weight / (gradient + group["weight_decay"] * weight)
+                    update.mul_(torch.where((weight > 0) & (gradient > 0), ratio, 1.0))
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
@@ -458,7 +460,7 @@ def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
         p = target if target.ndim == 2 else F.one_hot(target, logits.shape[1]).to(logits.dtype)
         p = p * (1 - smoothing) + smoothing / logits.shape[1]
         if kind == "bce":  # summed over classes: the gradient's size does not fall with their number
-            return F.binary_cross_entropy_with_logits(logits, p, weights, reduction="sum") / len(logits)
+            return F.binary_cross_entropy_with_logits(logits, p, reduction="sum") / len(logits)
         log = logits.log_softmax(1)  # focal loss, arXiv 1708.02002
         terms = p * (1 - log.exp()) ** gamma * log
         return -(terms if weights is None else terms * weights).sum() / len(logits)
@@ -982,6 +984,8 @@ def eval_only(args, world):
         raise UserError(f"--amp-dtype {args.amp_dtype}: takes a float network, {source} is {model.precision}", code=2)
     if args.fused:
         model, amp = fuse(model, amp or torch.float32), None  # it casts by itself
+    if args.compile:
+        model.compile()
     dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
     size = 32 if args.batch_size == "auto" else args.batch_size
     if world.rank == 0:
@@ -1019,6 +1023,8 @@ def make_model(args, classes):
 
 def prepare(model, args):
     """What the flags ask of a network in training -> the network"""
+    if "arch" in model.config and (args.grad_checkpointing or args.fused_bn):
+        raise UserError("--grad-checkpointing and --fused-bn are ResNet-50's", code=2)
     model.grad_checkpointing = args.grad_checkpointing
     for module in model.modules() if args.fused_bn else ():
         if isinstance(module, nn.BatchNorm2d):
@@ -1052,28 +1058,22 @@ def wrap(model, args, world, amp):
 def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
-    if not 0 <= args.model_ema_decay < 1:
-        refuse(f"--model-ema-decay {args.model_ema_decay}: must lie in [0, 1)")
-    if args.swa_start is not None and (args.model_ema_decay or not 0 <= args.swa_start < 1):
-        refuse(f"--swa-start {args.swa_start:g}: must lie in [0, 1), and goes without --model-ema-decay")
+    if args.swa_start is not None and args.model_ema_decay:
+        refuse("--swa-start and --model-ema-decay exclude each other")
     if args.compile and args.grad_checkpointing:
         refuse("--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)")
     if args.loss == "bce" and args.class_weights != "none":
         refuse("--class-weights works with --loss ce and focal")
     if args.balanced and args.repeated_aug > 1:
         refuse("--balanced and --repeated-aug exclude each other")
-    if args.shuffle_chunk < 0 or args.shuffle_chunk and args.balanced:
-        refuse("--shuffle-chunk takes a number from 1, and excludes --balanced, which draws images one by one")
+    if args.balanced and args.shuffle_chunk:
+        refuse("--shuffle-chunk excludes --balanced, which draws images one by one")
     if args.sync_bn and args.fused_bn:
         refuse("--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)")
     if args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         refuse("--sync-bn: PyTorch has synchronised batch-norm on CUDA only")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        refuse(f"--device {args.device}: PyTorch sees no CUDA device here")
     if args.fused and not args.eval_only:
         refuse("--fused goes with --eval-only")
-    if args.workers < 0:
-        refuse(f"--workers {args.workers}: must not be negative")
     if args.progressive and not (args.progressive[0] >= 16 and 0 <= args.progressive[1] <= args.progressive[2] <= 1):
         refuse(f"--progressive {' '.join(f'{v:g}' for v in args.progressive)}: PX must be at least 16, and FROM and TO "
                "lie in [0, 1], in this order")
@@ -1381,7 +1381,10 @@ def run_processes(args, work):
         stop = None if args.eval_only else Stop(world)
         result = work(world, stop)
         return result if world.rank == 0 else None
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise UserError(f"--batch-size {args.batch_size}: leaves a batch-norm a single value per channel, at least "
+                            "2 are needed here", code=2) from error
         if "DataLoader worker" in str(error):  # killed: almost always shared memory
             raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
                             "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error

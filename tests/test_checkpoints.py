@@ -206,6 +206,9 @@ def test_torchvision_classifiers_are_trained_evaluated_and_summarized(tiny, tmp_
                   "--model-ema-decay", "0.9", "--image-size", "32", "--out", str(tmp_path / "o"), *exact)
     trained = resnet50.load_checkpoint(result["checkpoint"])
     assert trained["config"] == model.config and not torch.equal(trained["model"]["fc.weight"], model.fc.weight)
+    for flag in ("--grad-checkpointing", "--fused-bn"):
+        with pytest.raises(UserError, match=f"{flag}.* ResNet-50's"):
+            call(train, "--data", tiny, "--checkpoint", path, "--out", str(tmp_path / "no"), flag)
     scored = call(train, "--eval-only", "--data", tiny, "--workers", "0", "--checkpoint", result["checkpoint"], *exact)
     assert scored["images"] == 29 and scored["top1"] == result["top1"]
     capsys.readouterr()

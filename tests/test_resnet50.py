@@ -365,5 +365,9 @@ def test_command_line(tmp_path):
     done = call("--checkpoint", str(tmp_path / "none.pt"))
     assert done.returncode == 3 and done.stderr.strip().splitlines() == [
         f"resnet50.py: error: {tmp_path}/none.pt: No such file or directory"]
+    if not torch.cuda.is_available():
+        done = call("--device", "cuda")  # the last one named counts
+        assert done.returncode == 2 and done.stderr == "resnet50.py: error: --device cuda: PyTorch sees no CUDA " \
+            "devices here\n"
     assert (call("--weights", "NOPE").returncode == 2
             and call("--attention", "split", "--stride-on", "1x1").returncode == 2)

@@ -80,7 +80,8 @@ def test_a_config_holds_what_the_command_line_takes(key, value, tmp_path, capsys
     ("--momentum", ("-1", "1")), ("--rotation", ("-5",)), ("--color-jitter", ("-1",)), ("--repeated-aug", ("0", "-2")),
     ("--weight-decay", ("-1",)), ("--lr-base-size", ("-5",)), ("--clip-grad-norm", ("-1",)), ("--hflip", ("7",)),
     ("--focal-gamma", ("-3",)), ("--crop-scale", ("2", "0")), ("--ra-magnitude", ("99", "1.5")),
-    ("--patience", ("-1",)),
+    ("--patience", ("-1",)), ("--model-ema-decay", ("1",)), ("--swa-start", ("-0.5", "1")), ("--workers", ("-1",)),
+    ("--shuffle-chunk", ("-1",)),
     ("--lr-warmup-decay", ("-1",)), ("--seed", ("99999999999999999999", "-1")), ("--device", ("foo", "mps", "cuda:x")),
     ("--epochs", ("0", "1.5")), ("--save-every", ("-1",)), ("--batch-size", ("0", "all"))])
 def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
@@ -95,10 +96,11 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
     (["--epochs", 0], "at least 1"), (["--recipe", "best"], "invalid choice"),
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"),
-    (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--shuffle-chunk", -1], "a number from 1"),
+    (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--batch-size", 1], "--batch-size 1: leaves a"),
     (["--device", "cuda:7"], "no CUDA device"), (["--progressive", 0, 0, 1], "--progressive 0 0 1: PX"),
     (["--progressive", 32, 0.5, 0.2], "in this order"),
-    (["--model-ema-decay", 1], "[0, 1)"), (["--num-classes", 7], "--num-classes 7: the data has 10"),
+    (["--swa-start", 0, "--model-ema-decay", 0.9], "exclude"),
+    (["--num-classes", 7], "--num-classes 7: the data has 10"),
     (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
     (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1")])
 def test_what_cannot_be_honoured_is_refused(flags, complaint, tiny, tmp_path, run):
@@ -174,7 +176,7 @@ def test_lars_and_lamb_against_a_plain_loop(name):
             if name == "lars":
                 u = g + decay * w[i]
                 if p.ndim > 1:
-                    u = u * 0.001 * w[i].norm() / u.norm()
+                    u = u * 0.001 * w[i].norm() / (g.norm() + decay * w[i].norm())
                 m[i] = 0.9 * m[i] + u
                 w[i] = w[i] - 0.1 / t * m[i]
             else:
@@ -304,6 +306,19 @@ def test_eval_only_needs_a_checkpoint_and_names_both_ways(tiny, tmp_path, run):
     done = run("--eval-only", "--data", tiny, "--out", tmp_path / "o")
     assert (done.returncode == 3 and "python train.py" in done.stderr and "--checkpoint" in done.stderr
             and "Traceback" not in done.stderr)
+
+
+def test_eval_only_compiles_what_it_scores(scored, tiny, tmp_path, run):
+    """The compiler takes a minute: a stand-in says that it was asked, for the network that is then called."""
+    before = """
+def compile(self):
+    self._compiled_call_impl = lambda *a: print("compiled", file=sys.stderr) or self._call_impl(*a)
+train.nn.Module.compile = compile
+"""
+    flags = ["--eval-only", "--checkpoint", scored[0], "--data", tiny, "--workers", 0, "--out", tmp_path / "o"]
+    plain, compiled = run(*flags, before=before), run(*flags, "--compile", before=before)
+    assert "compiled" not in plain.stderr and "compiled" in compiled.stderr, compiled.stderr
+    assert json.loads(compiled.stdout)["top1"] == json.loads(plain.stdout)["top1"]
 
 
 def test_imagenet_weights_score_as_stated(shared):
