@@ -228,7 +228,7 @@ def add_training_args(p):
                    help="short side before that crop (8/7 of it; below 128 px the crop itself)")
     g.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
     g.add_argument("--progressive", type=float, nargs=3, metavar=("PX", "FROM", "TO"),
-                   help="train at PX until the share FROM of the epochs, growing to --image-size at TO")
+                   help="train at PX (rounded to 16) until the share FROM of the epochs, growing to --image-size at TO")
     g.add_argument("--tta", action="store_true", help="evaluate on the mean of the image and its mirror image")
     data.add_augment_args(p)
     g = p.add_argument_group("optimization")
@@ -551,6 +551,7 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
     """One optimizer step over `batches`, a list of (uint8 pixels, labels) on the device. `net` is `model` or a wrapper
     of it. -> (loss, correct predictions: device tensors summed over the batches; True if the step was applied).
     A non-finite gradient applies nothing: weights, optimizer and batch-norm statistics stay as they were."""
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # which passes everything through
     before = [b.clone() for b in statistics(model)]
     loss_sum = correct = 0
     for i, (pixels, labels) in enumerate(batches):
@@ -558,23 +559,21 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
         with contextlib.nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync():
             loss, right = forward(net, model, pixels, labels, loss_fn, mixer, amp)
             loss = loss / len(batches)
-            (scaler.scale(loss) if scaler else loss).backward()
+            scaler.scale(loss).backward()
         loss_sum = loss_sum + loss.detach()
         correct = correct + right
-    if scaler:
-        scaler.unscale_(optimizer)
+    scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     finite = bool(torch.isfinite(norm))  # waits for the device, once a step; the price of never applying a NaN
     if finite:
         if clip:
             nn.utils.clip_grads_with_norm_([p for g in optimizer.param_groups for p in g["params"]], clip, norm)
-        scaler.step(optimizer) if scaler else optimizer.step()
+        scaler.step(optimizer)
     else:
         for buffer, value in zip(statistics(model), before):
             buffer.copy_(value)
-    if scaler:
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss_sum, correct, finite
 
@@ -648,27 +647,26 @@ class RunLog:
         self.add_sinks(args)
 
     def add_sinks(self, args):
-        numbers = lambda r: {k: v for k, v in r.items() if isinstance(v, (int, float)) and k != "step"}  # noqa: E731
+        def numbers(r, between="/"):
+            return {f"{r['event']}{between}{k}": v for k, v in r.items() if isinstance(v, (int, float)) and k != "step"}
         try:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(os.path.join(self.out, "tensorboard"))
-                self.sinks.append(lambda r: [writer.add_scalar(f"{r['event']}/{k}", v, r["step"])
-                                             for k, v in numbers(r).items()] + [writer.flush()])
+                self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in numbers(r).items()]
+                                  + [writer.flush()])
             if args.mlflow:
                 import mlflow
                 mlflow.start_run(run_name=self.out)
                 mlflow.log_params({k: str(v)[:250] for k, v in vars(args).items()})
-                self.sinks.append(lambda r: mlflow.log_metrics({f"{r['event']}.{k}": v for k, v in numbers(r).items()},
-                                                               step=r["step"]))
+                self.sinks.append(lambda r: mlflow.log_metrics(numbers(r, "."), step=r["step"]))
             if args.wandb:
                 import wandb
                 run = wandb.init(mode="offline", dir=self.out, project="resnet50", config=vars(args))
-                self.sinks.append(lambda r: run.log({f"{r['event']}/{k}": v for k, v in numbers(r).items()},
-                                                    step=r["step"]))
+                self.sinks.append(lambda r: run.log(numbers(r), step=r["step"]))
         except ImportError as error:
-            package = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}.get(
-                (error.name or "").split(".")[0], "tensorboard")
+            name = (error.name or "").split(".")[0]
+            package = name if name in ("mlflow", "wandb") else "tensorboard"
             raise UserError(f"--{package}: pip install {package} ({error})", code=2) from error
 
     def say(self, text):
@@ -1130,7 +1128,9 @@ def train(args, world, stop, plan=Plan()):
     device = world.device
     resume = open_run(args, world)
     files, val_files, classes, wnids, notes = plan.open(args, world)
-    model, amp = plan.model(args, classes), amp_dtype(args, device)
+    # resuming needs last.pt alone, not what the run began with
+    begun = dict(checkpoint=resume, weights=None) if resume and (args.checkpoint or args.weights) else {}
+    model, amp = plan.model(argparse.Namespace(**{**vars(args), **begun}), classes), amp_dtype(args, device)
     if device.type == "cpu" and not args.compile:
         flatten_1x1(model)
     model = model.to(device, memory_format=torch.channels_last).train()
