@@ -935,7 +935,8 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
         saved, groups = checkpoint["optimizer"], optimizer.state_dict()["param_groups"]
         # decay and momentum are as this run's flags say
         optimizer.load_state_dict(dict(saved, param_groups=[
-            dict(mine, params=theirs["params"]) for mine, theirs in zip(groups, saved["param_groups"], strict=True)]))
+            dict(mine, params=theirs["params"], lr=theirs["lr"])
+            for mine, theirs in zip(groups, saved["param_groups"], strict=True)]))
         if scaler and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError) as error:
