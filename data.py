@@ -38,7 +38,7 @@ import zlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
 import csrc
 from resnet50 import UserError, above_zero, amount, between, fraction, positive, run_script
@@ -48,6 +48,13 @@ TRAIN_FORMATS = FORMATS + ("BMP", "GIF", "PPM", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 VAL_NAMES = ("val", "valid", "validation")
 DEMO = "runs/demo"
+# by orientation tag; ImageOps.exif_transpose also writes the tags anew, and fails where others are damaged
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+                        Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), 2))
+# damaged EXIF blocks warn for thousands of good ImageNet files; catch_warnings() around each would not do: left by
+# threads in another order than entered, it silences everything for good
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -59,19 +66,18 @@ def decode(data, formats=TRAIN_FORMATS, exif=False, short_side=None):
     keeps `short_side` pixels. Raises ValueError for what is damaged, cut short, or in none of `formats`; nothing is
     repaired in silence."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged EXIF blocks warn for thousands of good ImageNet files
-            image = Image.open(io.BytesIO(data), formats=formats)
-            if image.format in ("JPEG", "MPO") and not jpeg_ends(data):  # MPO: a JPEG that others follow
-                raise ValueError("cut short: no end-of-image marker")
-            if short_side:
-                image.draft(None, (short_side, short_side))
-            image.load()
-            if exif:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I") or image.mode == "F":
-                image = grey16(image)
-            return image if image.mode == "RGB" else image.convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if image.format in ("JPEG", "MPO") and not jpeg_ends(data):  # MPO: a JPEG that others follow
+            raise ValueError("cut short: no end-of-image marker")
+        if short_side:
+            image.draft(None, (short_side, short_side))
+        image.load()
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation)) if exif else None
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = grey16(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"not an image in any of {', '.join(formats)}") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, IndexError, TypeError, KeyError,
@@ -90,7 +96,7 @@ def jpeg_ends(data):
 
 def grey16(image):
     """Modes I;16, I and F hold 16-bit grey (PNG, TIFF); PIL's own conversion to 8 bits would saturate at 255."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))  # float TIFFs may have NaN where there is nothing
     if image.mode == "F" and values.max(initial=0) <= 1:
         values = values * 65535
     return Image.fromarray((values.clip(0, 65535) / 256).astype(np.uint8))
@@ -207,7 +213,7 @@ class Pack:
         for row in range(len(index)) if turns else np.flatnonzero(self.seen[index] == 0):
             try:
                 record = self.record(index[row])
-                if turns and has_exif(record[:1 << 16].tobytes()):
+                if turns and has_exif(record.tobytes()):
                     seen[row] = 0
             except ValueError:
                 seen[row] = 0
@@ -512,7 +518,7 @@ class Files:
         places = torch.tensor([[i, 0, len(p)] for i, p in enumerate(parts)])
         seen = csrc.jpeg_sizes(files, places).numpy()
         if exif:
-            seen[[has_exif(p[:1 << 16].tobytes()) for p in parts]] = 0
+            seen[[has_exif(p.tobytes()) for p in parts]] = 0
         places[torch.from_numpy(seen[:, 0] == 0), 2] = 0
         return files, places, torch.zeros(len(parts), 2, dtype=torch.int64), seen
 
@@ -755,7 +761,8 @@ class Transform:
 
 
 def has_exif(content):
-    return content.find(b"Exif\0\0", 0, 1 << 16) >= 0
+    """Whether a file may say how to turn it: in EXIF, or in XMP alone"""
+    return b"Exif\0\0" in content or b"tiff:Orientation" in content
 
 
 def uniform(seeds, count):

@@ -5,6 +5,8 @@ import contextlib
 import io
 import os
 import tarfile
+import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -104,6 +106,52 @@ def test_exif_orientation(orientation):
     from PIL import ImageOps
     assert plain.size == (37, 23) and np.array_equal(
         np.asarray(turned), np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))))
+
+
+def test_a_damaged_tag_beside_the_orientation_refuses_no_image():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "software"
+    encoded = encode(picture(), "JPEG", exif=exif)
+    at = encoded.index(b"\x01\x31\0\x02")
+    bad = encoded[:at + 2] + b"\0\x05" + encoded[at + 4:]  # text that is said to be fractions
+    assert np.array_equal(data.decode(bad, exif=True), data.decode(encoded, exif=True))
+
+
+def test_every_path_finds_an_orientation():
+    """Behind 64 KiB of other metadata, or in XMP alone, where Pillow reads it too"""
+    from PIL import ImageOps
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    behind = encode(picture(), "JPEG", exif=exif)
+    behind = behind[:2] + (b"\xff\xed\xea\x60" + bytes(59998)) * 2 + behind[2:]
+    transform = data.eval_transform(dict(PREPROCESS, resize=16, crop=16))
+    for content in (behind, encode(picture(), "JPEG", xmp=b'<rdf:Description tiff:Orientation="6"/>')):
+        turned = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+        assert turned.size == (23, 37)
+        assert torch.equal(transform.encoded(content, exif=True), transform(turned))
+
+
+def test_decoding_in_threads_leaves_warnings_as_they_were(monkeypatch):
+    """One picture is begun, another one too, and the first is done before it"""
+    inner, first, second = data.Image.open, threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        if threading.current_thread() is threads[0]:
+            first.set()
+            second.wait(5)
+        else:
+            first.wait(5)
+            second.set()
+            threads[0].join(5)
+        return inner(*args, **options)
+    monkeypatch.setattr(data.Image, "open", slow)
+    before = list(warnings.filters)
+    threads = [threading.Thread(target=data.decode, args=(encode(picture(), "PNG"),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert warnings.filters == before
 
 
 # ---------------------------------------------------------------------------------------------------- folders
