@@ -51,6 +51,10 @@ def test_float_tiff():
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     got = np.asarray(data.decode(encode(Image.fromarray(values), "TIFF")))[..., 0]
     assert abs(got / 255 - values).max() < 0.01
+    holed = values.copy()
+    holed[0, 3] = np.nan
+    other = np.asarray(data.decode(encode(Image.fromarray(holed), "TIFF")))[..., 0]
+    assert other[0, 3] == 0 and (other == got).sum() == 63
 
 
 def test_formats_are_limited_by_content_not_name():
@@ -110,10 +114,10 @@ def test_exif_orientation(orientation):
 
 def test_a_damaged_tag_beside_the_orientation_refuses_no_image():
     exif = Image.Exif()
-    exif[0x0112], exif[0x0131] = 6, "software"
+    exif[0x0112], exif[0x011A] = 6, 72.0  # the resolution, a fraction
     encoded = encode(picture(), "JPEG", exif=exif)
-    at = encoded.index(b"\x01\x31\0\x02")
-    bad = encoded[:at + 2] + b"\0\x05" + encoded[at + 4:]  # text that is said to be fractions
+    assert encoded.count(b"\x01\x1a\0\x05") == 1
+    bad = encoded.replace(b"\x01\x1a\0\x05", b"\x01\x31\0\x05")  # becomes the software's name, which is text
     assert np.array_equal(data.decode(bad, exif=True), data.decode(encoded, exif=True))
 
 
