@@ -329,6 +329,11 @@ def packed(path, mode, side, quality, exif):
         return f"{path}: {error}", None, None
 
 
+def packed_all(paths, **how):
+    """packed() of each: a message between processes for every image would take as long as a small image does"""
+    return [packed(p, **how) for p in paths]
+
+
 def with_restarts(content):
     """A JPEG file -> the same with restart markers, so that what lies outside a crop need not be decoded; others as
     they are"""
@@ -344,16 +349,17 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
         raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")
     if shards > len(names):
         raise UserError(f"--shards {shards}: {root} has {len(names)} images", code=2)
-    states = [os.stat(os.path.join(root, n)) for n in names]
-    about = [mode, side, quality, exif, skip, shards, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
+    about = [mode, side, quality, exif, skip, shards, [[n, *size_and_time(os.path.join(root, n))] for n in names]]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
     log, index, parts = out + ".part.log", out + ".part", shard_names(out, shards)
     rows, complaints, done, kept = read_log(log, parts or [index], digest)
     if not kept and (found := [p for p in parts if os.path.exists(p)]):
         raise UserError(f"{found[0]}: exists, and is none of this pack's", code=2)
     csrc.load()  # once, before there are processes
-    work = functools.partial(packed, mode=mode, side=side, quality=quality, exif=exif)
-    paths = (os.path.join(root, n) for n in names[done:])
+    work = functools.partial(packed_all, mode=mode, side=side, quality=quality, exif=exif)
+    pool = functools.partial(concurrent.futures.ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"),
+                             initializer=start_packer)
+    paths = [os.path.join(root, n) for n in names[done:]]
     try:
         with contextlib.ExitStack() as stack:
             notes = stack.enter_context(open(log, "r+" if kept else "w"))
@@ -362,8 +368,9 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
             if not kept:
                 notes.write(json.dumps(digest) + "\n")
                 notes.flush()
-            results = map(work, paths) if not workers else stack.enter_context(
-                multiprocessing.get_context("fork").Pool(workers, start_packer)).imap(work, paths, 16)
+            made = stack.enter_context(contextlib.closing(
+                in_order(pool, workers, work, (paths[k:k + 4] for k in range(0, len(paths), 4)))))
+            results = itertools.chain.from_iterable(made)
             f, at, size = None, None, sum(r[1] for r in rows)
             while done < len(names):
                 block, bad = [], []
@@ -394,9 +401,21 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                                       shards=shards))
         os.replace(index, out)
         os.unlink(log)
+    except concurrent.futures.BrokenExecutor as error:  # without memory the system kills the largest
+        raise UserError(f"{out}: a process that packs was killed; the same command goes on, with fewer --workers if "
+                        "memory was short") from error
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); the same command goes on") from error
     return dict(images=len(rows), corrupt=len(complaints), bytes=sum(os.path.getsize(p) for p in [out, *parts]))
+
+
+def size_and_time(path):
+    """-> size and time of change of a file, zeros for a link to none: reading it will say so"""
+    try:
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
+    except OSError:
+        return 0, 0
 
 
 def shard_names(out, shards):
@@ -408,6 +427,7 @@ def open_part(path, rows, shard, before):
     if before:
         before.flush()
         os.fsync(before.fileno())
+        before.close()
     end = next((r[0] + r[1] for r in reversed(rows) if r[5] == shard), 0)
     f = open(path, "r+b" if end else "wb")
     if not end:
@@ -419,9 +439,11 @@ def open_part(path, rows, shard, before):
 
 
 def start_packer():
-    """Ctrl-C is its parent's affair; SIGTERM must end it, whatever handler it inherits, or terminate() never returns"""
+    """Ctrl-C is its parent's affair; SIGTERM and its parent's death must end it, whatever it inherits"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def read_log(log, parts, digest):
@@ -987,10 +1009,27 @@ def eval_batches(n, batch_size, rank=0, world=1):
     return [[(0, i, 0) for i in mine[b:b + batch_size]] for b in range(0, len(mine), batch_size)]
 
 
+def in_order(pool, workers, function, items):
+    """function(item) of each in their order, by the threads or processes of pool(workers), ahead of the reader. One
+    more is prepared each time that the reader had to wait, up to two per worker, so that memory has a bound."""
+    if not workers:
+        yield from map(function, items)
+        return
+    pool, items, ahead, depth = pool(workers), iter(items), collections.deque(), workers + 1
+    try:
+        while True:
+            ahead.extend(pool.submit(function, i) for i in itertools.islice(items, depth - len(ahead)))
+            if not ahead:
+                return
+            depth = min(depth + (not ahead[0].done()), 2 * workers)
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 class Threads:
     """The batches of a data set in their order, made by threads ahead of the reader. They decode without Python's
-    lock and hand over what they made, uncopied. One more is prepared each time that the reader had to wait, up to two
-    per thread. Memory that is not pinned is used again once nobody has a batch from it."""
+    lock and hand over what they made, uncopied. Memory that is not pinned is used again once nobody has a batch of it."""
 
     def __init__(self, images, batches, workers, pin):
         self.images, self.batches, self.workers, self.pin = images, batches, workers, pin
@@ -1001,21 +1040,8 @@ class Threads:
         return len(self.batches)
 
     def __iter__(self):
-        keys = iter(self.batches)
-        if not self.workers:
-            yield from (self.images.batch(k, self.empty) for k in keys)
-            return
-        pool, ahead, depth = concurrent.futures.ThreadPoolExecutor(self.workers), collections.deque(), self.workers + 1
-        try:
-            while True:
-                ahead.extend(pool.submit(self.images.batch, k, self.empty)
-                             for k in itertools.islice(keys, depth - len(ahead)))
-                if not ahead:
-                    return
-                depth = min(depth + (not ahead[0].done()), max(2 * self.workers, 2))
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        make = functools.partial(self.images.batch, empty=self.empty)
+        return in_order(concurrent.futures.ThreadPoolExecutor, self.workers, make, self.batches)
 
     def empty(self, *size, dtype):
         if self.pin:  # kept and used again by PyTorch, which knows of the copies under way

@@ -1,5 +1,6 @@
 """Packs: what is in them against the folder they were made of, everywhere a folder goes, and everything that is wrong
 with one."""
+import concurrent.futures
 import json
 import os
 import re
@@ -85,6 +86,31 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, p
     monkeypatch.setattr(data, "packed", lambda path, inner=data.packed, **k: read.append(path) or inner(path, **k))
     pack(folder, out, *MODES[mode], "--workers", 0)
     assert len(read) == 104 - 40 and out.read_bytes() == wanted and sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_processes_that_are_killed(folder, packs, tmp_path, run):
+    """Packers end with their parent, whose output they hold open, and it with them. Then it goes on."""
+    flags = ["--pack", folder, "--out", tmp_path / "x", *MODES["raw"], "--workers", 2]
+    kill = "script.BLOCK = 20\nos.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
+    assert run(*flags, script="data.py", before=kill, timeout=60).returncode == -signal.SIGKILL
+    kill = "script.BLOCK = 20\ninner = script.packed\ndef packed(path, **how):\n" \
+           "    if path.endswith('tall.bmp'): os.kill(os.getpid(), signal.SIGKILL)\n    return inner(path, **how)\n" \
+           "script.packed = packed\n"
+    done = run(*flags, script="data.py", before=kill, timeout=60)
+    assert done.returncode == 3 and "a process that packs was killed" in done.stderr.splitlines()[-1]
+    pack(*flags[1:4:2], *flags[4:])
+    with open(packs["raw"], "rb") as f:
+        assert (tmp_path / "x").read_bytes() == f.read()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_no_more_is_made_ahead_than_memory_has_a_bound_for(workers):
+    begun, read = [], 0
+    items = (begun.append(i) or i for i in range(50))
+    for result in data.in_order(concurrent.futures.ThreadPoolExecutor, workers, lambda i: i * i, items):
+        assert result == read ** 2 and len(begun) - read <= 2 * workers + 1
+        read += 1
+    assert read == 50
 
 
 class Killed(BaseException):
@@ -361,6 +387,14 @@ def test_images_that_do_not_decode(folder, tmp_path):
     found = pack(root, tmp_path / "x", "--raw", 16, "--workers", 2, "--on-corrupt", "skip")
     assert found["images"] == 104 and found["corrupt"] == 1
     assert len(data.open_folder(str(tmp_path / "x"))[0]) == 74
+
+
+def test_links_to_nothing_are_files_that_do_not_decode(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "set")
+    os.symlink("nowhere.jpg", tmp_path / "set" / "train" / "disk" / "link.jpg")
+    with pytest.raises(UserError, match="disk/link.jpg: .*No such file.*--on-corrupt skip"):
+        pack(tmp_path / "set", tmp_path / "x", "--raw", 16, "--workers", 0)
+    assert pack(tmp_path / "set", tmp_path / "x", "--raw", 16, "--workers", 0, "--on-corrupt", "skip")["corrupt"] == 1
 
 
 def test_a_lossless_pack_keeps_files_whose_pixels_restart_markers_would_change(folder, tmp_path, monkeypatch):
