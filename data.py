@@ -127,6 +127,8 @@ class Pack:
         length = int(self.bytes[-tail:-len(MAGIC)].view("<u8")[0])
         try:
             self.head = json.loads(self.bytes[-tail - length:-tail].tobytes())
+            if self.head.pop("check", None) not in (None, check_of(self.head)):  # the first packs have none
+                raise ValueError("head")
             for name, kind in {**COLUMNS, "order": "<u4", "names": "u1"}.items():
                 offset, size = self.head["columns"][name]
                 part = self.bytes[offset:offset + size]
@@ -481,10 +483,14 @@ def write_index(f, rows, head):
         f.write(bytes(-f.tell() % 64))
         head["columns"][name], head["checks"][name] = [f.tell(), values.nbytes], zlib.crc32(values.tobytes())
         f.write(values.tobytes())
-    content = json.dumps(head, sort_keys=True).encode()
+    content = json.dumps(dict(head, check=check_of(head)), sort_keys=True).encode()
     f.write(content + struct.pack("<Q", len(content)) + MAGIC)
     f.flush()
     os.fsync(f.fileno())
+
+
+def check_of(head):
+    return zlib.crc32(json.dumps(head, sort_keys=True).encode())
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -585,8 +591,10 @@ def images_below(root, folder=""):
     pack, inner = pack_of(root)
     if pack:
         return pack.below(inner, folder)
+    def fail(error):
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     names = []
-    for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True):
+    for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True, onerror=fail):
         subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
         names += [os.path.normpath(os.path.join(os.path.relpath(path, root), f)) for f in sorted(files)
                   if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
@@ -669,9 +677,10 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
         return train, val, classes, wnids, notes
     if eval_only and val_split is None and not split:
         return None, train, classes, wnids, notes
-    if not 0 < (val_split or 0.1) < 1:
-        raise UserError(f"--val-split {val_split}: must lie between 0 and 1", code=2)
-    chosen = hash_split(train, val_split or 0.1)
+    share = 0.1 if val_split is None else val_split
+    if not 0 < share < 1:
+        raise UserError(f"--val-split {share}: must lie between 0 and 1", code=2)
+    chosen = hash_split(train, share)
     if chosen.all() or not chosen.any():
         raise UserError(f"{train.root}: {len(train)} images are too few to split, give a val/ folder")
     notes.append(f"{root}: no val/, {chosen.sum()} of {len(train)} images held out by a hash of their names")
@@ -973,8 +982,9 @@ class Order:
         if self.balanced:
             weights = 1.0 / torch.from_numpy(np.bincount(self.labels)[self.labels]).double()
             # inverse-CDF sampling: torch.multinomial stops at 2^24 classes and is slower
-            points = torch.rand(total, generator=generator, dtype=torch.float64) * weights.sum()
-            order = torch.searchsorted(weights.cumsum(0), points).clamp_(max=n - 1).numpy()
+            ends = weights.cumsum(0)
+            points = torch.rand(total, generator=generator, dtype=torch.float64) * ends[-1]
+            order = torch.searchsorted(ends, points).numpy()
             position = np.argsort(order, kind="stable")
             first = np.searchsorted(order[position], order[position])
             repeat = np.empty(total, dtype=np.int64)
@@ -1029,7 +1039,7 @@ def in_order(pool, workers, function, items):
 
 class Threads:
     """The batches of a data set in their order, made by threads ahead of the reader. They decode without Python's
-    lock and hand over what they made, uncopied. Memory that is not pinned is used again once nobody has a batch of it."""
+    lock and hand over what they made, uncopied. Memory that is not pinned is used again once no batch is in it."""
 
     def __init__(self, images, batches, workers, pin):
         self.images, self.batches, self.workers, self.pin = images, batches, workers, pin
@@ -1185,17 +1195,21 @@ def make_demo(root=DEMO, train=220, val=60):
     if os.path.isdir(root):
         return root
     temporary = f"{root}.{os.getpid()}.tmp"
-    for split, count in (("train", train), ("val", val)):
-        for label, name in enumerate(DEMO_CLASSES):
-            folder = os.path.join(temporary, split, name)
-            os.makedirs(folder)
-            for i in range(count):
-                rng = np.random.default_rng([split == "val", label, i])
-                Image.fromarray(draw(name, rng)).save(os.path.join(folder, f"{i:04d}.jpg"), quality=90)
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process's of the same number, as containers give them
     try:
+        for split, count in (("train", train), ("val", val)):
+            for label, name in enumerate(DEMO_CLASSES):
+                folder = os.path.join(temporary, split, name)
+                os.makedirs(folder)
+                for i in range(count):
+                    rng = np.random.default_rng([split == "val", label, i])
+                    Image.fromarray(draw(name, rng)).save(os.path.join(folder, f"{i:04d}.jpg"), quality=90)
         os.rename(temporary, root)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
+    except OSError as error:
+        if not os.path.isdir(root):  # no other process was first
+            raise UserError(f"{root}: not written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 
@@ -1207,15 +1221,18 @@ def read_mat(buffer, at=0):
     kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4",
              7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
 
-    def element(at):  # -> type, payload, next
-        kind, size = struct.unpack_from("<II", buffer, at)
-        if kind >> 16:  # up to four bytes packed into the tag
-            return kind & 0xFFFF, buffer[at + 4:at + 4 + (kind >> 16)], at + 8
-        return kind, buffer[at + 8:at + 8 + size], at + 8 + size + (-size % 8 if kind != 15 else 0)
+    def elements(buffer, at=0):  # -> types and payloads
+        while at + 8 <= len(buffer):
+            kind, size = struct.unpack_from("<II", buffer, at)
+            if kind >> 16:  # up to four bytes packed into the tag
+                yield kind & 0xFFFF, buffer[at + 4:at + 4 + (kind >> 16)]
+                at += 8
+            else:
+                yield kind, buffer[at + 8:at + 8 + size]
+                at += 8 + size + (-size % 8 if kind != 15 else 0)
 
     def matrix(payload):
-        parts = []
-        inner = read_mat_elements(payload)
+        inner = elements(payload)
         flags = struct.unpack_from("<I", next(inner)[1])[0] & 0xFF
         dims = np.frombuffer(next(inner)[1], "<i4")
         next(inner)  # name
@@ -1232,19 +1249,8 @@ def read_mat(buffer, at=0):
         return ("".join(map(chr, values)) if flags == 4
                 else values.reshape(dims, order="F") if values.size == dims.prod() else values)
 
-    def read_mat_elements(payload):
-        nonlocal buffer
-        outer, buffer = buffer, payload
-        found, at = [], 0
-        while at + 8 <= len(payload):
-            kind, data, at = element(at)
-            found.append((kind, data))
-        buffer = outer
-        return iter(found)
-
     values = []
-    while at + 8 <= len(buffer):
-        kind, payload, at = element(at)
+    for kind, payload in elements(buffer, at):
         if kind == 15:  # compressed
             values += read_mat(zlib.decompress(payload))
         elif kind == 14:
@@ -1287,28 +1293,27 @@ def import_imagenet(archives, out, labels=None):
     try:
         wnid_of = val_wnids(archives, labels)
         with tarfile.open(os.path.join(archives, "ILSVRC2012_img_train.tar")) as outer:
-            for inner_member in outer:
+            for inner_member in filter(tarfile.TarInfo.isfile, outer):
                 wnid = os.path.splitext(os.path.basename(inner_member.name))[0]
                 with tarfile.open(fileobj=outer.extractfile(inner_member)) as inner:
-                    for member in inner:
-                        if member.isfile():
-                            extract(inner.extractfile(member), os.path.join(out, "train", wnid), member.name)
-                            counts["train"] += 1
+                    for member in filter(tarfile.TarInfo.isfile, inner):
+                        extract(inner.extractfile(member), os.path.join(out, "train", wnid), member.name)
+                        counts["train"] += 1
                 print(f"\r{wnid} {counts['train']} images", end="", file=sys.stderr)
         with tarfile.open(os.path.join(archives, "ILSVRC2012_img_val.tar")) as val:
-            for member in val:
-                if member.isfile():
-                    name = os.path.basename(member.name)
-                    if name not in wnid_of:
-                        raise UserError(f"{archives}: no label for {name}")
-                    extract(val.extractfile(member), os.path.join(out, "val", wnid_of[name]), name)
-                    counts["val"] += 1
+            for member in filter(tarfile.TarInfo.isfile, val):
+                name = os.path.basename(member.name)
+                if name not in wnid_of:
+                    raise UserError(f"{archives}: no label for {name}")
+                extract(val.extractfile(member), os.path.join(out, "val", wnid_of[name]), name)
+                counts["val"] += 1
         print(file=sys.stderr)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; --import-imagenet wants ILSVRC2012_img_train.tar, "
                         "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz in one folder "
                         "(or --val-labels FILE for the last)") from error
-    except (tarfile.TarError, zlib.error, struct.error, EOFError, StopIteration, KeyError) as error:
+    except (tarfile.TarError, zlib.error, struct.error, EOFError, StopIteration, LookupError, ValueError, TypeError,
+            AttributeError) as error:  # the last ones: what meta.mat holds is something else
         raise UserError(f"{archives}: damaged or unexpected archive ({type(error).__name__}: {error})") from error
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from error
@@ -1386,7 +1391,7 @@ def check_pack(path):
 
 
 JOBS = {  # and the flags that each reads; without any it describes
-    "info": (), "import_imagenet": ("out", "val_labels", "val_split"), None: ("data", "val_split"),
+    "info": (), "import_imagenet": ("out", "val_labels"), None: ("data", "val_split"),
     "pack": ("out", "lossless", "max_side", "raw", "quality", "shards", "exif", "workers", "on_corrupt", "overwrite")}
 
 
@@ -1409,6 +1414,10 @@ def main(args):
         import_imagenet(args.import_imagenet, args.out, args.val_labels)
     root = args.out or args.data or make_demo()
     train, val, classes, _, notes = open_folder(root, val_split=args.val_split)
+    other = collections.Counter(os.path.splitext(f)[1] or f for _, _, files in os.walk(root, followlinks=True)
+                                for f in files if not f.lower().endswith(EXTENSIONS))
+    if other:
+        notes.append(f"{root}: ignored {', '.join(f'{n} {kind}' for kind, n in other.most_common(9))}")
     for note in notes:
         print(note, file=sys.stderr)
     for name, files in (("train", train), ("val", val)):

@@ -2,6 +2,7 @@
 import argparse
 import collections
 import contextlib
+import errno
 import io
 import os
 import tarfile
@@ -218,6 +219,30 @@ def test_split_by_hash_is_stable(tmp_path):
     assert len(data.open_folder(root, eval_only=True)[1]) == 150
     with pytest.raises(UserError, match="has its own val"):
         data.open_folder(make(tmp_path / "v", {"train/a": 1, "val/a": 1}), val_split=0.3)
+    for share in (0, 1, -0.1, float("nan")):
+        with pytest.raises(UserError, match=f"--val-split {share}: must lie between"):
+            data.open_folder(root, val_split=share)
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    root, inner = make(tmp_path, {"train/a": 2, "train/a/deep": 2, "val/a": 1}), os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return inner(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="train/a/deep: Permission denied"):
+        data.open_folder(root)
+
+
+def test_what_is_ignored_is_said(tmp_path, capsys):
+    root = make(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "train/.git": 1})
+    for name in ("a/1.heic", "a/2.heic", "b/notes.txt"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    data.main(data.get_args_parser().parse_args(["--data", root]))
+    said = capsys.readouterr().err
+    assert f"{root}: ignored 2 .heic, 1 .txt\n" in said and "hidden folder .git ignored" in said
 
 
 def test_files_keep_any_name():
@@ -581,10 +606,22 @@ def test_demo_is_deterministic_and_too_hard_for_a_linear_model(tmp_path):
     assert ((v @ weights).argmax(1) == w).float().mean() < 0.6
 
 
+def test_demo_after_a_kill_and_where_it_cannot_be_written(tmp_path):
+    left = tmp_path / f"demo.{os.getpid()}.tmp" / "train" / "checks"
+    left.mkdir(parents=True)
+    (left / "0009.jpg").write_bytes(b"")
+    data.make_demo(str(tmp_path / "demo"), 2, 1)
+    assert os.listdir(tmp_path) == ["demo"] and len(os.listdir(tmp_path / "demo" / "train" / "checks")) == 2
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="file/demo: not written .Not a directory"):
+        data.make_demo(str(tmp_path / "file" / "demo"), 1, 1)
+
+
 def tar(path, members, mode="w"):
     with tarfile.open(path, mode) as t:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
+            info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
             info.size = len(content)
             t.addfile(info, io.BytesIO(content))
 
@@ -592,10 +629,10 @@ def tar(path, members, mode="w"):
 @pytest.fixture
 def archives(tmp_path):
     """ILSVRC2012 in small: two classes whose ILSVRC ids are not in the order of their wnids."""
-    jpeg, inner = encode(picture(), "JPEG"), {}
+    jpeg, inner = encode(picture(), "JPEG"), {"train/": b""}  # some have the folder as an entry
     for wnid in ("n01440764", "n02119789"):
         tar(tmp_path / "inner.tar", {f"{wnid}_{i}.JPEG": jpeg for i in (18, 7)})
-        inner[f"{wnid}.tar"] = (tmp_path / "inner.tar").read_bytes()
+        inner[f"train/{wnid}.tar"] = (tmp_path / "inner.tar").read_bytes()
     os.unlink(tmp_path / "inner.tar")
     tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
     tar(tmp_path / "ILSVRC2012_img_val.tar", {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg for i in (1, 2, 3)})
@@ -643,7 +680,16 @@ def test_imagenet_mistakes(archives, run):
     done = run("--import-imagenet", archives, "--out", archives / "out", script="data.py")
     assert (done.returncode == 3 and "ILSVRC2012_devkit_t12.tar.gz: no such file" in done.stderr
             and done.stderr.count("\n") == 1)
-    assert run("--import-imagenet", archives, script="data.py").returncode == 2
+    for flags, said in ((["--import-imagenet", archives], "needs --out"),
+                        (["--import-imagenet", archives, "--out", "x", "--val-split", 0.1], "no --val-split with it")):
+        with pytest.raises(UserError, match=said) as caught:
+            data.main(data.get_args_parser().parse_args([str(f) for f in flags]))
+        assert caught.value.code == 2
+    for content in (b"", b"no matrices, but bytes enough for a header" * 9):
+        tar(archives / "ILSVRC2012_devkit_t12.tar.gz", {"kit/data/meta.mat": content,
+            "kit/data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}, "w:gz")
+        with pytest.raises(UserError, match="unexpected archive"):
+            data.import_imagenet(str(archives), str(archives / "out"))
     (archives / "labels").write_text("ILSVRC2012_val_00000001.JPEG n01440764\n")
     with pytest.raises(UserError, match="no label for ILSVRC2012_val_00000002.JPEG"):
         data.import_imagenet(str(archives), str(archives / "out"), str(archives / "labels"))
