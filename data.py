@@ -57,6 +57,12 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
+def progress(text, last=False):
+    """On a terminal one line, drawn anew until the last"""
+    live = sys.stderr.isatty()
+    print(f"\r\x1b[K{text}" if live else text, end="" if live and not last else "\n", file=sys.stderr, flush=True)
+
+
 # --------------------------------------------------------------------------------------------------- decoding
 
 def decode(data, formats=TRAIN_FORMATS, exif=False, short_side=None):
@@ -163,15 +169,23 @@ class Pack:
         blob, ends = self.names.tobytes(), self.end.tolist()
         return [os.fsdecode(blob[a:b]) for a, b in zip([0] + ends, ends)]
 
+    @functools.cached_property
+    def spans(self):
+        """{folder: (its first image, behind its last)}, with those of the folders in it, which follow one another"""
+        spans, end = {}, 0
+        for folder, names in itertools.groupby(self.all_names, os.path.dirname):
+            begin, end = end, end + sum(1 for _ in names)
+            parts = folder.split("/")
+            for parent in {"", *("/".join(parts[:k + 1]) for k in range(len(parts)))}:
+                spans[parent] = spans.get(parent, (begin,))[0], end
+        return spans
+
     def folders(self, inner):
-        at = len(inner) + 1 if inner else 0
-        parts = {name[at:].split("/", 1)[0] for name in self.all_names
-                 if name.startswith(inner and inner + "/") and "/" in name[at:]}
-        return sorted(parts)
+        return sorted(os.path.basename(f) for f in self.spans if f and os.path.dirname(f) == inner)
 
     def below(self, inner, folder):
-        at, inside = len(inner) + 1 if inner else 0, "/".join(p for p in (inner, folder) if p)
-        return [name[at:] for name in self.all_names if name.startswith(inside and inside + "/")]
+        begin, end = self.spans.get("/".join(p for p in (inner, folder) if p), (0, 0))
+        return [name[len(inner) + 1 if inner else 0:] for name in self.all_names[begin:end]]
 
     def find(self, name):
         """-> position of an image, or None"""
@@ -275,7 +289,7 @@ def is_folder(path):
     if os.path.isdir(path):
         return True
     pack, inner = pack_of(path)
-    return bool(pack) and (not inner or any(n.startswith(inner + "/") for n in pack.all_names))
+    return bool(pack) and (not inner or inner in pack.spans)
 
 
 def read(path):
@@ -395,8 +409,7 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                 rows += block
                 complaints += bad
                 size += sum(r[1] for r in block)
-                print(f"\r{done} of {len(names)} images, {size / 1e9:.2f} GB", end="", file=sys.stderr)
-            print(file=sys.stderr)
+                progress(f"{done} of {len(names)} images, {size / 1e9:.2f} GB", last=done == len(names))
             if parts or f is None:
                 f = stack.enter_context(open_part(index, [] if parts else rows, 0, f))
             write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif,
@@ -1299,7 +1312,7 @@ def import_imagenet(archives, out, labels=None):
                     for member in filter(tarfile.TarInfo.isfile, inner):
                         extract(inner.extractfile(member), os.path.join(out, "train", wnid), member.name)
                         counts["train"] += 1
-                print(f"\r{wnid} {counts['train']} images", end="", file=sys.stderr)
+                progress(f"{wnid} {counts['train']} images")
         with tarfile.open(os.path.join(archives, "ILSVRC2012_img_val.tar")) as val:
             for member in filter(tarfile.TarInfo.isfile, val):
                 name = os.path.basename(member.name)
@@ -1307,7 +1320,7 @@ def import_imagenet(archives, out, labels=None):
                     raise UserError(f"{archives}: no label for {name}")
                 extract(val.extractfile(member), os.path.join(out, "val", wnid_of[name]), name)
                 counts["val"] += 1
-        print(file=sys.stderr)
+        progress(f"{counts['train']} and {counts['val']} images", last=True)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; --import-imagenet wants ILSVRC2012_img_train.tar, "
                         "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz in one folder "

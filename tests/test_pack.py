@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -111,6 +112,16 @@ def test_no_more_is_made_ahead_than_memory_has_a_bound_for(workers):
         assert result == read ** 2 and len(begun) - read <= 2 * workers + 1
         read += 1
     assert read == 50
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_progress_is_lines_or_on_a_terminal_one_line(live, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "BLOCK", 40)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: live, raising=False)
+    pack(folder, tmp_path / "x", "--raw", 16, "--workers", 0)
+    said = capsys.readouterr().err
+    assert said.count("\n") == (1 if live else 3) and said.count("\r") == (3 if live else 0)
+    assert said.endswith("104 of 104 images, 0.00 GB\n")
 
 
 class Killed(BaseException):
@@ -224,6 +235,25 @@ def test_training_on_a_lossless_pack_is_training_on_the_folder(tiny, run, tmp_pa
     assert results[0] == results[1] != results[2]  # another order, another network
     states = [torch.load(tmp_path / f"out{i}" / "last.pt", weights_only=True)["model"] for i in (0, 1)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_folders_of_a_pack_are_those_of_the_file_system(tmp_path, monkeypatch):
+    """With names that sort otherwise than their paths do; and names are gone through once, not once for each folder"""
+    for name in ("a/x.jpg", "a-b/y.jpg", "a/c/z.jpg", "a/c/d/e/v.jpg", "a/c-/w.jpg", "B/a/u.jpg", "top.jpg"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 2)).save(tmp_path / "set" / name)
+    pack(tmp_path / "set", tmp_path / "x", "--raw", 16, "--workers", 0)
+    there, looks = data.open_pack(str(tmp_path / "x")), []
+    monkeypatch.setattr(there, "all_names", type("Names", (list,), {
+        "__iter__": lambda self: looks.append(1) or list.__iter__(self)})(there.all_names), raising=False)
+    for inner in ("", "a", "a/c", "a/c/d", "a/c/d/e", "B", "none", "top.jpg", "a/x.jpg"):
+        ours, theirs = (str(tmp_path / root / inner) for root in ("x", "set"))
+        assert data.is_folder(ours) == data.is_folder(theirs), inner
+        if data.is_folder(theirs):
+            assert data.list_classes(ours) == data.list_classes(theirs)
+            for folder in ("", *data.list_classes(theirs)[0]):
+                assert data.images_below(ours, folder) == data.images_below(theirs, folder)
+    assert len(looks) == 1
 
 
 def test_a_flat_folder_splits_as_before(folder, tmp_path):
