@@ -549,12 +549,10 @@ class Files:
             return self.pack.content(self.in_pack(index), exif)
         parts = []
         for i in index:
-            try:
-                parts.append(np.fromfile(self.path(i), np.uint8))
-            except OSError:
-                parts.append(np.empty(0, np.uint8))
-            if not len(parts[-1]):
-                parts[-1] = np.zeros(1, np.uint8)  # no JPEG
+            part = ()
+            with contextlib.suppress(OSError):
+                part = np.fromfile(self.path(i), np.uint8)
+            parts.append(part if len(part) else np.zeros(1, np.uint8))  # no JPEG
         files = [torch.from_numpy(p) for p in parts]
         places = torch.tensor([[i, 0, len(p)] for i, p in enumerate(parts)])
         seen = csrc.jpeg_sizes(files, places).numpy()
@@ -913,13 +911,7 @@ class Images(torch.utils.data.Dataset):
 
     def __init__(self, files, transform_at, seed=0, exif=False, replace=False):
         self.files, self.seed, self.exif, self.replace = files, seed, exif, replace
-        self.transform_at, self.cached = transform_at, (None, None)  # epoch -> transform
-
-    def transform(self, epoch):
-        cached = self.cached  # by threads that may be at different epochs
-        if cached[0] != epoch:
-            self.cached = cached = epoch, self.transform_at(epoch)
-        return cached[1]
+        self.transform = functools.lru_cache(2)(transform_at)  # of an epoch; threads may be at different ones
 
     def __getitem__(self, key):
         complaint, index = None, key[1]
@@ -1137,14 +1129,10 @@ def host_loader(dataset, batches, workers, pin):
 
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-        collate_fn=as_it_is if whole else getattr(dataset, "collate", collate),
+        collate_fn=(lambda batch: batch) if whole else getattr(dataset, "collate", collate),
         persistent_workers=workers > 0, worker_init_fn=start_worker,
         generator=torch.Generator(),  # or it draws from ours
         multiprocessing_context="fork" if workers else None)
-
-
-def as_it_is(batch):
-    return batch
 
 
 def make_mixer(mixup_alpha, cutmix_alpha, classes):

@@ -67,17 +67,21 @@ def test_a_pack_is_the_folder(mode, folder, packs):
     assert info["images"] == 104 and info["mode"] == mode and info["bytes"] == os.path.getsize(packs[mode])
 
 
+def killed_at(call, block):
+    """Code for run(): notes are taken every `block` images, and SIGKILL comes behind that call of fsync"""
+    return f"script.BLOCK = {block}\ninner, left = os.fsync, [{call}]\ndef fsync(fd):\n    inner(fd)\n" \
+           "    left[0] -= 1\n    if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, packs, tmp_path, run, monkeypatch):
     pack(folder, tmp_path / "one", *MODES[mode], "--workers", 0)
     with open(packs[mode], "rb") as a, open(tmp_path / "one", "rb") as b:
         wanted = a.read()
         assert wanted == b.read()
-    kill = "import data\ndata.BLOCK = 20\ninner = os.fsync\ncount = [0]\ndef fsync(fd):\n    inner(fd)\n" \
-           "    count[0] += 1\n    if count[0] == 3: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
     out = tmp_path / "two"
     flags = ["--pack", folder, "--out", out, *MODES[mode], "--workers", 0]
-    assert run(*flags, script="data.py", before=kill).returncode == -signal.SIGKILL and not out.exists()
+    assert run(*flags, script="data.py", before=killed_at(3, 20)).returncode == -signal.SIGKILL and not out.exists()
     with open(f"{out}.part", "ab") as f:
         f.write(b"what was being written")
     with open(f"{out}.part.log") as f:
@@ -92,8 +96,7 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, p
 def test_processes_that_are_killed(folder, packs, tmp_path, run):
     """Packers end with their parent, whose output they hold open, and it with them. Then it goes on."""
     flags = ["--pack", folder, "--out", tmp_path / "x", *MODES["raw"], "--workers", 2]
-    kill = "script.BLOCK = 20\nos.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)\n"
-    assert run(*flags, script="data.py", before=kill, timeout=60).returncode == -signal.SIGKILL
+    assert run(*flags, script="data.py", before=killed_at(1, 20), timeout=60).returncode == -signal.SIGKILL
     kill = "script.BLOCK = 20\ninner = script.packed\ndef packed(path, **how):\n" \
            "    if path.endswith('tall.bmp'): os.kill(os.getpid(), signal.SIGKILL)\n    return inner(path, **how)\n" \
            "script.packed = packed\n"
@@ -178,11 +181,10 @@ def test_shards_hold_the_same(folder, packs, tmp_path, run):
     (a, y, _), (b, z, _) = (i.batch(keys) for i in images)
     assert torch.equal(a, b) and torch.equal(y, z)
     for at in (1, 2, 3, 5, 6, 8, 9, 10, 11):  # of the calls of fsync, some of them within a shard
-        kill = "import data\ndata.BLOCK = 13\ninner = os.fsync\ncount = [0]\ndef fsync(fd):\n    inner(fd)\n" \
-               f"    count[0] += 1\n    if count[0] == {at}: os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
         out = tmp_path / f"at{at}"
         flags = ["--pack", folder, "--out", out, *MODES["raw"], "--workers", 0, "--shards", 5]
-        assert run(*flags, script="data.py", before=kill).returncode == -signal.SIGKILL and not out.exists()
+        done = run(*flags, script="data.py", before=killed_at(at, 13))
+        assert done.returncode == -signal.SIGKILL and not out.exists()
         data.main(data.get_args_parser().parse_args([str(f) for f in flags]))
         for n in ["one", *parts]:
             other = n.replace("one", f"at{at}")
@@ -214,8 +216,7 @@ def test_shards_hold_the_same(folder, packs, tmp_path, run):
 
 def test_other_settings_start_anew(folder, tmp_path, run):
     out = tmp_path / "x"
-    kill = "import data\ndata.BLOCK = 20\ndef fsync(fd):\n    os.kill(os.getpid(), signal.SIGKILL)\nos.fsync = fsync\n"
-    run("--pack", folder, "--out", out, "--raw", 30, "--workers", 0, script="data.py", before=kill)
+    run("--pack", folder, "--out", out, "--raw", 30, "--workers", 0, script="data.py", before=killed_at(1, 20))
     assert os.path.exists(f"{out}.part")
     pack(folder, out, "--raw", 20, "--workers", 0)
     assert data.load(f"{out}/val/ring/0000.jpg").size == (20, 20)

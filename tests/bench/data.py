@@ -46,7 +46,7 @@ def parse():
 
 
 def make_set(source, root, count=1000):
-    """Links to about `count` images, the same ones over and over, in class folders. -> where they are from"""
+    """Links to about `count` images, the same over and over or a few of many, in a class folder. -> their names"""
     os.makedirs(os.path.join(root, "a"))
     if not source:
         rng = np.random.default_rng(0)
@@ -57,6 +57,9 @@ def make_set(source, root, count=1000):
             Image.blend(coarse, fine, 0.3).save(os.path.join(root, f"{i}.jpg"), quality=90)
         source = root
     names = [n for n in data.images_below(source) if n.lower().endswith((".jpg", ".jpeg"))]
+    if not names:
+        sys.exit(f"{source}: no JPEGs")
+    names = names[::-(-len(names) // count)]
     for i in range(count // len(names) * len(names)):
         os.symlink(os.path.abspath(os.path.join(source, names[i % len(names)])), os.path.join(root, "a", f"{i:06}.jpg"))
     return names
