@@ -365,7 +365,10 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
         raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")
     if shards > len(names):
         raise UserError(f"--shards {shards}: {root} has {len(names)} images", code=2)
-    about = [mode, side, quality, exif, skip, shards, [[n, *size_and_time(os.path.join(root, n))] for n in names]]
+    paths = [os.path.join(root, n) for n in names]
+    # a link to nothing is looked at itself: it is among the files that do not decode
+    states = [os.stat(p, follow_symlinks=os.path.exists(p)) for p in paths]
+    about = [mode, side, quality, exif, skip, shards, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
     log, index, parts = out + ".part.log", out + ".part", shard_names(out, shards)
     rows, complaints, done, kept = read_log(log, parts or [index], digest)
@@ -375,7 +378,6 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     work = functools.partial(packed_all, mode=mode, side=side, quality=quality, exif=exif)
     pool = functools.partial(concurrent.futures.ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"),
                              initializer=start_packer)
-    paths = [os.path.join(root, n) for n in names[done:]]
     try:
         with contextlib.ExitStack() as stack:
             notes = stack.enter_context(open(log, "r+" if kept else "w"))
@@ -385,7 +387,7 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                 notes.write(json.dumps(digest) + "\n")
                 notes.flush()
             made = stack.enter_context(contextlib.closing(
-                in_order(pool, workers, work, (paths[k:k + 4] for k in range(0, len(paths), 4)))))
+                in_order(pool, workers, work, (paths[k:k + 4] for k in range(done, len(paths), 4)))))
             results = itertools.chain.from_iterable(made)
             f, at, size = None, None, sum(r[1] for r in rows)
             while done < len(names):
@@ -422,15 +424,6 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); the same command goes on") from error
     return dict(images=len(rows), corrupt=len(complaints), bytes=sum(os.path.getsize(p) for p in [out, *parts]))
-
-
-def size_and_time(path):
-    """-> size and time of change of a file, zeros for a link to none: reading it will say so"""
-    try:
-        state = os.stat(path)
-        return state.st_size, state.st_mtime_ns
-    except OSError:
-        return 0, 0
 
 
 def shard_names(out, shards):

@@ -80,9 +80,8 @@ def ours(root, workers):
         yield len(labels)
 
 
-def folder(root, transform, loader=None):
-    kinds = {} if loader is None else dict(loader=loader)
-    images = torchvision.datasets.ImageFolder(root, transform, **kinds)
+def folder(root, transform, loader=torchvision.datasets.folder.default_loader):
+    images = torchvision.datasets.ImageFolder(root, transform, loader=loader)
     while True:
         for pixels, labels in torch.utils.data.DataLoader(images, BATCH, shuffle=True, drop_last=True):
             yield len(labels)
@@ -129,16 +128,13 @@ def with_ffcv(root):
 
 
 def contenders(root):
-    def open_pillow(path):
-        return Image.open(path)
-
     def decode_jpeg(path):
         return torchvision.io.decode_image(torchvision.io.read_file(path), torchvision.io.ImageReadMode.RGB)
     usual = [v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip()]
     images = os.path.join(root, "set")
     found = {"torchvision": folder(images, v2.Compose([*usual, v2.PILToTensor()])),
              "decode_jpeg": folder(images, v2.Compose(usual), decode_jpeg),
-             "pillow": folder(images, crop_with_pillow, open_pillow), "folder": ours(images, 1)}
+             "pillow": folder(images, crop_with_pillow, Image.open), "folder": ours(images, 1)}
     for name, options in PACKS.items():
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
             data.make_pack(images, os.path.join(root, name), **options)
