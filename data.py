@@ -27,6 +27,7 @@ import mmap
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -120,8 +121,8 @@ class Pack:
     """One file with all images of a folder, memory-mapped: MAGIC, records, the columns of an index, a JSON head, its
     length as uint64 and MAGIC again. Columns have an entry per image in the order of names: offset, size, width, height
     and CRC-32 of its record, end of its name in `names`, number of the shard; and a hash of each name, sorted, with the
-    position it belongs to. Shards are files beside it, FILE.000 and so on, with the records. A record is an image file,
-    or uint8 (height, width, 3)."""
+    position it belongs to. `check` of the head is the CRC-32 of the rest of it. Shards are files beside it, FILE.000
+    and so on, with the records. A record is an image file, or uint8 (height, width, 3)."""
 
     def __init__(self, path):
         self.path = path
@@ -145,6 +146,9 @@ class Pack:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged index ({type(error).__name__}: {error})") from error
         if shards:
+            # a map keeps its file open, and the files that a process may have open, often 1024, are for others too
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + len(shards), hard), hard))
             self.maps = [mapped(p) for p in shards]
         self.parts = [np.frombuffer(m, np.uint8) for m in self.maps]
         for k, part in enumerate(shards):

@@ -1,9 +1,11 @@
 """Packs: what is in them against the folder they were made of, everywhere a folder goes, and everything that is wrong
 with one."""
 import concurrent.futures
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -212,6 +214,19 @@ def test_shards_hold_the_same(folder, packs, tmp_path, run):
         with pytest.raises(UserError, match=said):
             pack(folder, *flags, "--raw", 20)
     assert (tmp_path / "x.001").read_bytes() == b"mine"
+
+
+def test_shards_leave_room_for_other_files(folder, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(first := os.dup(0))  # the least that is free
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (first + 50, hard))
+        pack(folder, tmp_path / "x", "--raw", 16, "--workers", 0, "--shards", 60)
+        made = data.Pack(str(tmp_path / "x"))
+        for _ in range(30):
+            stack.enter_context(open(os.devnull))
+        assert len(made.maps) == 60
 
 
 def test_other_settings_start_anew(folder, tmp_path, run):
