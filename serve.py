@@ -15,6 +15,7 @@ import argparse
 import base64
 import contextlib
 import ctypes
+import gzip
 import hmac
 import http.server
 import io
@@ -419,16 +420,18 @@ class Stream:
         """The body of a Transfer-Encoding: chunked; Refusal 413 beyond `limit` bytes or 65,536 chunks"""
         body = bytearray()
         for _ in range(65536):
-            size = self.line(1024).split(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size):
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?", self.line(1024))
+            if not match:
                 raise ValueError("a chunk's size is no hexadecimal number")
-            size = int(size, 16)
+            size = int(match[1], 16)
             if len(body) + size > limit:
                 raise Refusal(413, f"the body is larger than {limit} bytes", close=True)
             if size == 0:
                 for _ in range(HEADERS):  # trailers, which nobody here asks for
-                    if not self.line(LINE_BYTES):
+                    if not (line := self.line(LINE_BYTES)):
                         return bytes(body)
+                    if not FIELD.fullmatch(line):
+                        raise ValueError("a trailer is malformed")
                 raise ValueError("too many trailers")
             self.deadline += size / 65536  # as a body has whose length is known
             body += self.read(size)
@@ -437,13 +440,17 @@ class Stream:
         raise Refusal(413, "the body has too many chunks", close=True)
 
 
+# a header; one way to match: a line of blanks could cost seconds with Python's lock held
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+
+
 def read_head(stream):
     """-> (method, target, minor version, {lower-case name: value}). Anything that two parsers might read differently is
     refused, and the connection closed."""
     def bad(text, status=400):
         return Refusal(status, text, close=True)
     try:
-        first = stream.line(LINE_BYTES)
+        first = stream.line(LINE_BYTES) or stream.line(LINE_BYTES)  # old clients end a body with an empty line
     except ValueError as error:
         raise bad(f"request line: {error}", 414 if "long" in str(error) else 400) from None
     match = re.fullmatch(rb"([A-Z]{1,20}) ([\x21-\x7e]{1,8000}) HTTP/1\.([01])", first)
@@ -460,8 +467,7 @@ def read_head(stream):
             break
         if len(headers) >= HEADERS or left < 0:
             raise bad("too many headers", 431)
-        # one way to match: a line of blanks could cost seconds with Python's lock held
-        field = re.fullmatch(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)", line)
+        field = FIELD.fullmatch(line)
         if not field:
             raise bad("a header is malformed")
         name, value = field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")
@@ -471,31 +477,40 @@ def read_head(stream):
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if match[3] == b"1" and "host" not in headers:
         raise bad("no Host header")
+    if not re.fullmatch(r"[\w.~!$&'()*+,;=%:\[\]-]*", headers.get("host", ""), re.ASCII):
+        raise bad("Host is no name or address")
     if "content-length" in headers:
         if "transfer-encoding" in headers:
             raise bad("Content-Length and Transfer-Encoding exclude each other")
         if not re.fullmatch("[0-9]{1,15}", headers["content-length"]):
             raise bad("Content-Length is no number")
+    if "transfer-encoding" in headers and match[3] == b"0":
+        raise bad("HTTP/1.0 has no Transfer-Encoding")
     if headers.get("transfer-encoding", "chunked").lower() != "chunked":
         raise bad("no Transfer-Encoding but chunked is known", 501)
     return match[1].decode(), match[2].decode(), int(match[3]), headers
 
 
 def inflate(body, encoding, limit):
-    """Decompresses gzip or deflate (zlib) up to `limit` bytes."""
+    """Decompresses gzip (of any number of members) or deflate (zlib) up to `limit` bytes."""
     if encoding in ("", "identity"):
         return body
-    if encoding not in ("gzip", "deflate"):
-        raise Refusal(415, "no Content-Encoding but gzip and deflate is known")
-    stream = zlib.decompressobj(31 if encoding == "gzip" else 15)
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise Refusal(415, "no Content-Encoding but gzip and deflate is known", Accept_Encoding="gzip, deflate")
+    if body.count(b"\x1f\x8b\x08") > 65536:  # members of nothing cost a hundred times what their bytes do
+        raise Refusal(413, "the body has too many gzip members")
     try:
-        result = stream.decompress(body, limit + 1)
-    except zlib.error:
-        raise Refusal(400, f"the body is not {encoding}") from None
+        if encoding == "deflate":
+            stream = zlib.decompressobj()
+            result = stream.decompress(body, limit + 1)
+            if len(result) <= limit and (not stream.eof or stream.unused_data):
+                raise EOFError
+        else:
+            result = gzip.GzipFile(fileobj=io.BytesIO(body)).read(limit + 1)
+    except (zlib.error, gzip.BadGzipFile, EOFError):
+        raise Refusal(400, f"the body is not {encoding}, is cut short or goes on behind its end") from None
     if len(result) > limit:
         raise Refusal(413, f"the body is larger than {limit} bytes when decompressed")
-    if not stream.eof or stream.unused_data:
-        raise Refusal(400, f"the {encoding} body is cut short or goes on behind its end")
     return result
 
 
@@ -944,8 +959,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 close = refusal.close
             except TimeoutError:
                 (status, headers, body), close = as_json({"error": "the request came too slowly"}, 408), True
-            except ValueError as error:
-                (status, headers, body), close = as_json({"error": f"the body is malformed: {error}"}, 400), True
             except (OSError, EOFError):
                 raise
             except Exception:
@@ -953,7 +966,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 (status, headers, body), close = as_json({"error": "an error inside the server"}, 500), True
             if self.model and status >= 400:
                 self.model.statistics.request(0, fail=time.monotonic() - self.started)
-            connection = self.headers.get("connection", "").lower()
+            connection = re.split(r"[ \t]*,[ \t]*", self.headers.get("connection", "").lower())
             keep = not close and not self.server.draining and "close" not in connection and (
                 minor == 1 or "keep-alive" in connection)
             self.answer(status, headers, body, keep)
@@ -962,8 +975,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self):
         """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
         what is left of a body unread closes the connection."""
-        path, _, query = re.sub("^https?://[^/?]*(?=/)", "", self.path).partition("?")  # RFC 9112, 3.2.2
-        self.query = dict(urllib.parse.parse_qsl(query, max_num_fields=20))
+        path, _, query = re.sub("(?i)^https?://[^/?]+/?", "/", self.path).partition("?")  # RFC 9112, 3.2.2
+        path, self.query = urllib.parse.unquote(path), dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         asked = "GET" if self.method == "HEAD" else self.method
         found = [(method, function, match) for method, pattern, function in ROUTES
                  if (match := re.fullmatch(pattern, path))]
@@ -994,7 +1007,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limit = self.args.max_body
         size = int(self.headers.get("content-length", 0))
         self.stream.deadline = time.monotonic() + self.args.head_timeout + size / 65536
-        body = self.stream.chunked(limit) if "transfer-encoding" in self.headers else self.stream.read(size)
+        try:
+            body = self.stream.chunked(limit) if "transfer-encoding" in self.headers else self.stream.read(size)
+        except ValueError as error:
+            raise Refusal(400, f"the body is malformed: {error}", close=True) from None
         self.body = inflate(body, self.headers.get("content-encoding", "").lower().strip(), limit)
 
     def answer(self, status, headers, body, keep):

@@ -296,10 +296,17 @@ def test_compressed_both_ways(server, net):
         assert headers["Content-Encoding"] == name
         assert b"resnet50_connections" in zlib.decompress(answer, 47)
     assert "Content-Encoding" not in ask(server, "GET", "/metrics", Accept_Encoding="gzip;q=0")[1]
+    for packed in (gzip.compress(body[:99]) + gzip.compress(body[99:]), gzip.compress(body)):
+        assert infer(server, packed, Content_Encoding="x-gzip")[1] == plain
+    assert infer(server, gzip.compress(b"") * 70_000, Content_Encoding="gzip")[0] == 413
     assert infer(server, b"no gzip", Content_Encoding="gzip")[0] == 400
     assert infer(server, gzip.compress(body)[:-9], Content_Encoding="gzip")[0] == 400
     assert infer(server, gzip.compress(bytes(10 ** 7)), Content_Encoding="gzip")[0] == 413
-    assert infer(server, body, Content_Encoding="br")[0] == 415
+    assert infer(server, gzip.compress(body) + b"more", Content_Encoding="gzip")[0] == 400
+    assert infer(server, zlib.compress(body)[:-1], Content_Encoding="deflate")[0] == 400
+    assert infer(server, zlib.compress(body) + b"more", Content_Encoding="deflate")[0] == 400
+    status, headers, _ = ask(server, "POST", "/v2/models/float/infer", body, Content_Encoding="br")
+    assert status == 415 and headers["Accept-Encoding"] == "gzip, deflate"
 
 
 @pytest.mark.parametrize("binary_in", [True, False])
@@ -424,6 +431,11 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     (HEAD + b"Content-Length: 999999999999\r\n\r\n", 413), (HEAD + b"Content-Length: 300001\r\n\r\n", 413),
     (HEAD + b"Transfer-Encoding: gzip\r\n\r\n", 501), (HEAD + b"Transfer-Encoding: chunked\r\n\r\nx\r\n", 400),
     (HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabXY", 400),
+    *((HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\nab\r\n0\r\n\r\n", 400)
+      for size in (b" 2", b"2\x0b", b"2\r", b"2;\0")),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nno trailer\r\n\r\n", 400),
+    (b"POST /predict HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
     (HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
     (HEAD + b"Content-Length: 10\r\n\r\nabc", 408),
     (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
@@ -583,7 +595,12 @@ def test_more_images_than_the_queue_holds_need_not_come_again(slow):
 
 
 def test_requests_as_rfc_9112_and_9110_have_them(server):
-    assert status_of(raw(server, b"GET http://x/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == 200
+    for first in (b"GET http://x/healthz", b"GET HTTP://x/healthz", b"GET http://x", b"GET http://x?y", b"\r\nGET /",
+                  b"GET /%68ealthz", b"GET /v2/models/fl%6Fat/versions/%31"):
+        answer = raw(server, first + b" HTTP/1.1\r\nHost: [::1]:80\r\nConnection: x, close\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 "), first
+    kept = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: %s\r\n\r\n"
+    assert raw(server, kept % b"closed" + kept % b"close").count(b"HTTP/1.1 200 ") == 2
     image = picture()
     answer = raw(server, b"POST /predict HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(image),
                  more=[image])
@@ -597,9 +614,10 @@ def test_wrong_forms_and_queries(server):
                                (b"--x--\r\n", headers, 400), (form(*[image] * 9)[0], headers, 413),
                                (b"--x\r\n\r\nabc\r\n--x--\r\n", headers, 400), (b"--x\r\n" * 1000, headers, 413)):
         assert ask(server, "POST", "/predict", body, **more)[0] == status
-    for query in ("0", "-1", "x", "1" * 30):
+    for query in ("0", "-1", "x", "1" * 30, ""):
         assert ask(server, "POST", f"/predict?topk={query}", image)[0] == 400
-    assert json.loads(ask(server, "POST", "/predict?topk=999", image)[2])["top"][6]["probability"] > 0
+    many = "&".join(f"a{i}=1" for i in range(30))
+    assert json.loads(ask(server, "POST", f"/predict?{many}&topk=999", image)[2])["top"][6]["probability"] > 0
     for path in ("/predictions/none", "/v2/models/none/infer", "/v2/models/..%2f..%2fetc/infer"):
         assert ask(server, "POST", path, image)[0] == 404
     assert ask(server, "GET", "/v2/models/float/versions/2")[0] == 404
