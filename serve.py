@@ -78,6 +78,14 @@ class Refusal(Exception):
         self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
 
 
+def say(text, to="stderr"):
+    """A line, in one piece whatever other threads and processes print. Answers go on when nobody reads it any more."""
+    with contextlib.suppress(OSError, AttributeError):
+        stream = getattr(sys, to)
+        stream.write(f"{text}\n")
+        stream.flush()
+
+
 # ------------------------------------------------------------------------------------------------------ numbers
 
 class Histogram:
@@ -217,7 +225,7 @@ class Model:
             unit = torch.get_num_threads() if device.type == "cpu" else 1
             enough = enough_images(seconds(1), seconds(batch), batch, unit)
         number = str(getattr(net, "dtype", net.precision)).removeprefix("torch.")
-        print(f"{self.name}: {source}, {number}, {size} pixels", file=sys.stderr, flush=True)
+        say(f"{self.name}: {source}, {number}, {size} pixels")
         classes = list(checkpoint["classes"] or map(str, range(net.config["num_classes"])))
         return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source),
                        enough)
@@ -303,20 +311,19 @@ class Model:
                     net = tickets[0].network.net
                     logits = torch.cat([predict(net, part) for part in pixels.split(self.args.max_batch)]).cpu()
             except Exception:  # whatever it is, the next batch shall have its chance
-                traceback.print_exc()
+                say(traceback.format_exc())
                 for ticket in tickets:
                     ticket.fail(Refusal(500, "the network failed; the server's log says how"))
                 continue
             seconds = time.monotonic() - started
-            for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-                if not part.isfinite().all():  # JSON has no word for that
-                    ticket.fail(Refusal(500, "the network's outputs are not finite"))
             self.pace += (seconds / len(pixels) - self.pace) / 4 if self.pace else seconds / len(pixels)
             self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
             for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-                if not ticket.done.is_set():
-                    ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
+                ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
+                if part.isfinite().all():
                     ticket.done.set()
+                else:  # JSON has no word for that
+                    ticket.fail(Refusal(500, "the network's outputs are not finite"))
 
 
 def spread(net, devices):
@@ -917,25 +924,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.args = self.server.args
         if self.server.tls:
-            self.connection.settimeout(self.args.head_timeout)
-            self.connection = self.server.tls.wrap_socket(self.connection, server_side=True)
+            self.connection = self.server.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
         self.stream = Stream(self.connection)
 
     def handle(self):
         with contextlib.suppress(OSError, EOFError):  # the client went away, or was idle for too long
+            if self.server.tls:
+                self.connection.settimeout(self.args.head_timeout)
+                self.connection.do_handshake()
             while self.one():
                 pass
 
     def finish(self):
-        if self.server.tls:  # which has taken the socket that shutdown_request would close
+        self.goodbye()
+        self.connection.close()  # TLS has taken the socket that shutdown_request would close
+
+    def goodbye(self):
+        """TLS's own, without which the end could be an attacker's. The client's is not waited for."""
+        if self.server.tls:
             with contextlib.suppress(OSError, ValueError):
-                self.connection.settimeout(1)
-                self.connection.unwrap()  # without TLS's own goodbye the end could be an attacker's
-            self.connection.close()
+                self.connection.settimeout(0)
+                self.connection.unwrap()
 
     def one(self):
         """One request and its answer. -> whether the connection goes on"""
-        self.idle = True
+        self.idle, self.body, self.ticket = True, b"", None  # who is quiet holds no memory
         if self.server.closing:
             return False
         self.stream.deadline = time.monotonic() + self.args.idle_timeout
@@ -944,32 +957,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.idle, self.started = False, time.monotonic()
         self.stream.deadline = self.started + self.args.head_timeout
         self.method, self.path, self.headers, self.images, self.model, minor = "-", "-", {}, 0, None, 1
-        with self.server.busy():
-            try:
-                self.method, self.path, minor, self.headers = read_head(self.stream)
-                self.minor = minor
-                route, match = self.route()
-                self.read_body()
-                self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
-                status, headers, body = route(self, match)
-                close = False
-            except Refusal as refusal:
-                status, headers, body = as_json({"error": refusal.text}, refusal.status)
-                headers.update(refusal.headers)
-                close = refusal.close
-            except TimeoutError:
-                (status, headers, body), close = as_json({"error": "the request came too slowly"}, 408), True
-            except (OSError, EOFError):
-                raise
-            except Exception:
-                traceback.print_exc()
-                (status, headers, body), close = as_json({"error": "an error inside the server"}, 500), True
-            if self.model and status >= 400:
-                self.model.statistics.request(0, fail=time.monotonic() - self.started)
-            connection = re.split(r"[ \t]*,[ \t]*", self.headers.get("connection", "").lower())
-            keep = not close and not self.server.draining and "close" not in connection and (
-                minor == 1 or "keep-alive" in connection)
-            self.answer(status, headers, body, keep)
+        try:
+            self.method, self.path, minor, self.headers = read_head(self.stream)
+            self.minor = minor
+            route, match = self.route()
+            self.read_body()
+            self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
+            status, headers, body = route(self, match)
+            close = False
+        except Refusal as refusal:
+            status, headers, body = as_json({"error": refusal.text}, refusal.status)
+            headers.update(refusal.headers)
+            close = refusal.close
+        except TimeoutError:
+            (status, headers, body), close = as_json({"error": "the request came too slowly"}, 408), True
+        except (OSError, EOFError):
+            raise
+        except Exception:
+            say(traceback.format_exc())
+            (status, headers, body), close = as_json({"error": "an error inside the server"}, 500), True
+        if self.model and status >= 400:
+            self.model.statistics.request(0, fail=time.monotonic() - self.started)
+        connection = re.split(r"[ \t]*,[ \t]*", self.headers.get("connection", "").lower())
+        keep = not close and not self.server.draining and "close" not in connection and (
+            minor == 1 or "keep-alive" in connection)
+        self.answer(status, headers, body, keep)
         return keep
 
     def route(self):
@@ -1029,18 +1041,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(self.args.head_timeout + len(body) / 65536)
             with contextlib.suppress(OSError):
                 self.connection.sendall("\r\n".join(head).encode("latin-1") + (b"" if self.method == "HEAD" else body))
-                if not keep:  # a reset would throw away what the client has not read yet
-                    self.connection.shutdown(socket.SHUT_WR)
-                    self.drain_input()
+                if not keep:
+                    self.part()
         if self.args.access_log:
-            self.server.log(dict(time=round(time.time(), 3), client=self.client_address[0], method=self.method,
-                                 path=self.path[:200], status=status, bytes=len(body), images=self.images,
-                                 ms=round((time.monotonic() - self.started) * 1e3, 2)))
+            say(json.dumps(dict(time=round(time.time(), 3), client=self.client_address[0], method=self.method,
+                                path=self.path[:200], status=status, bytes=len(body), images=self.images,
+                                ms=round((time.monotonic() - self.started) * 1e3, 2))))
 
-    def drain_input(self):
-        """Reads on for a moment what a refused client is still sending, up to a megabyte."""
-        if self.server.tls:
-            return
+    def part(self):
+        """Ends this side, and reads on for a moment, up to a megabyte, what a refused client is still sending: a reset
+        would throw away what it has not read yet."""
+        self.goodbye()
+        self.connection.shutdown(socket.SHUT_WR)  # from here on TLS is read as it comes
         until, left = time.monotonic() + 1, 1 << 20
         while left > 0 and (wait := until - time.monotonic()) > 0:
             self.connection.settimeout(wait)
@@ -1073,7 +1085,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def infer(self, model, network, pixels=None, encoded=None):
         """Pixels uint8 (n, 3, H, W) or encoded images -> logits (n, classes); self.ticket and self.decoded say what it
         took."""
-        self.model = model
         timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
         if not re.fullmatch("[0-9]{1,9}", timeout) or int(timeout) < 1:
             raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
@@ -1099,7 +1110,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def predict(self, match):
         model = self.named(match) if match.groupdict().get("name") else next(iter(self.server.models.values()))
-        network = model.network
+        self.model, network = model, model.network
         if not re.fullmatch("[1-9][0-9]{0,5}", self.query.get("topk", "5")):
             raise Refusal(400, "topk is no positive number")
         top = min(int(self.query.get("topk", 5)), len(network.classes))
@@ -1124,7 +1135,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return as_json({**found[0], **more} if len(found) == 1 else {"predictions": found, **more})
 
     def v2_infer(self, match):
-        model = self.named(match)
+        self.model = model = self.named(match)
         network = model.network
         request, tail = split_binary(self.body, self.headers)
         outputs = wanted_outputs(request, len(network.classes))
@@ -1209,7 +1220,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.args, self.models, self.ready, self.draining = args, models, False, False
         self.closing = False  # nothing that has not begun is answered any more
         self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
-        self.lock, self.handlers, self.begun = threading.Condition(), {}, 0
+        self.lock, self.handlers = threading.Condition(), {}
         self.answers, self.refused, self.since = Counter(), 0, time.time()
         self.keys = read_keys(args.api_key_file)
         self.tls = read_tls(args)
@@ -1248,25 +1259,14 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def shutdown_request(self, request):
+        super().shutdown_request(request)
         with self.lock:
             self.handlers.pop(request, None)
-        super().shutdown_request(request)
+            self.lock.notify_all()
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], (OSError, EOFError)):
-            traceback.print_exc()
-
-    @contextlib.contextmanager
-    def busy(self):
-        """Around a request, for drain() to wait for"""
-        with self.lock:
-            self.begun += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.begun -= 1
-                self.lock.notify_all()
+            say(traceback.format_exc())
 
     def drain(self):
         """Not ready from now on; what is asked within --drain-delay is answered still, then what has begun is."""
@@ -1279,19 +1279,15 @@ class Server(http.server.ThreadingHTTPServer):
         with self.lock:
             for request, handler in self.handlers.items():
                 if handler is None or handler.idle:
-                    with contextlib.suppress(OSError):
-                        request.shutdown(socket.SHUT_RD)
-            self.lock.wait_for(lambda: self.begun == 0, self.args.drain_timeout)
+                    with contextlib.suppress(OSError):  # not SSLSocket.shutdown, after which it would say no goodbye
+                        socket.socket.shutdown(handler.connection if handler else request, socket.SHUT_RD)
+            self.lock.wait_for(lambda: not self.handlers, self.args.drain_timeout)
         for model in self.models.values():
             model.close()
 
     def count(self, status):
         with self.lock:
             self.answers[status] += 1
-
-    def log(self, entry):
-        with contextlib.suppress(OSError, AttributeError):  # answers go on when nobody reads the log any more
-            sys.stderr.write(json.dumps(entry) + "\n")  # in one piece, whatever other threads print
 
     def metrics(self):
         """Prometheus' text format, 0.0.4"""
@@ -1344,6 +1340,8 @@ def read_tls(args):
     def refuse():  # instead of asking the terminal
         raise UserError(f"--tls-key {args.tls_key}: is encrypted; a server needs one without a pass phrase")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # requests say how long they are; and drain()'s end of an idle connection is no error that would forbid a goodbye
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
         context.load_cert_chain(args.tls_cert, args.tls_key, refuse)
     except (OSError, ssl.SSLError) as error:
@@ -1431,8 +1429,7 @@ def check_args(args):
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(args.max_connections + spare, hard), hard))
         if 0 <= (files := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < args.max_connections + spare:
             args.max_connections = max(1, files - spare)
-            print(f"only {args.max_connections} connections: the system allows {files} open files (ulimit -n)",
-                  file=sys.stderr, flush=True)
+            say(f"only {args.max_connections} connections: the system allows {files} open files (ulimit -n)")
 
 
 def check_devices(devices):
@@ -1451,7 +1448,7 @@ def reload(models):
             told = "reloaded" if model.reload() else "unchanged"
         except Exception as error:  # whatever is wrong with the file, the server stays up
             told = f"NOT reloaded: {error}"
-        print(f"{name}: {told}", file=sys.stderr, flush=True)
+        say(f"{name}: {told}")
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -1486,9 +1483,7 @@ def serve(args):
         server.ready = True
         host, port = server.server_address[:2]
         paths = {name: model.network.path for name, model in models.items()}
-        # in one piece, or with PYTHONUNBUFFERED the lines of several processes run into one another
-        sys.stdout.write(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)) + "\n")
-        sys.stdout.flush()
+        say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
         while next(signals) == signal.SIGHUP:
             reload(models)
         server.drain()
@@ -1552,7 +1547,7 @@ def supervise(args):
                     if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
                         forward(signal.SIGTERM)
                         raise UserError(f"a process ended by itself with status {code}", code)
-                    print(f"process {pid} died; another takes its place", file=sys.stderr, flush=True)
+                    say(f"process {pid} died; another takes its place")
                     spawn()
 
 
@@ -1563,6 +1558,4 @@ def main(args):
 
 if __name__ == "__main__":
     run_script(main, get_args_parser().parse_args(), "serve.py")
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)  # the interpreter's own end would unwind threads that are inside PyTorch, and C++ aborts at that

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -244,6 +245,11 @@ def v2(shape, kind="UINT8", name="pixels", values=None, **more):
     return json.dumps({"inputs": [dict(name=name, shape=shape, datatype=kind, data=values)], **more}).encode()
 
 
+def failed(port):
+    stats = json.loads(ask(port, "GET", "/v2/models/float/stats")[2])["model_stats"][0]
+    return stats["inference_stats"]["fail"]["count"]
+
+
 def infer(port, body, model="float", **headers):
     status, headers, body = ask(port, "POST", f"/v2/models/{model}/infer", body, **headers)
     length = int(headers.get("Inference-Header-Content-Length", len(body)))
@@ -388,8 +394,10 @@ def test_kserve_rest_client(server, networks, binary):
     (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"binary_data_output": 1}), "boolean")],
     ids=lambda v: repr(v[:40]) if isinstance(v, bytes) else "")
 def test_wrong_tensors_are_a_400_with_a_reason(server, body, text):
+    before = failed(server)
     status, answer, _ = infer(server, body)
     assert status == 400 and re.search(text, answer["error"]), answer
+    assert failed(server) == before + 1
 
 
 @pytest.mark.parametrize("length", ["-5", "99999999999", "+1", "1_0", "x", ""])
@@ -558,10 +566,51 @@ def test_a_network_whose_outputs_are_not_finite_does_not_serve(networks, tmp_pat
     assert process.wait(60) == 3 and "nan.pt: its outputs are not finite" in process.stderr.read()
 
 
-def test_answers_do_not_depend_on_a_reader_of_the_log(monkeypatch):
-    for stderr in (None, open("/dev/full", "w", buffering=1)):
-        monkeypatch.setattr(sys, "stderr", stderr)
-        serve.Server.log(None, {"status": 200})
+@pytest.mark.parametrize("closed", [True, False])
+def test_answers_do_not_depend_on_a_reader_of_the_log(slow, monkeypatch, closed):
+    """Nor do the next batch, after one that failed, and what a signal asks for."""
+    model, net = slow
+    monkeypatch.setattr(sys, "stderr", None if closed else open("/dev/full", "w", buffering=1))
+    works, model.network = model.network, model.network._replace(net=None)
+    assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).done.wait(10)
+    model.network = works
+    net.go.release()
+    assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).done.wait(10)
+    model.network = model.network._replace(stamp="another")
+    for _ in range(9):
+        net.go.release()
+    serve.reload({"slow": model})
+    assert model.network.stamp != "another"
+    serve.say("all")
+
+
+@pytest.fixture
+def bare():
+    """A server in this process, without networks"""
+    server = serve.Server(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0", "--no-access-log"]), {})
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_error_of_our_own_is_no_fault_of_the_request(bare, monkeypatch, capsys):
+    def route(self, match):
+        raise ValueError("ours")
+    monkeypatch.setattr(serve, "ROUTES", [("GET", "/", route)])
+    status, _, answer = ask(bare.server_address[1], "GET", "/")
+    assert status == 500 and b"inside the server" in answer and "ValueError: ours" in capsys.readouterr().err
+
+
+def test_a_connection_between_requests_holds_no_body(bare):
+    connection = http.client.HTTPConnection("127.0.0.1", bare.server_address[1], timeout=10)
+    connection.request("POST", "/v2/repository/index", bytes(10 ** 6))
+    assert connection.getresponse().read() == b"[]"
+    handler, = bare.handlers.values()
+    wait_until(lambda: handler.idle)
+    held = sum(len(value) for value in (*vars(handler).values(), handler.stream.buffer) if isinstance(value, bytes))
+    assert held < 1000
+    connection.close()
 
 
 def test_forms_as_rfc_2046_and_7578_have_them(server):
@@ -885,16 +934,51 @@ def test_drain_delay_goes_on_answering_though_not_ready(networks):
     process.kill()
 
 
-def test_keys_and_tls(networks, tmp_path):
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory):
+    """-> (flags for a server, a client's context)"""
     if not shutil.which("openssl"):
         pytest.skip("needs openssl to make a certificate")
-    (tmp_path / "keys").write_text("first\nsecond\n")
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
-                    "-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"], check=True, capture_output=True)
-    process, port = start("--checkpoint", networks["float"], "--api-key-file", tmp_path / "keys", "--tls-cert",
-                          tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem", "--head-timeout", 1)
-    import ssl
-    context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+                    "-keyout", key, "-out", cert], check=True, capture_output=True)
+    return ("--tls-cert", cert, "--tls-key", key), ssl.create_default_context(cafile=str(cert))
+
+
+def test_every_end_over_tls_is_a_goodbye_and_no_answer_is_lost(networks, tls):
+    process, port = start("--checkpoint", networks["float"], *tls[0], "--max-body", 100_000, "--idle-timeout", 2)
+
+    def connect(sent):
+        s = tls[1].wrap_socket(socket.create_connection(("localhost", port), timeout=10), server_hostname="localhost",
+                               suppress_ragged_eofs=False)  # an end without goodbye is an error
+        s.sendall(sent)
+        return s
+
+    def read(s):
+        with s:
+            return b"".join(iter(lambda: s.recv(65536), b""))
+    get = b"GET /healthz HTTP/1.1\r\nHost: x\r\n"
+    assert b" 200 " in read(connect(get + b"Connection: close\r\n\r\n"))
+    assert b" 200 " in read(connect(get + b"\r\n"))  # and idle for too long
+    large = connect(HEAD + b"Content-Length: 900000\r\n\r\n")
+    for _ in range(9):
+        large.sendall(bytes(100_000))
+    assert b" 413 " in read(large)
+    busy, idle = connect(HEAD + b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n"), connect(get + b"\r\n")
+    assert b" 100 " in busy.recv(65536) and b" 200 " in idle.recv(65536)
+    process.send_signal(signal.SIGTERM)
+    assert read(idle) == b""
+    busy.sendall(b"x")
+    assert b" 400 " in read(busy)
+    assert process.wait(20) == 0
+
+
+def test_keys_and_tls(networks, tls, tmp_path):
+    (tmp_path / "keys").write_text("first\nsecond\n")
+    process, port = start("--checkpoint", networks["float"], "--api-key-file", tmp_path / "keys", *tls[0],
+                          "--head-timeout", 1)
+    context = tls[1]
 
     def secure(path, **headers):
         connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=10)
