@@ -1455,38 +1455,49 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @contextlib.contextmanager
+def caught(numbers):
+    """Nothing but what arriving() says comes of these signals, within."""
+    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def arriving(numbers):
-    """-> iterator over these signals as they arrive, within. Python runs a handler between two of the main
-    thread's steps, so one that comes right before a step that waits would wait too; a byte on a socket does not."""
+    """-> iterator over these signals, and others caught() within, as they arrive. Python runs a handler between two of
+    the main thread's steps, so one that comes right before a step that waits would wait too; a byte on a socket does
+    not."""
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
-    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
     with reader, writer:
         try:
-            yield iter(lambda: reader.recv(1)[0], None)
+            with caught(numbers):
+                yield iter(lambda: reader.recv(1)[0], None)
         finally:  # or signals would be written into whatever file gets the socket's number
             signal.set_wakeup_fd(-1)
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def serve(args):
     """One process, until SIGTERM or SIGINT"""
-    check_devices(args.devices)
-    if args.threads or args.processes > 1:
-        torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
-    models = open_models(args)
-    server = Server(args, models)
-    with arriving(SIGNALS) as signals:
-        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
-        server.ready = True
-        host, port = server.server_address[:2]
-        paths = {name: model.network.path for name, model in models.items()}
-        say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
-        while next(signals) == signal.SIGHUP:
-            reload(models)
-        server.drain()
+    with arriving([signal.SIGHUP]) as signals:  # files that change after they were read are read again
+        check_devices(args.devices)
+        if args.threads or args.processes > 1:
+            torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
+        models = open_models(args)
+        server = Server(args, models)
+        with caught([signal.SIGTERM, signal.SIGINT]):  # until here they end it at once
+            threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
+            server.ready = True
+            host, port = server.server_address[:2]
+            paths = {name: model.network.path for name, model in models.items()}
+            say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
+            while next(signals) == signal.SIGHUP:
+                reload(models)
+            server.drain()
 
 
 def supervise(args):
@@ -1512,8 +1523,9 @@ def supervise(args):
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: nobody serves on without the parent
             signal.set_wakeup_fd(-1)
-            for number in (*SIGNALS, signal.SIGCHLD):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it has read nothing yet
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             run_script(serve, args, "serve.py")
             code = 0

@@ -570,7 +570,8 @@ def test_a_network_whose_outputs_are_not_finite_does_not_serve(networks, tmp_pat
 def test_answers_do_not_depend_on_a_reader_of_the_log(slow, monkeypatch, closed):
     """Nor do the next batch, after one that failed, and what a signal asks for."""
     model, net = slow
-    monkeypatch.setattr(sys, "stderr", None if closed else open("/dev/full", "w", buffering=1))
+    for stream in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, stream, None if closed else open("/dev/full", "w", buffering=1))
     works, model.network = model.network, model.network._replace(net=None)
     assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).done.wait(10)
     model.network = works
@@ -581,7 +582,7 @@ def test_answers_do_not_depend_on_a_reader_of_the_log(slow, monkeypatch, closed)
         net.go.release()
     serve.reload({"slow": model})
     assert model.network.stamp != "another"
-    serve.say("all")
+    serve.say("what a process says when it is ready", "stdout")
 
 
 @pytest.fixture
@@ -865,6 +866,26 @@ def test_sighup_reads_a_changed_file_and_keeps_the_old_network_if_it_is_bad(netw
     stop(process)
 
 
+def test_sighup_while_networks_are_read_is_answered_when_they_are(monkeypatch):
+    model, told = types.SimpleNamespace(network=types.SimpleNamespace(path="a"), close=lambda: None), []
+
+    def too_early(number, frame):
+        raise AssertionError("nobody was there yet")
+
+    def read(args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {"a": model}
+
+    def reload(models):
+        told.append(models)
+        os.kill(os.getpid(), signal.SIGTERM)
+    before = signal.signal(signal.SIGHUP, too_early)
+    monkeypatch.setattr(serve, "open_models", read)
+    monkeypatch.setattr(serve, "reload", reload)
+    serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+    assert told == [{"a": model}] and signal.signal(signal.SIGHUP, before) is too_early
+
+
 def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
     path, image = tmp_path / "net.pt", picture()
     path.write_bytes(open(networks["float"], "rb").read())
@@ -1055,6 +1076,32 @@ def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
     assert set(answered) == {200} and by_then == len(lost) <= 2 * len(clients)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0 and "another takes its place" in process.stderr.read()
+
+
+def test_processes_end_with_their_parent(networks):
+    port = free_port()
+    process = start("--checkpoint", networks["float"], "--processes", 2, "--port", port, wait=False)
+    for _ in range(2):
+        assert process.stdout.readline()
+    assert ask(port, "GET", "/healthz")[0] == 200
+    process.kill()
+
+    def refused():
+        with socket.socket() as s:
+            return s.connect_ex(("127.0.0.1", port))
+    wait_until(refused)
+
+
+@pytest.mark.parametrize("soft, hard, files, connections", [
+    (100, 200, 200, 136), (60, 60, 60, 1), (256, 4096, 1088, 1024), (4000, 4000, 4000, 1024), (-1, -1, -1, 1024)])
+def test_connections_fit_into_the_open_files(monkeypatch, capsys, soft, hard, files, connections):
+    limits = [(soft, hard)]
+    monkeypatch.setattr(serve.resource, "getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr(serve.resource, "setrlimit", lambda which, limit: limits.append(limit))
+    args = serve.get_args_parser().parse_args(["--device", "cpu"])
+    serve.check_args(args)
+    assert limits[-1] == (files, hard) and args.max_connections == connections
+    assert (f"only {connections} connections" in capsys.readouterr().err) == (connections < 1024)
 
 
 def test_processes_try_their_device_themselves(monkeypatch):
