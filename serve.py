@@ -844,27 +844,30 @@ Drop or paste an image, or press Enter to choose one</div>
 <div id="charts"></div>
 <script>
 const $ = id => document.getElementById(id);
+let latest;
 async function classify(file) {
-  $("error").textContent = "";
+  latest = file; show([], "", "");
   $("picture").src = URL.createObjectURL(file); $("picture").alt = file.name || "pasted image";
   $("picture").hidden = false;
   const form = new FormData(); form.append("image", file);
   const began = performance.now();
   try {
-    const answer = await fetch("predict?topk=5", {method: "POST", body: form}), found = await answer.json();
+    const answer = await fetch("predict?topk=5", {method: "POST", body: form});
+    const found = await answer.json().catch(() => ({error: `${answer.status} ${answer.statusText}`}));  // a proxy's own
+    if (file !== latest) return;
     if (!answer.ok) throw new Error(found.error);
-    $("bars").replaceChildren(...found.top.map(({class: name, probability}) => {
+    const t = found.timings;
+    show(found.top.map(({class: name, probability}) => {
       const item = document.createElement("li"), bar = document.createElement("span");
       bar.style.width = 100 * probability + "%";
       item.append(bar, `${name} ${(100 * probability).toFixed(1)} %`);
       return item;
-    }));
-    const t = found.timings;
-    $("timings").textContent = `${found.model}: decoded in ${t.decode_ms} ms, waited ${t.queue_ms} ms, computed in ` +
-      `${t.compute_ms} ms in a batch of ${t.batch}; ${(performance.now() - began).toFixed(0)} ms in all`;
-  } catch (error) {
-    $("bars").replaceChildren(); $("timings").textContent = ""; $("error").textContent = error.message;
-  }
+    }), `${found.model}: decoded in ${t.decode_ms} ms, waited ${t.queue_ms} ms, computed in ${t.compute_ms} ms in a ` +
+      `batch of ${t.batch}; ${(performance.now() - began).toFixed(0)} ms in all`, "");
+  } catch (error) { if (file === latest) show([], "", error.message); }
+}
+function show(bars, timings, error) {
+  $("bars").replaceChildren(...bars); $("timings").textContent = timings; $("error").textContent = error;
 }
 const take = list => { const file = [...list].find(f => f.type.startsWith("image/")); if (file) classify(file); };
 $("drop").onclick = () => $("file").click();
@@ -876,15 +879,16 @@ document.ondrop = e => { e.preventDefault(); $("drop").classList.remove("over");
 document.onpaste = e => take(e.clipboardData.files);
 const charts = ["images per second", "images per batch", "milliseconds per request"].map(title => {
   const figure = document.createElement("figure");
-  figure.innerHTML = `<svg viewBox="0 0 60 10" preserveAspectRatio="none" role="img"><polyline fill="none" stroke="#06c"
-    stroke-width=".3"/></svg><figcaption></figcaption>`;
+  figure.innerHTML = `<svg viewBox="0 0 60 10" preserveAspectRatio="none" aria-hidden="true"><polyline fill="none"
+    stroke="#06c" stroke-width=".3"/></svg><figcaption></figcaption>`;
   $("charts").append(figure);
   return {title, values: [], line: figure.querySelector("polyline"), caption: figure.querySelector("figcaption")};
 });
 let last;
 async function poll() {
   try {
-    const text = await (await fetch("metrics")).text(), now = {time: performance.now()};
+    const answer = await fetch("metrics"), text = await answer.text(), now = {time: performance.now()};
+    if (!answer.ok) throw new Error(text);  // a proxy may keep them to itself: no charts, instead of zeros
     const sum = name => [...text.matchAll(new RegExp(`^resnet50_${name}{.*} (.*)$`, "gm"))]
       .reduce((s, m) => s + +m[1], 0);
     for (const name of ["images_total", "batch_size_sum", "batch_size_count", "request_seconds_sum",

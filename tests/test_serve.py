@@ -1270,6 +1270,29 @@ def test_the_page_in_a_browser(server, net, tmp_path):
         wait_until(lambda: browser.value("$('error').textContent"))
         assert "not an image" in browser.value("$('error').textContent") and browser.value(
             "$('bars').children.length") == 0
+        browser.value("""window.ask = window.fetch; window.asked = []; window.fetch = (...a) => a[0] == "metrics" ?
+            Promise.resolve(new Response("denied", {status: 403})) : new Promise(done => asked.push(done)); last = 0""")
+        for file in (wrong, image, wrong):
+            choose(file)
+        wait_until(lambda: browser.value("asked.length") == 3)
+        found = json.dumps({"top": [{"class": "<b>", "probability": 1}], "timings": {}, "model": "m"})
+        browser.value(f"asked[0](new Response({json.dumps(found)})); 0")  # late answers to what is not shown any more
+        browser.value("asked[1](new Response('<html>', {status: 502})); 0")
+        browser.value("new Promise(done => setTimeout(done, 0))")
+        assert browser.value("$('bars').children.length + $('error').textContent") == "0"
+        browser.value("asked[2](new Response('<html>', {status: 429, statusText: 'Too Many Requests'})); 0")
+        wait_until(lambda: browser.value("$('error').textContent") == "429 Too Many Requests")
+        choose(image)
+        wait_until(lambda: browser.value("asked.length") == 4)
+        assert browser.value("$('error').textContent") == ""
+        browser.value(f"asked[3](new Response({json.dumps(found)})); 0")
+        wait_until(lambda: browser.value("$('bars').textContent") == "<b> 100.0 %")
+        before = browser.value("charts[0].values.length")
+        browser.value("window.polls = 0; window.metrics = window.fetch; window.fetch = (...a) => { polls += 1; "
+                      "return metrics(...a); }; 0")
+        wait_until(lambda: browser.value("polls") >= 2)
+        assert browser.value("charts[0].values.length") == before
+        browser.value("window.fetch = window.ask; 0")
         browser("Page.setInterceptFileChooserDialog", enabled=True)  # the keyboard alone opens the dialogue
         for _ in range(2):
             for kind in ("rawKeyDown", "keyUp"):
