@@ -144,14 +144,14 @@ class Statistics:
 
     def triton(self, name):
         with self.lock:
-            def duration(ns):
-                return {"count": ns[0], "ns": ns[1]}
+            def duration(count, ns):
+                return dict(count=count, ns=ns)
             return dict(
                 name=name, version=VERSION, last_inference=self.last, inference_count=self.images,
                 execution_count=sum(n for n, _ in self.batches.values()),
-                inference_stats={p: duration((self.count[p], self.ns[p])) for p in self.PARTS},
-                batch_stats=[dict(batch_size=size, compute_input=duration((n, 0)), compute_infer=duration((n, ns)),
-                                  compute_output=duration((n, 0))) for size, (n, ns) in sorted(self.batches.items())])
+                inference_stats={p: duration(self.count[p], self.ns[p]) for p in self.PARTS},
+                batch_stats=[dict(batch_size=size, compute_input=duration(n, 0), compute_infer=duration(n, ns),
+                                  compute_output=duration(n, 0)) for size, (n, ns) in sorted(self.batches.items())])
 
 
 # ------------------------------------------------------------------------------------------------------- engine
@@ -367,9 +367,9 @@ def decode(network, encoded, args, gate):
             width, height = image.size
     except Image.UnidentifiedImageError:
         raise Refusal(400, f"not an image in any of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise Refusal(413, f"the image has more than {args.max_pixels} pixels") from None
     except Exception as error:  # decoders raise nearly everything on damaged headers
-        if isinstance(error, Image.DecompressionBombError):
-            raise Refusal(413, f"the image has more than {args.max_pixels} pixels") from None
         raise Refusal(400, f"damaged image: {type(error).__name__}") from None
     if width * height > args.max_pixels:
         raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
@@ -403,12 +403,10 @@ class Stream:
     def line(self, limit):
         """-> the bytes before the next CR LF; ValueError beyond `limit`, or where a line ends in LF alone"""
         at = 0
-        while (end := self.buffer.find(b"\n", at)) < 0:
+        while (end := self.buffer.find(b"\n", at)) < 0 and len(self.buffer) <= limit:
             at = len(self.buffer)
-            if at > limit:
-                raise ValueError("a line is too long")
             self.fill()
-        if end > limit:
+        if not 0 <= end <= limit:
             raise ValueError("a line is too long")
         if self.buffer[end - 1:end] != b"\r":
             raise ValueError("a line ends without carriage return")
@@ -960,10 +958,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.stream.fill()
         self.idle, self.started = False, time.monotonic()
         self.stream.deadline = self.started + self.args.head_timeout
-        self.method, self.path, self.headers, self.images, self.model, minor = "-", "-", {}, 0, None, 1
+        self.method, self.path, self.minor, self.headers, self.images, self.model = "-", "-", 1, {}, 0, None
         try:
-            self.method, self.path, minor, self.headers = read_head(self.stream)
-            self.minor = minor
+            self.method, self.path, self.minor, self.headers = read_head(self.stream)
             route, match = self.route()
             self.read_body()
             self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
@@ -984,7 +981,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.model.statistics.request(0, fail=time.monotonic() - self.started)
         connection = re.split(r"[ \t]*,[ \t]*", self.headers.get("connection", "").lower())
         keep = not close and not self.server.draining and "close" not in connection and (
-            minor == 1 or "keep-alive" in connection)
+            self.minor == 1 or "keep-alive" in connection)
         self.answer(status, headers, body, keep)
         return keep
 
@@ -1040,7 +1037,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = [f"HTTP/1.1 {status} {self.responses.get(status, ('Unknown',))[0]}", f"Date: {self.date_time_string()}",
                 *(f"{k}: {v}" for k, v in headers.items()), f"Content-Length: {len(body)}",
                 "X-Content-Type-Options: nosniff", f"Connection: {'keep-alive' if keep else 'close'}", "", ""]
-        self.server.count(status)
+        with self.server.lock:
+            self.server.answers[status] += 1
         if status != 499:
             self.connection.settimeout(self.args.head_timeout + len(body) / 65536)
             with contextlib.suppress(OSError):
@@ -1159,7 +1157,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return as_json({"live": True})
 
     def ready(self, match):
-        ready = self.server.ready and not self.server.draining
+        ready = not self.server.draining
         return as_json({"live": True, "ready": ready}, 200 if ready else 503)
 
     def model_ready(self, match):
@@ -1221,7 +1219,7 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size, daemon_threads, block_on_close = 1024, True, False
 
     def __init__(self, args, models):
-        self.args, self.models, self.ready, self.draining = args, models, False, False
+        self.args, self.models, self.draining = args, models, False
         self.closing = False  # nothing that has not begun is answered any more
         self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
         self.lock, self.handlers = threading.Condition(), {}
@@ -1288,10 +1286,6 @@ class Server(http.server.ThreadingHTTPServer):
             self.lock.wait_for(lambda: not self.handlers, self.args.drain_timeout)
         for model in self.models.values():
             model.close()
-
-    def count(self, status):
-        with self.lock:
-            self.answers[status] += 1
 
     def metrics(self):
         """Prometheus' text format, 0.0.4"""
@@ -1370,6 +1364,10 @@ def get_args_parser():
                    default="cuda" if torch.cuda.device_count() else "cpu",  # is_available() would spoil CUDA for forks
                    help="several: each holds its share of every network, stage after stage")
     g.add_argument("--threads", type=between(1, 1024), help="of the CPU for a batch; default: one per core")
+    g.add_argument("--full-decode", action="store_true",
+                   help="decode JPEGs whole, even where a half, a quarter or an eighth of their size has twice the "
+                        "short side that the network resizes to")
+    g.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
     g = p.add_argument_group("address")
     g.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
     g.add_argument("--port", type=between(0, 65535), default=8000, help="0: any that is free")
@@ -1382,7 +1380,8 @@ def get_args_parser():
     g.add_argument("--max-delay-ms", type=between(0.0, 1e4, float), default=2.0, metavar="MS",
                    help="how long a batch waits for requests that are being decoded")
     g.add_argument("--max-queue", type=between(1, 10 ** 6), default=256, metavar="N", help="images; 503 beyond")
-    g.add_argument("--timeout-ms", type=between(1, 10 ** 7), default=10000, metavar="MS", help="of a request, at most")
+    g.add_argument("--timeout-ms", type=between(1, 10 ** 7), default=10000, metavar="MS",
+                   help="of a request, at most; its header X-Request-Timeout-Ms may say less")
     g = p.add_argument_group("limits")
     g.add_argument("--max-body", type=between(1024, 2 ** 40), default=64 << 20, metavar="BYTES",
                    help="of a request, decompressed too")
@@ -1394,10 +1393,6 @@ def get_args_parser():
     g.add_argument("--idle-timeout", type=between(0.1, 3600.0, float), default=75.0, metavar="S",
                    help="between a connection's requests")
     g = p.add_argument_group("life")
-    g.add_argument("--full-decode", action="store_true",
-                   help="decode JPEGs whole, even where a half, a quarter or an eighth of their size has twice the "
-                        "short side that the network resizes to")
-    g.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
     g.add_argument("--drain-delay", type=between(0.0, 600.0, float), default=0.0, metavar="S",
                    help="go on answering after SIGTERM, not ready, until proxies have noticed")
     g.add_argument("--drain-timeout", type=between(0.0, 3600.0, float), default=30.0, metavar="S")
@@ -1495,7 +1490,6 @@ def serve(args):
         server = Server(args, models)
         with caught([signal.SIGTERM, signal.SIGINT]):  # until here they end it at once
             threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
-            server.ready = True
             host, port = server.server_address[:2]
             paths = {name: model.network.path for name, model in models.items()}
             say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
