@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -147,11 +148,8 @@ def fuzz(port, model, size, count, seed=0, threads=4):
                 seen.update(statuses or [0])
                 if set(statuses) - ALLOWED:
                     broken.append((data, statuses))
-    workers = [threading.Thread(target=loop, args=(k,)) for k in range(threads)]
-    for w in workers:
-        w.start()
-    for w in workers:
-        w.join()
+    with ThreadPoolExecutor(threads) as workers:
+        list(workers.map(loop, range(threads)))
     return seen, broken
 
 

@@ -21,6 +21,7 @@ import threading
 import time
 import types
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -188,16 +189,9 @@ def test_several_images_in_one_form(server, net):
 
 def test_many_at_once_get_their_own_answers(server, net):
     images = [picture(seed=s, size=(50, 50)) for s in range(24)]
-    wanted, found = expected(net, *images), [None] * 24
-
-    def one(i):
-        found[i] = json.loads(ask(server, "POST", "/predict?topk=7", images[i])[2])
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(24)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    for logits, answer in zip(wanted.softmax(1), found):
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(lambda i: json.loads(ask(server, "POST", "/predict?topk=7", i)[2]), images))
+    for logits, answer in zip(expected(net, *images).softmax(1), found):
         assert all(abs(t["probability"] - logits[t["class_id"]]) < 2e-5 for t in answer["top"])
     assert max(answer["timings"]["batch"] for answer in found) > 1
     stats = json.loads(ask(server, "GET", "/v2/models/float/stats")[2])["model_stats"][0]
@@ -895,19 +889,18 @@ def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
     def hammer():
         while not done.is_set():
             statuses.append(ask(port, "POST", "/predict", image)[0])
-    threads = [threading.Thread(target=hammer) for _ in range(4)]
-    for t in threads:
-        t.start()
-    try:
-        for name in ("int8", "float", "int8"):
-            path.write_bytes(open(networks[name], "rb").read())
-            process.log.clear()
-            process.send_signal(signal.SIGHUP)
-            wait_until(lambda: any(": reloaded" in line for line in process.log), process.log)
-    finally:
-        done.set()
-        for t in threads:
-            t.join()
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(hammer) for _ in range(4)]
+        try:
+            for name in ("int8", "float", "int8"):
+                path.write_bytes(open(networks[name], "rb").read())
+                process.log.clear()
+                process.send_signal(signal.SIGHUP)
+                wait_until(lambda: any(": reloaded" in line for line in process.log), process.log)
+        finally:
+            done.set()
+    for client in clients:
+        client.result()  # raises what ended it
     assert len(statuses) > 20 and set(statuses) == {200}
     stop(process)
 

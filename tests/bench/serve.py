@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -189,20 +190,8 @@ def rate_within(client, limit, highest, seconds):
 
 
 def run_threads(function, count):
-    failed = []
-
-    def guarded(k):
-        try:
-            function(k)
-        except Exception as error:
-            failed.append(error)
-    threads = [threading.Thread(target=guarded, args=(k,)) for k in range(count)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    if failed:
-        raise failed[0]
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(function, range(count)))
 
 
 class Offline:
