@@ -666,11 +666,11 @@ def json_numbers(values, count, kind):
             values = list(itertools.chain.from_iterable(values))
         if not isinstance(values, list) or set(map(type, values)) - {int, float}:  # of texts NumPy makes giant arrays
             raise ValueError
-        array = np.array(values)
+        array = np.array(values, np.float64 if kind == "FP32" else None)
     except (ValueError, OverflowError):
         raise Refusal(400, f"data must be {count} numbers, and not ragged") from None
-    whole = array.dtype.kind in "iu" and (array.size == 0 or 0 <= array.min() <= array.max() <= 255)
-    if array.size != count or not (whole or kind == "FP32" and array.dtype.kind in "iuf"):
+    if array.size != count or kind == "UINT8" and not (array.dtype.kind in "iu"
+                                                       and 0 <= array.min() <= array.max() <= 255):
         raise Refusal(400, f"data must be {count} numbers" + " from 0 to 255" * (kind == "UINT8"))
     return array.astype(TYPES[kind])
 

@@ -526,6 +526,10 @@ def test_numbers_are_looked_at_before_an_array_is_made(values):
         serve.json_numbers(values, 3072, "FP32")
 
 
+def test_whole_numbers_beyond_64_bits_are_floats():
+    assert serve.json_numbers([10 ** 30, -10 ** 30, 0.5], 3, "FP32").tolist() == np.float32([1e30, -1e30, 0.5]).tolist()
+
+
 def test_clients_beyond_the_descriptors_that_select_knows():
     here, there = socket.socketpair()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
