@@ -1273,8 +1273,7 @@ class Server(http.server.ThreadingHTTPServer):
     def drain(self):
         """Not ready from now on; what is asked within --drain-delay is answered still, then what has begun is."""
         self.draining = True
-        with self.lock:
-            self.lock.wait_for(lambda: False, self.args.drain_delay)
+        time.sleep(self.args.drain_delay)
         self.shutdown()
         self.server_close()  # who comes now is refused at once, and may ask another server
         self.closing = True
@@ -1453,15 +1452,8 @@ def reload(models):
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-@contextlib.contextmanager
-def caught(numbers):
-    """Nothing but what arriving() says comes of these signals, within."""
-    before = {number: signal.signal(number, lambda number, frame: None) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def caught(number, frame):
+    """The handler of a signal that arriving() tells of"""
 
 
 @contextlib.contextmanager
@@ -1472,12 +1464,16 @@ def arriving(numbers):
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno())
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
+    for number in numbers:
+        signal.signal(number, caught)
     with reader, writer:
         try:
-            with caught(numbers):
-                yield iter(lambda: reader.recv(1)[0], None)
+            yield iter(lambda: reader.recv(1)[0], None)
         finally:  # or signals would be written into whatever file gets the socket's number
             signal.set_wakeup_fd(-1)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def serve(args):
@@ -1488,14 +1484,15 @@ def serve(args):
             torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
         models = open_models(args)
         server = Server(args, models)
-        with caught([signal.SIGTERM, signal.SIGINT]):  # until here they end it at once
-            threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
-            host, port = server.server_address[:2]
-            paths = {name: model.network.path for name, model in models.items()}
-            say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
-            while next(signals) == signal.SIGHUP:
-                reload(models)
-            server.drain()
+        for number in (signal.SIGTERM, signal.SIGINT):  # until here they end it at once
+            signal.signal(number, caught)
+        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.1), daemon=True).start()
+        host, port = server.server_address[:2]
+        paths = {name: model.network.path for name, model in models.items()}
+        say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
+        while next(signals) == signal.SIGHUP:
+            reload(models)
+        server.drain()
 
 
 def supervise(args):
