@@ -26,6 +26,11 @@ struct Tile {
   static constexpr int SHARED = STAGES * STAGE > BM * PITCH<Output> ? STAGES * STAGE : BM * PITCH<Output>;
 };
 
+// Where a chunk of a row of a buffer lies in it. A multiple of 8 rows further on, that is as many times BK bytes on.
+R50_DEVICE uint32_t place_of(uint32_t row, uint32_t chunk) {
+  return row * BK + (chunk ^ (row / 2 % CHUNKS)) * CHUNK;
+}
+
 // Where a chunk of k lies in an input: the tap, and bytes into the channels of one pixel. It moves on by BK.
 struct Position {
   int ky = 0, kx = 0, byte;
@@ -38,13 +43,6 @@ struct Position {
   }
 };
 
-// One input as a block sees it: a corner of the window for each of its rows that this thread loads.
-template <int ROWS>
-struct Rows {
-  const unsigned char* image[ROWS];  // this group's first channel of pixel (0, 0); of image 0 for rows beyond the last
-  int y[ROWS], x[ROWS];              // of the window's first tap; rows beyond the last lie outside of every image
-};
-
 template <class Type, class T, bool ALIGNED>
 class Product {
   using Element = typename Type::Element;
@@ -52,28 +50,30 @@ class Product {
   static constexpr int STEP = T::THREADS / CHUNKS;  // rows that all threads load at once, a chunk each
   static constexpr int ROWS_A = T::BM / STEP, ROWS_B = T::BN / STEP;
   static constexpr int TILES_M = T::WM / 16, TILES_N = T::WN / 8;
-  static_assert(T::BM % STEP == 0 && T::BN % STEP == 0 && TILES_M > 0 && TILES_N % 2 == 0, "threads fill the tile");
+  static_assert(STEP % 8 == 0 && T::BM % STEP == 0 && T::BN % STEP == 0 && TILES_M > 0 && TILES_N % 2 == 0, "threads fill the tile");
 
  public:
   typename Type::Accumulator sum[TILES_M][TILES_N][4] = {};
 
   R50_DEVICE Product(const Conv& conv, int row, int column, int group)
-      : p(conv), first_row(row), first_column(column), group(group), at(0, 1, 1) {}
+      : p(conv), first_row(row), first_column(column), group(group), at(0, 1, 1) {
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    copied = place_of(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
+    fragment_a = place_of(warp / T::WARPS_N * T::WM + lane % 16, lane / 16);
+    fragment_b = T::BM * BK + place_of(warp % T::WARPS_N * T::WN + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  }
 
   // Steps `begin` to `end` of k; those of the second input follow those of the first.
   R50_DEVICE void run(unsigned char* buffers, int begin, int end) {
     const uint32_t shared = shared_address(buffers);
     const int steps = steps_of(p.in[0]);
-    open(begin < steps ? 0 : 1, begin < steps ? begin : begin - steps);
+    bool second = begin >= steps;
+    open(p.in[second], second ? begin - steps : begin);
     auto load = [&](int step) {
       if (step < end) {
-        if (step == steps && operand == 0) open(1, 0);
-        const int stage = (step - begin) % STAGES * T::STAGE;
-        fill<ROWS_A>(buffers + stage, shared + stage, true);
-        fill<ROWS_B>(buffers + stage + T::BM * BK, shared + stage + T::BM * BK, false);
-        at.byte += BK;
-        at.wrap(channel_bytes(p.in[operand]), p.in[operand].kw);
-        k += BK;
+        if (step == steps && !second) second = true, open(p.in[1], 0);
+        const uint32_t stage = unsigned(step - begin) % STAGES * T::STAGE;
+        fill(buffers + stage, shared + stage);
       }
       cp_async_commit();  // also an empty one: the wait below counts groups
     };
@@ -82,22 +82,24 @@ class Product {
       cp_async_wait<STAGES - 2>();
       __syncthreads();
       load(step + STAGES - 1);  // into the buffer that all threads have read, one step ago
-      multiply(shared + (step - begin) % STAGES * T::STAGE);
+      multiply(shared + unsigned(step - begin) % STAGES * T::STAGE);
     }
     __syncthreads();  // the epilogue writes over the buffers; the copies under way are empty groups
   }
 
-  // f(row, column, values): two neighbours of a row of the tile at a time
-  template <class F>
-  R50_DEVICE void each(F&& f) const {
+  // f(row, column, values): two neighbours of a row of the tile at a time, behind open(column) for all rows of both
+  template <class Open, class F>
+  R50_DEVICE void each(Open&& open, F&& f) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = warp / T::WARPS_N * T::WM + lane / 4, column = warp % T::WARPS_N * T::WN + lane % 4 * 2;
 #pragma unroll
-    for (int j = 0; j < TILES_N; j++)
+    for (int j = 0; j < TILES_N; j++) {
+      open(column + 8 * j);
 #pragma unroll
       for (int i = 0; i < TILES_M; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) f(row + 16 * i + 8 * half, column + 8 * j, &sum[i][j][2 * half]);
+    }
   }
 
   static R50_DEVICE int channel_bytes(const Input& in) { return in.group_channels * SIZE; }
@@ -106,57 +108,76 @@ class Product {
  private:
   const Conv& p;
   const int first_row, first_column, group;
-  int operand, k;  // the input being loaded; bytes of k before this thread's next chunk
-  Position at;     // the same as a place in the input
-  Rows<ROWS_A> rows;
+  // bytes into a buffer: the first chunk that this thread copies, and its row of the first ldmatrix of either operand
+  uint32_t copied, fragment_a, fragment_b;
+  // What this thread copies next: its chunk of ROWS_A rows of activations and ROWS_B rows of weights.
+  Input in;     // of this input
+  int k;        // bytes of k before the chunk
+  Position at;  // the same as a place in the input
+  const unsigned char *window[ROWS_A], *weights[ROWS_B];  // the first bytes of these rows, which need not exist
+  int y[ROWS_A], x[ROWS_A];  // of the window's first tap; rows beyond the last lie outside of every image
 
-  R50_DEVICE void open(int which, int step) {
-    operand = which;
-    const Input& in = p.in[which];
+  R50_DEVICE void open(const Input& input, int step) {
+    in = input;
     k = step * BK + int(threadIdx.x) % CHUNKS * CHUNK;
     at = Position(k, channel_bytes(in), in.kw);
 #pragma unroll
     for (int i = 0; i < ROWS_A; i++) {
       const int row = first_row + int(threadIdx.x) / CHUNKS + i * STEP;
       const int pixels = p.oh * p.ow, image = row / pixels, pixel = row % pixels;
-      rows.image[i] = static_cast<const unsigned char*>(in.x) +
-                      (row < p.m ? size_t(image) * in.h * in.w * in.c * SIZE : 0) + group * channel_bytes(in);
-      rows.y[i] = row < p.m ? pixel / p.ow * in.sh - in.ph : -(1 << 30);
-      rows.x[i] = pixel % p.ow * in.sw - in.pw;
+      y[i] = pixel / p.ow * in.sh - in.ph, x[i] = pixel % p.ow * in.sw - in.pw;
+      window[i] = static_cast<const unsigned char*>(in.x) + group * channel_bytes(in) +
+                  ((int64_t(image) * in.h + y[i]) * in.w + x[i]) * (in.c * SIZE);
+      if (row >= p.m) y[i] = -(1 << 30);
     }
+#pragma unroll
+    for (int i = 0; i < ROWS_B; i++)
+      weights[i] = static_cast<const unsigned char*>(in.weight) +
+                   int64_t(group * p.group_o + first_column + int(threadIdx.x) / CHUNKS + i * STEP) * k_bytes();
   }
 
-  // ROWS rows of one operand's buffer
-  template <int ROWS>
-  R50_DEVICE void fill(unsigned char* to, uint32_t shared, bool activations) {
-    const Input& in = p.in[operand];
-    const int bytes = in.kh * in.kw * channel_bytes(in);
+  R50_DEVICE int k_bytes() const { return in.kh * in.kw * channel_bytes(in); }
+  R50_DEVICE bool has_weights(int i) const {
+    return first_column + int(threadIdx.x) / CHUNKS + i * STEP < p.group_o;
+  }
+  R50_DEVICE bool inside(int y, int x) const {  // without branches, for what is asked for in every step
+    return (unsigned(y) < unsigned(in.h)) & (unsigned(x) < unsigned(in.w));
+  }
+  // Bytes from a window's first tap. The rows of one window are few, so that its pixels fit int32.
+  R50_DEVICE int64_t offset(const Position& at) const {
+    return int64_t(at.ky * in.w + at.kx) * (in.c * SIZE) + at.byte;
+  }
+
+  // A buffer, and on by BK
+  R50_DEVICE void fill(unsigned char* to, uint32_t shared) {
+    const bool more = k < k_bytes();
+    const int64_t tap = offset(at);
 #pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-      const int row = int(threadIdx.x) / CHUNKS + i * STEP, chunk = int(threadIdx.x) % CHUNKS;
-      const int place = row * BK + (chunk ^ (row / 2 % CHUNKS)) * CHUNK;
-      const bool inside = activations || first_column + row < p.group_o;
-      const unsigned char* weights = static_cast<const unsigned char*>(in.weight) +
-                                     (inside ? size_t(group * p.group_o + first_column + row) * bytes : 0);
+    for (int i = 0; i < ROWS_A; i++) {
+      const uint32_t place = copied + i * STEP * BK;
       if constexpr (ALIGNED) {
-        if (activations) {
-          const int y = rows.y[i] + at.ky, x = rows.x[i] + at.kx;
-          const bool valid = k < bytes && unsigned(y) < unsigned(in.h) && unsigned(x) < unsigned(in.w);
-          const size_t pixel = valid ? (size_t(y) * in.w + x) * in.c * SIZE + at.byte : 0;
-          cp_async16(shared + place, rows.image[i] + pixel, valid);
-        } else {
-          cp_async16(shared + place, weights + (k < bytes ? k : 0), inside && k < bytes);
-        }
+        const bool valid = more & inside(y[i] + at.ky, x[i] + at.kx);
+        cp_async16(shared + place, window[i] + tap, valid);
       } else {
-        *reinterpret_cast<uint4*>(to + place) = gather(activations, i, inside ? weights : nullptr, bytes);
+        *reinterpret_cast<uint4*>(to + place) = gather(true, i);
       }
     }
+#pragma unroll
+    for (int i = 0; i < ROWS_B; i++) {
+      const uint32_t place = copied + (T::BM + i * STEP) * BK;
+      if constexpr (ALIGNED)
+        cp_async16(shared + place, weights[i] + k, more & has_weights(i));
+      else
+        *reinterpret_cast<uint4*>(to + place) = gather(false, i);
+    }
+    at.byte += BK;
+    at.wrap(channel_bytes(in), in.kw);
+    k += BK;
   }
 
-  // A chunk element by element: k ends inside of it, or it spans taps, or padding is not zero. Elements enter their
-  // words by shifts, for an array with a running index would lie in slow memory.
-  R50_DEVICE uint4 gather(bool activations, int i, const unsigned char* weights, int bytes) const {
-    const Input& in = p.in[operand];
+  // A chunk of row i element by element: k ends inside of it, or it spans taps, or padding is not zero. Elements enter
+  // their words by shifts, for an array with a running index would lie in slow memory.
+  R50_DEVICE uint4 gather(bool activations, int i) const {
     Position here = at;
     uint32_t word[4];
 #pragma unroll
@@ -165,16 +186,14 @@ class Product {
 #pragma unroll 1
       for (int j = 0; j < 4; j += SIZE) {
         Element value = 0;
-        if (k + 4 * n + j < bytes) {
+        if (k + 4 * n + j < k_bytes()) {
           if (activations) {
-            const int y = rows.y[i] + here.ky, x = rows.x[i] + here.kx;
-            const size_t pixel = (size_t(y) * in.w + x) * in.c * SIZE;
-            if (unsigned(y) < unsigned(in.h) && unsigned(x) < unsigned(in.w))
-              value = *reinterpret_cast<const Element*>(rows.image[i] + pixel + here.byte);
+            if (inside(y[i] + here.ky, x[i] + here.kx))
+              value = *reinterpret_cast<const Element*>(window[i] + offset(here));
             else if (SIZE == 1 && p.pad_value)
               value = Element(p.pad_value[group * in.group_channels + here.byte]);
-          } else if (weights) {
-            value = *reinterpret_cast<const Element*>(weights + k + 4 * n + j);
+          } else if (has_weights(i)) {
+            value = *reinterpret_cast<const Element*>(weights[i] + k + 4 * n + j);
           }
         }
         word[n] |= uint32_t(value) << 8 * j;
@@ -186,23 +205,14 @@ class Product {
   }
 
   R50_DEVICE void multiply(uint32_t stage) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row_a = warp / T::WARPS_N * T::WM + lane % 16;
-    const int row_b = warp % T::WARPS_N * T::WN + lane % 8 + lane / 16 * 8;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {  // 32 bytes of k each
-      const int chunk_a = 2 * half + lane / 16, chunk_b = 2 * half + lane / 8 % 2;
+    for (int half = 0; half < 2; half++) {  // 32 bytes of k each, which are two chunks: the swizzle moves by an xor, too
+      const uint32_t from_a = stage + (fragment_a ^ 2 * CHUNK * half), from_b = stage + (fragment_b ^ 2 * CHUNK * half);
       uint32_t a[TILES_M][4], b[TILES_N / 2][4];
 #pragma unroll
-      for (int i = 0; i < TILES_M; i++) {
-        const int row = row_a + 16 * i;
-        ldmatrix4(a[i], stage + row * BK + (chunk_a ^ (row / 2 % CHUNKS)) * CHUNK);
-      }
+      for (int i = 0; i < TILES_M; i++) ldmatrix4(a[i], from_a + 16 * i * BK);  // 16 rows on the swizzle is the same
 #pragma unroll
-      for (int j = 0; j < TILES_N / 2; j++) {
-        const int row = row_b + 16 * j;
-        ldmatrix4(b[j], stage + T::BM * BK + row * BK + (chunk_b ^ (row / 2 % CHUNKS)) * CHUNK);
-      }
+      for (int j = 0; j < TILES_N / 2; j++) ldmatrix4(b[j], from_b + 16 * j * BK);
 #pragma unroll
       for (int j = 0; j < TILES_N; j++)
 #pragma unroll
@@ -259,15 +269,20 @@ __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv 
     });
     __syncthreads();
   }
-  product.each([&](int row, int column, const typename Type::Accumulator* values) {
-    const int channel = first_column + column;
-    if (first_row + row >= p.m || channel >= p.group_o) return;
-    Output* const place =
-        reinterpret_cast<Output*>(shared + row * T::template PITCH<Output> + column * int(sizeof(Output)));
-    const int n = group * p.group_o + channel;
-    for (int j = 0; j < 2 && channel + j < p.group_o; j++)
-      place[j] = Type::finish(p, n + j, values[j], place + j);
-  });
+  typename Type::Channel channels[2] = {};
+  product.each(
+      [&](int column) {  // what stays in registers for all rows: the stores below could change it, for all nvcc knows
+        const int channel = first_column + column;
+        for (int j = 0; j < 2 && channel + j < p.group_o; j++)
+          channels[j] = Type::channel(p, group * p.group_o + channel + j);
+      },
+      [&](int row, int column, const typename Type::Accumulator* values) {
+        if (first_row + row >= p.m) return;
+        Output* const place =
+            reinterpret_cast<Output*>(shared + row * T::template PITCH<Output> + column * int(sizeof(Output)));
+        for (int j = 0; j < 2 && first_column + column + j < p.group_o; j++)
+          place[j] = Type::finish(p, channels[j], values[j], place + j);
+      });
   __syncthreads();
   each_piece<T, Output>(p, first_row, first_column, group, [&](int place, size_t at, bool whole) {
     if (whole)
@@ -287,7 +302,7 @@ __global__ void __launch_bounds__(256)
   auto sum = sums[i];
   for (int part = 1; part < parts; part++) sum += sums[part * count + i];
   const Output residual = Type::RESIDUAL && p.residual ? static_cast<const Output*>(p.residual)[i] : Output(0);
-  static_cast<Output*>(p.out)[i] = Type::finish(p, int(i % p.o), sum, &residual);
+  static_cast<Output*>(p.out)[i] = Type::finish(p, Type::channel(p, int(i % p.o)), sum, &residual);
 }
 
 // ------------------------------------------------------------------------------------------------- the host's side

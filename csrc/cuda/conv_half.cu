@@ -13,8 +13,12 @@ struct Type {
   static R50_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     TYPE == Float::FLOAT16 ? mma_f16(d, a, b) : mma_bf16(d, a, b);
   }
-  static R50_DEVICE uint16_t finish(const Conv& p, int n, float acc, const uint16_t* residual) {
-    float y = __fmaf_rn(acc, p.scale[n], p.shift[n]);
+  struct Channel {
+    float scale, shift;
+  };
+  static R50_DEVICE Channel channel(const Conv& p, int n) { return {p.scale[n], p.shift[n]}; }
+  static R50_DEVICE uint16_t finish(const Conv& p, const Channel& c, float acc, const uint16_t* residual) {
+    float y = __fmaf_rn(acc, c.scale, c.shift);
     if (p.residual) y = __fadd_rn(y, TYPE == Float::FLOAT16 ? unpack_f16(*residual) : unpack_bf16(*residual));
     if (p.relu && y < 0) y = 0;  // NaN stays, as it does in PyTorch
     return uint16_t(TYPE == Float::FLOAT16 ? pack_f16(y, 0) : pack_bf16(y, 0));
@@ -25,7 +29,9 @@ template <Float TYPE>
 struct Part : Type<TYPE> {
   using Output = float;
   static constexpr bool RESIDUAL = false;
-  static R50_DEVICE float finish(const Conv&, int, float acc, const float*) { return acc; }
+  struct Channel {};
+  static R50_DEVICE Channel channel(const Conv&, int) { return {}; }
+  static R50_DEVICE float finish(const Conv&, const Channel&, float acc, const float*) { return acc; }
 };
 
 }  // namespace

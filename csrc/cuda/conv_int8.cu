@@ -15,10 +15,16 @@ struct Int8 {
 struct Requantized : Int8 {
   using Output = uint8_t;
   static constexpr bool RESIDUAL = true;
-  static R50_DEVICE uint8_t finish(const Conv& p, int n, int32_t acc, const uint8_t* residual) {
-    if (p.bias) acc += p.bias[n];
-    if (p.residual) acc += p.gain[n] * *residual;
-    const int64_t product = int64_t(acc) * p.mult[n];
+  struct Channel {
+    int32_t mult, bias, gain;
+  };
+  static R50_DEVICE Channel channel(const Conv& p, int n) {
+    return {p.mult[n], p.bias ? p.bias[n] : 0, p.residual ? p.gain[n] : 0};
+  }
+  static R50_DEVICE uint8_t finish(const Conv& p, const Channel& c, int32_t acc, const uint8_t* residual) {
+    acc += c.bias;
+    if (p.residual) acc += c.gain * *residual;
+    const int64_t product = int64_t(acc) * c.mult;
     // half less one, and one more where the quotient is odd: ties go to the even neighbour
     const int32_t y = int32_t((product + ((1 << 21) - 1) + (product >> 22 & 1)) >> 22);
     return uint8_t(y < 0 ? 0 : y > 255 ? 255 : y);
@@ -29,9 +35,16 @@ struct Requantized : Int8 {
 struct Raw : Int8 {
   using Output = int32_t;
   static constexpr bool RESIDUAL = false;
-  static R50_DEVICE int32_t finish(const Conv& p, int n, int32_t acc, const int32_t*) {
-    if (p.bias) acc += p.bias[n];
-    return p.scale ? __float_as_int(float(double(acc) * double(p.scale[n]))) : acc;
+  struct Channel {
+    int32_t bias;
+    float scale;
+  };
+  static R50_DEVICE Channel channel(const Conv& p, int n) {
+    return {p.bias ? p.bias[n] : 0, p.scale ? p.scale[n] : 0};
+  }
+  static R50_DEVICE int32_t finish(const Conv& p, const Channel& c, int32_t acc, const int32_t*) {
+    acc += c.bias;
+    return p.scale ? __float_as_int(float(double(acc) * double(c.scale))) : acc;
   }
 };
 
