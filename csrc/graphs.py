@@ -50,7 +50,9 @@ class Graphs:
 
     def record(self, x):
         static = x.new_zeros(bucket(len(x)), *x.shape[1:]).to(memory_format=torch.channels_last)
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        # of another pool than most streams: PyTorch hands 32 out in turn, so it could be one on which another thread
+        # works, whose kernels would be recorded here instead of run
+        stream, graph = torch.cuda.Stream(priority=-1), torch.cuda.CUDAGraph()
         with RECORDING:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
