@@ -137,9 +137,10 @@ class CudnnResNet50(resnet50.FusedResNet50):
         more = conv.shift, conv.stride, conv.padding, (1, 1), conv.groups
         if residual is not None:
             return torch.cudnn_convolution_add_relu(x, conv.weight, residual, 1.0, *more)
-        if step.relu:
+        if step.relu and x.shape[1] % 8 == 0:  # cuDNN may have no fused engine for other channels, as of pixels
             return torch.cudnn_convolution_relu(x, conv.weight, *more)
-        return F.conv2d(x, conv.weight, *more)
+        y = F.conv2d(x, conv.weight, *more)
+        return y.relu_() if step.relu else y
 
 
 def save(args, result):
@@ -250,11 +251,15 @@ def parse():
 def main(args):
     args.began = time.monotonic()
     torch.set_grad_enabled(False)
+    if args.device == "cuda" and not csrc.has_cuda():  # or PyTorch's operations would be measured as ours
+        raise resnet50.UserError(f"the extension has no CUDA kernels: {csrc.describe()}")
+    torch.backends.cudnn.benchmark = True  # as train.py has it: PyTorch at its best
     csrc.load()
     result = {"version.torch": torch.__version__, "version.cuda": torch.version.cuda, "extension": csrc.describe(),
               "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     for key, value in result.items():
         say(f"{key:14} {value}")
+    save(args, result)  # a FILE that cannot be written is told now
     roofs(args.device, result)
     layers(args, args.seconds * 0.4, result)
     compiled = networks(args, args.seconds * 0.45, result)
