@@ -1,7 +1,9 @@
 """The CUDA kernels against exact references: on the emulator (tests/emulate_cuda), which also sees races, accesses out
 of bounds and alignment, values read before they are written; and with a GPU the same cases on that: pytest -m cuda."""
+import argparse
 import concurrent.futures
 import copy
+import itertools
 import os
 import pickle
 import re
@@ -18,7 +20,8 @@ from torch.nn import functional as F
 
 import csrc
 from csrc import graphs, reference
-from resnet50 import ResNet50, fuse, quantize
+from resnet50 import ResNet50, UserError, fuse, quantize
+from tests.bench import gpu
 from tests.conftest import ROOT
 from tests.emulate.kernels import ODD, Builder, Case, compare, extremes, requantize
 from tests.emulate_cuda import device as emulated
@@ -36,6 +39,9 @@ class Gpu:
     """emulated.Device's calls, on a GPU through the operations of library resnet50."""
 
     shift = 0
+
+    def __init__(self):  # else PyTorch's own operations would run, and pass
+        assert csrc.has_cuda(), f"the extension has no CUDA kernels: {csrc.describe()}"
 
     def use(self, shift=0, **_):
         self.shift = shift
@@ -162,6 +168,14 @@ def test_every_tile_and_split_gives_the_same(device, multiprocessors):
         compare(device.conv_int8(case), case.want, f"{multiprocessors}: {case.text}")
 
 
+def test_a_gpu_without_our_kernels_does_not_pass(monkeypatch):
+    monkeypatch.setattr(csrc, "has_cuda", lambda: False)
+    with pytest.raises(AssertionError, match="no CUDA kernels"):
+        Gpu()
+    with pytest.raises(UserError, match="no CUDA kernels"):
+        gpu.main(argparse.Namespace(device="cuda"))
+
+
 @pytest.mark.cuda
 def test_larger_tiles_on_a_gpu():
     if not torch.cuda.is_available():
@@ -226,7 +240,8 @@ LARGE_HALVES = [(16, 56, 56, 64, 256, 1, 1, 0, 1), (16, 56, 56, 256, 64, 1, 1, 0
 
 @pytest.mark.parametrize("type", ["bfloat16", "float16"])
 def test_conv_bn_relu_rounds_once(device, type):
-    """Within the rounding of the result, one part in 2^8 or 2^11, and of float32 sums."""
+    """Within the rounding of the result, one part in 2^8 or 2^11, and of float32 sums, which are below 4. Tensor cores
+    cut these off, once for each 8 of k (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021)."""
     dtype = getattr(torch, type)
     cases = HALVES + LARGE_HALVES * isinstance(device, Gpu)
     for i, (n, h, w, c, o, k, stride, padding, groups) in enumerate(cases):
@@ -243,7 +258,8 @@ def test_conv_bn_relu_rounds_once(device, type):
                                None if residual is None else bits(residual.permute(0, 2, 3, 1)), bool(i % 3),
                                (stride,) * 2, (padding,) * 2, groups, type)
         got = torch.from_numpy(got.view(np.int16)).view(dtype).double()
-        limit = exact.abs() * 2.0 ** (-8 if type == "bfloat16" else -11) + 1e-5
+        limit = exact.abs() * 2.0 ** (-8 if type == "bfloat16" else -11) + 1e-6 + (
+            k * k * c // groups / 8 + 2) * 2.0 ** -22
         assert ((got - exact).abs() <= limit).all(), (i, ((got - exact).abs() / limit).max())
 
 
@@ -398,10 +414,13 @@ def test_a_network_on_a_gpu_has_the_bits_of_the_cpu(name):
 
 @pytest.fixture
 def record(monkeypatch):
-    """record(function) -> Graphs of it, without a GPU: to replay is to compute anew in the memory of the recording"""
+    """record(function) -> Graphs of it, without a GPU: to replay is to compute anew in the memory of the recording.
+    Streams are numbers, of which each priority has 32 that are handed out in turn, as PyTorch does it."""
     for name in ("device", "stream", "Stream", "Event", "current_stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    pools = {priority: itertools.cycle([MagicMock(name=f"{priority}.{i}") for i in range(32)]) for priority in (0, -1)}
+    monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: next(pools[priority]))
 
     def made(function):
         runs = []
@@ -435,6 +454,14 @@ def test_graphs_are_few_and_fill_up_their_batches(record, monkeypatch):
     assert [size for _, _, size, _ in network.recorded] == [4, 1]  # the longest unused one went
 
 
+def test_nothing_is_recorded_on_the_stream_of_another_thread(record):
+    network, theirs = record(lambda x: x.relu()), torch.cuda.Stream()
+    for size in range(40):
+        network(torch.ones(1, 3, 4, size + 1))
+    streams = [call.kwargs["stream"] for call in torch.cuda.graph.call_args_list]
+    assert len(streams) == 40 and theirs not in streams
+
+
 def test_graphs_serve_inference_mode_and_others(record):
     network, x = record(lambda x: x.relu()), torch.ones(2, 3, 4, 4)
     with torch.inference_mode():
@@ -463,10 +490,9 @@ def test_graphs_on_a_gpu(monkeypatch):
     models, pixels = [model.cuda(), copy.deepcopy(model)], pixels.cuda()
 
     def pin():
-        count = 0
-        while not done.is_set():
-            torch.empty(count * 4096 + 1, dtype=torch.uint8, pin_memory=True)  # none of these sizes is at hand
-            count += 1
+        held = []  # what is freed would be at hand for the next
+        while not done.wait(0.001):
+            held.append(torch.empty(1, dtype=torch.uint8, pin_memory=True))
 
     def ask(seed):
         rng, stream = np.random.default_rng(seed), torch.cuda.Stream()
