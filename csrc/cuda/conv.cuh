@@ -148,7 +148,7 @@ class Product {
     return int64_t(at.ky * in.w + at.kx) * (in.c * SIZE) + at.byte;
   }
 
-  // A buffer, and on by BK
+  // A buffer, and on by BK. Addresses are valid where nothing is read, too: compute-sanitizer might look at them.
   R50_DEVICE void fill(unsigned char* to, uint32_t shared) {
     const bool more = k < k_bytes();
     const int64_t tap = offset(at);
@@ -157,7 +157,7 @@ class Product {
       const uint32_t place = copied + i * STEP * BK;
       if constexpr (ALIGNED) {
         const bool valid = more & inside(y[i] + at.ky, x[i] + at.kx);
-        cp_async16(shared + place, window[i] + tap, valid);
+        cp_async16(shared + place, valid ? window[i] + tap : in.x, valid);
       } else {
         *reinterpret_cast<uint4*>(to + place) = gather(true, i);
       }
@@ -165,10 +165,12 @@ class Product {
 #pragma unroll
     for (int i = 0; i < ROWS_B; i++) {
       const uint32_t place = copied + (T::BM + i * STEP) * BK;
-      if constexpr (ALIGNED)
-        cp_async16(shared + place, weights[i] + k, more & has_weights(i));
-      else
+      if constexpr (ALIGNED) {
+        const bool valid = more & has_weights(i);
+        cp_async16(shared + place, valid ? weights[i] + k : in.weight, valid);
+      } else {
         *reinterpret_cast<uint4*>(to + place) = gather(false, i);
+      }
     }
     at.byte += BK;
     at.wrap(channel_bytes(in), in.kw);

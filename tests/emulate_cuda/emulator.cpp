@@ -376,10 +376,14 @@ struct Emulator {
   // ---------------------------------------------------------------------------------------------- copies
 
   void copy_async(uint32_t to, const void* from, bool valid, Line line) {
-    if (to % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16)) fail("cp.async of 16 bytes that are not aligned", place(line));
+    if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async of 16 bytes that are not aligned", place(line));
     Copy copy{to, {}};
+    const size_t source = static_cast<const uint8_t*>(from) - arena;
+    // also where nothing is read: what checks a GPU's accesses may look at the address all the same
+    if (in_arena(from) && arena_state[source] == OUTSIDE)
+      fail("cp.async from outside of every buffer" + nearest(source), place(line));
     if (valid) {
-      if (in_arena(from)) global_read(static_cast<const uint8_t*>(from) - arena, 16, line);
+      if (in_arena(from)) global_read(source, 16, line);
       std::memcpy(copy.bytes, from, 16);
     }
     const size_t at = to - SHARED_START;
