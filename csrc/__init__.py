@@ -117,7 +117,9 @@ def gpus():
     """The GPUs to compile for, as TORCH_CUDA_ARCH_LIST has it."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return os.environ["TORCH_CUDA_ARCH_LIST"]
-    here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    here = set()
+    with contextlib.suppress(RuntimeError):  # GPUs that are counted, by a driver that is too old for this PyTorch
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return ";".join(f"{major}.{minor}" for major, minor in sorted(here)) or "8.0;9.0+PTX"
 
 

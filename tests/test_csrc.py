@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -864,6 +865,10 @@ def test_the_toolkit_and_the_gpus_that_are_compiled_for(native, monkeypatch, tmp
     """CUDA kernels are in the library wherever nvcc is, with or without a GPU; without one, for two kinds of it."""
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert torch.cuda.device_count() or csrc.gpus() == "8.0;9.0+PTX"
+    with monkeypatch.context() as patch:  # what a driver that is too old for PyTorch does
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "get_device_capability", Mock(side_effect=RuntimeError("too old")))
+        assert csrc.gpus() == "8.0;9.0+PTX"
     home = csrc.cuda_home()
     assert csrc.has_cuda() == (torch.version.cuda is not None and os.path.exists(os.path.join(home, "bin", "nvcc")))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
