@@ -3,6 +3,8 @@
 // Both directions are two passes over memory. The first sums two values per channel: threads of a block share a slab of
 // channels and split its rows, add up in shared memory, and leave one row of partial sums per block. A small kernel
 // adds these in a fixed order, so that a result never depends on the order of blocks. The second pass applies them.
+#include <type_traits>
+
 #include "cuda/dev.cuh"
 #include "cuda/kernels.h"
 
@@ -76,7 +78,7 @@ R50_DEVICE void load(const float* from, int channel, float (&to)[V]) {
 }
 
 // Threads of a block: `lanes` of them side by side, V channels each, and THREADS / lanes rows.
-R50_DEVICE int lanes_of(int c, int v) {
+constexpr int lanes_of(int c, int v) {
   int lanes = 1;
   while (lanes < 32 && lanes * v < c) lanes *= 2;
   return lanes;
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(THREADS) sum_forward(const __grid_constant__ B
 }
 
 // What of the gradient passes the ReLU: all but where y <= 0, so that NaN does, as in PyTorch.
-R50_DEVICE float passed(const BatchNorm& p, float grad, float y) { return p.relu && y <= 0 ? 0.0f : grad; }
+R50_DEVICE float passed(float grad, float y) { return y <= 0 ? 0.0f : grad; }
 
 // Sums of the gradient and of its product with the normalised x.
 template <class T, int V>
@@ -152,7 +154,7 @@ __global__ void __launch_bounds__(THREADS) sum_backward(const __grid_constant__ 
       if (p.relu) y.load(p.y, at);
 #pragma unroll
       for (int j = 0; j < V; j++) {
-        const float g = p.relu ? passed(p, grad.value[j], y.value[j]) : grad.value[j];
+        const float g = p.relu ? passed(grad.value[j], y.value[j]) : grad.value[j];
         first[j] += g;
         second[j] = __fmaf_rn(g, (x.value[j] - mean[j]) * invstd[j], second[j]);
       }
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(THREADS) apply_backward(const __grid_constant_
   load(p.dbias, channel, dbias);
 #pragma unroll
   for (int j = 0; j < V; j++) {
-    const float g = p.relu ? passed(p, grad.value[j], y.value[j]) : grad.value[j];
+    const float g = p.relu ? passed(grad.value[j], y.value[j]) : grad.value[j];
     const float normal = (x.value[j] - mean[j]) * invstd[j];
     const float common = (dbias[j] + normal * dweight[j]) * share;
     x.value[j] = (g - common) * (invstd[j] * weight[j]);
@@ -249,8 +251,7 @@ __global__ void __launch_bounds__(THREADS) apply_backward(const __grid_constant_
 
 // The grid of a summing kernel: slabs of channels by slices of rows, enough to keep every multiprocessor at work.
 dim3 slabs(const BatchNorm& p, int v) {
-  int lanes = 1;
-  while (lanes < 32 && lanes * v < p.c) lanes *= 2;
+  const int lanes = lanes_of(p.c, v);
   const int64_t columns = (p.c + lanes * v - 1) / (lanes * v), rows = THREADS / lanes;
   int64_t slices = (p.m + rows * 4 - 1) / (rows * 4);  // four rows per thread at least
   const int64_t enough = (8 * multiprocessors() + columns - 1) / columns;
@@ -287,37 +288,32 @@ bool vectors(const BatchNorm& p, int v) {
   return p.c % v == 0;
 }
 
-template <class T>
-void forward(const BatchNorm& p, float* sums, Stream stream) {
+template <int N>
+using Count = std::integral_constant<int, N>;
+
+// f(Type, Count of channels that are accessed together)
+template <class T, class F>
+void with_count(const BatchNorm& p, F&& f) {
   constexpr int V = 16 / int(sizeof(typename T::Element));
-  vectors(p, V) ? forward<T, V>(p, sums, stream) : forward<T, 1>(p, sums, stream);
+  vectors(p, V) ? f(T{}, Count<V>{}) : f(T{}, Count<1>{});
 }
-template <class T>
-void backward(const BatchNorm& p, float* sums, Stream stream) {
-  constexpr int V = 16 / int(sizeof(typename T::Element));
-  vectors(p, V) ? backward<T, V>(p, sums, stream) : backward<T, 1>(p, sums, stream);
+template <class F>
+void with_type(const BatchNorm& p, F&& f) {
+  switch (p.type) {
+    case Float::FLOAT32: return with_count<Type<Float::FLOAT32>>(p, f);
+    case Float::FLOAT16: return with_count<Type<Float::FLOAT16>>(p, f);
+    case Float::BFLOAT16: return with_count<Type<Float::BFLOAT16>>(p, f);
+  }
 }
 
 }  // namespace
 
 size_t bn_relu_scratch(const BatchNorm& p) { return size_t(MAX_SLICES) * 2 * p.c * sizeof(float); }
-
 void bn_relu(const BatchNorm& p, void* scratch, Stream stream) {
-  float* const sums = static_cast<float*>(scratch);
-  switch (p.type) {
-    case Float::FLOAT32: return forward<Type<Float::FLOAT32>>(p, sums, stream);
-    case Float::FLOAT16: return forward<Type<Float::FLOAT16>>(p, sums, stream);
-    case Float::BFLOAT16: return forward<Type<Float::BFLOAT16>>(p, sums, stream);
-  }
+  with_type(p, [&](auto type, auto v) { forward<decltype(type), v>(p, static_cast<float*>(scratch), stream); });
 }
-
 void bn_relu_backward(const BatchNorm& p, void* scratch, Stream stream) {
-  float* const sums = static_cast<float*>(scratch);
-  switch (p.type) {
-    case Float::FLOAT32: return backward<Type<Float::FLOAT32>>(p, sums, stream);
-    case Float::FLOAT16: return backward<Type<Float::FLOAT16>>(p, sums, stream);
-    case Float::BFLOAT16: return backward<Type<Float::BFLOAT16>>(p, sums, stream);
-  }
+  with_type(p, [&](auto type, auto v) { backward<decltype(type), v>(p, static_cast<float*>(scratch), stream); });
 }
 
 }  // namespace r50::gpu
