@@ -4,9 +4,10 @@
   python -m tests.bench.gpu --device cpu --size 64 --batches 1 --seconds 8 --layers layer4      # does it run at all
 
 Roofs are measured first: the largest products of PyTorch's own int8 and bf16 libraries, and a copy. A layer's roof is
-the larger of its multiplies and its bytes by these. Contenders of a table alternate, sample by sample, and a ratio is
-the median over rounds. Networks go from uint8 pixels to logits, ours as CUDA graphs; layers are graphs, too, so that
-launches do not count. torch.compile comes last, and as far as --limit allows: it tunes anew for each batch.
+the larger of its multiplies and its bytes by these; as it repeats on the same tensors, the L2 may hold them and the
+layer pass its roof. Contenders of a table alternate, sample by sample, and a ratio is the median over rounds. Networks
+go from uint8 pixels to logits, ours as CUDA graphs; layers are graphs, too, so that launches do not count.
+torch.compile comes last, and as far as --limit allows: it tunes anew for each batch.
 """
 import argparse
 import copy
