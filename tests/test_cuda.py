@@ -1,5 +1,9 @@
 """The CUDA kernels against exact references: on the emulator (tests/emulate_cuda), which also sees races, accesses out
-of bounds and alignment, values read before they are written; and with a GPU the same cases on that: pytest -m cuda."""
+of bounds and alignment, values read before they are written; and with a GPU the same cases on that: pytest -m cuda.
+
+compute-sanitizer sees an access out of bounds where every tensor has an allocation of its own, with which no graph can
+be recorded: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m pytest -m cuda -k "not graph and not network"
+"""
 import argparse
 import concurrent.futures
 import copy
