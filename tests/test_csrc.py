@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import csrc
 from csrc import reference
 from csrc.__main__ import clean
-from csrc.plan import build_plan, skip_unread
+from csrc.plan import BATCHES, BLOCKS, FIELDS, HEADER, KINDS, build_plan, skip_unread, tune
 from tests.conftest import ROOT
 
 NHWC = torch.channels_last
@@ -307,6 +307,37 @@ def test_network_int8(native, shape):
     for name in ("network_int8", "network_profile"):
         tests = ("test_schema", "test_faketensor") + ("test_aot_dispatch_dynamic",) * (name == "network_int8")
         torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
+
+
+def blocks(plan):
+    """-> int64 (convolutions, 2): what tune() has chosen"""
+    buffers, count = plan[32:48].view(torch.int64).tolist()
+    table = plan[8 * (HEADER + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
+    return table[table[:, 0] == KINDS["conv"]][:, [FIELDS.index(field) for field in BATCHES]]
+
+
+def test_blocks_are_measured_once_and_kept(native, monkeypatch, tmp_path):
+    """Also where nothing can be written, and anew where the file holds anything but one of BLOCKS for each layer."""
+    monkeypatch.setitem(BLOCKS, csrc.isa(), (0, 48, 64))
+    monkeypatch.setattr(csrc.plan, "cache_folders", lambda: [str(tmp_path / "gone"), str(tmp_path)])
+    pixels = u8(3, 3, 32, 32)
+    expected = naive_network(SMALL, pixels)
+    assert set(blocks(tune(build_plan(SMALL), 32)).flatten().tolist()) <= {0, 48, 64}
+    path, = tmp_path.iterdir()
+    known, n = json.loads(path.read_text()), len(blocks(build_plan(SMALL)))
+    kept = known | dict(block_one=[48] * n, block_many=[64] * n)
+    path.write_text(json.dumps(kept))
+    plan = tune(build_plan(SMALL), 32)
+    assert blocks(plan).tolist() == [[48, 64]] * n and json.loads(path.read_text()) == kept
+    np.testing.assert_array_equal(csrc.network_int8(pixels, plan, 7).numpy(), expected)
+    for text in ("", json.dumps(known)[:40], "null", "[]", *(json.dumps(known | dict(block_many=wrong)) for wrong in (
+            48, [48], [None] * n, ["48"] * n, [-48] * n, [2 ** 40] * n, [[0]] * n))):
+        path.write_text(text)
+        plan = tune(build_plan(SMALL), 32)
+        assert set(blocks(plan).flatten().tolist()) <= {0, 48, 64} and path.read_text() != text, text
+        assert blocks(tune(build_plan(SMALL), 32)).equal(blocks(plan)) and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(csrc.plan, "cache_folders", lambda: [str(tmp_path / "gone")])
+    np.testing.assert_array_equal(csrc.network_int8(pixels, tune(build_plan(SMALL), 32), 7).numpy(), expected)
 
 
 def test_pixels_that_nobody_reads_are_skipped():
