@@ -20,14 +20,7 @@
 
 #include "kernels.h"
 #include "pool.h"
-
-#if defined(__x86_64__) && !defined(RESNET50_EMULATED)
-#define TARGET(isa) __attribute__((target(isa)))
-#else
-#define TARGET(isa)
-#endif
-#define INLINE inline __attribute__((always_inline))  // must be: inlined, it is compiled for its caller's target
-#pragma GCC diagnostic ignored "-Wpsabi"             // vectors are returned by inlined functions only
+#include "vec.h"
 
 namespace r50 {
 namespace {
@@ -36,54 +29,16 @@ constexpr int GROUP = 8;  // rows whose moments are summed in float32 registers 
 constexpr int SAMPLES = 8;  // rows whose mean is the origin of the moments: one outlier among them does no harm
 constexpr int64_t BLOCKS = 64, BLOCK_ELEMENTS = 1 << 15;  // at most so many blocks, of at least so many elements
 
-struct bf16 {
-  uint16_t bits;
-};
-
-template <int W>
-struct Vec {
-  typedef float F __attribute__((vector_size(4 * W)));
-  typedef double D __attribute__((vector_size(8 * W)));
-  typedef uint32_t U __attribute__((vector_size(4 * W)));
-  typedef uint16_t H __attribute__((vector_size(2 * W)));
-};
-
-template <int W>
-INLINE typename Vec<W>::F load(const float* p) {
-  typename Vec<W>::F v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <int W>
-INLINE typename Vec<W>::F load(const bf16* p) {
-  typename Vec<W>::H h;
-  std::memcpy(&h, p, sizeof h);
-  return (typename Vec<W>::F)(__builtin_convertvector(h, typename Vec<W>::U) << 16);
-}
-
-template <int W>
-INLINE void store(float* p, const typename Vec<W>::F& v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
-template <int W>
-INLINE void store(bf16* p, const typename Vec<W>::F& v) {  // round half to even; a NaN stays one
-  const auto bits = (typename Vec<W>::U)v;
-  const auto rounded = v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;
-  const auto h = __builtin_convertvector(rounded >> 16, typename Vec<W>::H);
-  std::memcpy(p, &h, sizeof h);
-}
-
 template <int W>
 INLINE void accumulate(double* p, const typename Vec<W>::F& v) {
   constexpr int H = W > 1 ? W / 2 : 1;  // as many float64 as one register holds; gcc takes wider ones through the stack
+  typedef double Doubles __attribute__((vector_size(8 * H)));
   typename Vec<H>::F parts[W / H];
   std::memcpy(parts, &v, sizeof v);
   for (int i = 0; i < W / H; i++) {
-    typename Vec<H>::D sum;
+    Doubles sum;
     std::memcpy(&sum, p + i * H, sizeof sum);
-    sum += __builtin_convertvector(parts[i], typename Vec<H>::D);
+    sum += __builtin_convertvector(parts[i], Doubles);
     std::memcpy(p + i * H, &sum, sizeof sum);
   }
 }

@@ -10,6 +10,10 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include "tiles.h"
+#endif
+
 namespace r50 {
 namespace {
 
@@ -40,23 +44,14 @@ void int8_ymm(int64_t rounds) {
   VECTOR_LOOP(ZERO_YMM, "vpmaddubsw %%ymm12,%%ymm13,%%ymm14\nvpaddw %%ymm14,%%ymm\\n,%%ymm\\n");
 }
 
-struct alignas(64) TileConfig {  // palette 1: 8 tiles of 16 rows of 64 bytes
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-static_assert(sizeof(TileConfig) == 64, "what ldtilecfg reads");
-
-// The configuration is an "m" operand: gcc 12's own intrinsic does not say that it reads memory, and the stores to it
-// may vanish. The tiles are released at the end: whoever comes next loads a configuration of its own.
-#define TILE_LOOP(product)                                                                             \
-  const TileConfig config;                                                                             \
-  __asm__ volatile("ldtilecfg %1\n.irp n,0,1,2,3,4,5\ntilezero %%tmm\\n\n.endr\n"                    \
-                   ".p2align 5\n1:\n.irp n,0,1,2,3\n" product " %%tmm5,%%tmm4,%%tmm\\n\n.endr\n"     \
-                   "dec %0\njnz 1b\ntilerelease\n"                                                     \
+#define TILE_LOOP(product)  /* all tiles are zeros from the configuration on */                        \
+  tile_configure();                                                                                    \
+  __asm__ volatile(".p2align 5\n1:\n.irp n,0,1,2,3\n" product " %%tmm5,%%tmm4,%%tmm\\n\n.endr\n"     \
+                   "dec %0\njnz 1b\n"                                                                  \
                    : "+r"(rounds)                                                                      \
-                   : "m"(config)                                                                       \
-                   : "cc")
+                   :                                                                                   \
+                   : "cc");                                                                            \
+  tile_release()
 
 void int8_tmm(int64_t rounds) { TILE_LOOP("tdpbusd"); }
 void bf16_tmm(int64_t rounds) { TILE_LOOP("tdpbf16ps"); }
