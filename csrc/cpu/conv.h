@@ -92,6 +92,11 @@ int panel_position(Isa isa, int c);
 // k of a tap is padded to a multiple of this in the blob for this instruction set.
 int tap_multiple(Isa isa);
 
+// Rows come in groups of so many (layout.h: Tables::build).
+inline int alignment() { return isa() == Isa::amx ? 16 : 1; }
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // Rows [m0, m1) by panels [p0, p1). AMX: m0 and m1 are multiples of 32 or the end.
 void conv_plain(const Conv&, int m0, int m1, int p0, int p1);
 void conv_avx2(const Conv&, int m0, int m1, int p0, int p1);
@@ -100,8 +105,12 @@ void conv_amx(const Conv&, int m0, int m1, int p0, int p1);
 
 using ConvFunction = void (*)(const Conv&, int, int, int, int);
 inline ConvFunction conv_function() {
+#if defined(__x86_64__)
   constexpr ConvFunction all[] = {conv_plain, conv_avx2, conv_vnni, conv_amx};
   return all[int(isa())];
+#else
+  return conv_plain;
+#endif
 }
 
 // RNE(acc * j / 2^22) clamped to a byte: the definition.

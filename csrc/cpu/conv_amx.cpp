@@ -232,28 +232,20 @@ void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) {
   const int block = std::clamp(wanted, 1, 2 * FEW) * ROWS;
   tile_configure();
   const int multiplies = 4 * conv.w->ktotal / STEP;  // of a half
-  const auto run = [&]<class Epilogue>() {
+  with_epilogue(conv, [&]<class Epilogue>() {
     // one row per multiply is hidden; two also are where that makes one scratch serve
-    if (multiplies >= ROWS + 4 || (2 * multiplies >= ROWS && multiplies < ROWS / 2 + 4))
+    if constexpr (Epilogue::wide)
+      wide_rows<Epilogue::BYTES>(conv, m0, m1, p0, p1);
+    else if (multiplies >= ROWS + 4 || (2 * multiplies >= ROWS && multiplies < ROWS / 2 + 4))
       sweep<Epilogue, 1>(conv, m0, m1, p0, p1, block);
     else if (4 * multiplies >= ROWS)
       sweep<Epilogue, 2>(conv, m0, m1, p0, p1, block);
     else
       sweep<Epilogue, 4>(conv, m0, m1, p0, p1, block);
-  };
-  if (conv.kind == Out::u8 || conv.kind == Out::bf16)
-    with_epilogue(conv, run);
-  else if (conv.w->type == Type::int8)
-    wide_rows<1>(conv, m0, m1, p0, p1);
-  else
-    wide_rows<2>(conv, m0, m1, p0, p1);
+  });
   tile_release();
 }
 
 }  // namespace r50
 
-#else
-namespace r50 {
-void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) { conv_plain(conv, m0, m1, p0, p1); }
-}  // namespace r50
 #endif

@@ -330,9 +330,9 @@ void conv_words(const Conv& conv, int run, int m0, int m1, int p0, int p1) {
 
 void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
   const Packed& w = *conv.w;
-  const int run = w.kpad[0] == w.k[0] ? conv.in[0].k : w.kpad[0];  // taps split finer need no padding
-  if (w.operands == 1 && conv.in[0].ntaps > 1 && run < SHORT) return conv_words(conv, run, m0, m1, p0, p1);
-  const int lda = (w.ktotal + 31) / 32 * 32;
+  const auto run = [&](int s) { return w.kpad[s] == w.k[s] ? conv.in[s].k : w.kpad[s]; };  // split finer: no padding
+  if (w.operands == 1 && conv.in[0].ntaps > 1 && run(0) < SHORT) return conv_words(conv, run(0), m0, m1, p0, p1);
+  const int lda = int(round_up(w.ktotal, 32));
   const int wanted = conv.block ? conv.block : std::max(4 * ROWS, BLOCK_BYTES / lda);
   const int block = std::clamp(wanted / ROWS, 1, TILES) * ROWS;
   const size_t plane = size_t(block) * lda;
@@ -350,7 +350,7 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
       int at = 0;
       for (int s = 0; s < w.operands; s++) {
         const Operand& in = conv.in[s];
-        const int kpad = w.kpad[s] == w.k[s] ? in.k : w.kpad[s];  // taps split finer need no padding
+        const int kpad = run(s);
         for (int t = 0; t < in.ntaps; t++, at += kpad)
           copy_row(in.a + in.rows[m + r] + in.taps[t], in.k, kpad, raw + r * lda + at, low + r * lda + at, r, at, high);
       }
@@ -384,8 +384,4 @@ void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
 
 }  // namespace r50
 
-#else
-namespace r50 {
-void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) { conv_plain(conv, m0, m1, p0, p1); }
-}  // namespace r50
 #endif

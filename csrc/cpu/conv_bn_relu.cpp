@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t ROWS = 192;  // of a block, about: they pay for loading a chunk of weights from beyond L2
 constexpr int SLACK = 64;      // bytes that are read, or for a moment written, behind the end of a copy
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // One group of a convolution. A 1x1 of all pixels is a convolution of one image, one pixel wide.

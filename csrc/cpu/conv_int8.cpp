@@ -19,8 +19,6 @@ PackedShape merged(int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t c2) {
   return {int(o), c2 ? 2 : 1, {int(kh), 1}, {int(kw * c), int(c2)}};
 }
 
-int alignment() { return isa() == Isa::amx ? 16 : 1; }
-
 // An operand that kernels can read: the caller's own memory where no read leaves it, else a bordered copy with room
 // behind it.
 struct Source {

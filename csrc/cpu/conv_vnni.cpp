@@ -2,7 +2,6 @@
 // Register tile: 6 rows x 64 channels = 24 accumulators, 4 registers of weights, 1 broadcast of 4 bytes.
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
 #include "conv.h"
@@ -27,13 +26,6 @@ R50_INLINE __m512i dot(__m512i sum, __m512i x, __m512i weights) {
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)x, (__m512bh)weights));
 }
 
-// 32-bit results, for the last layer
-template <int BYTES_>
-struct Wide {
-  static constexpr int BYTES = BYTES_;
-  Wide(const Packed&, int) {}
-};
-
 // f(0) ... f(N - 1) with constants: an array that is indexed by nothing else is made of registers
 template <int N, class F>
 R50_INLINE void each(F&& f) {
@@ -57,7 +49,7 @@ void multiply(const Conv& conv, const Segment& segment, int m, int p, Ahead& ahe
     sum[i / 4][i % 4] = _mm512_load_si512(w.start(p) + 16 * (i % 4));
   });
   const int64_t column = int64_t(p) * WIDTH * Epilogue::BYTES;
-  if constexpr (!std::is_same_v<Epilogue, Wide<Epilogue::BYTES>>) {
+  if constexpr (!Epilogue::wide) {
     const Epilogue epilogue(w, p);
     each<R>([&](auto r) __attribute__((always_inline)) {
       const int64_t now = conv.outs[m + r] + column, then = conv.outs[std::min(m + r + R, conv.m - 1)] + column;
@@ -99,7 +91,7 @@ void multiply(const Conv& conv, const Segment& segment, int m, int p, Ahead& ahe
   each<R>([&](auto r) __attribute__((always_inline)) {
     const int32_t out = conv.outs[m + r];
     if (out < 0) return;
-    if constexpr (std::is_same_v<Epilogue, Wide<Epilogue::BYTES>>) {
+    if constexpr (Epilogue::wide) {
       alignas(64) int32_t acc[WIDTH];
       each<4>([&](auto v) __attribute__((always_inline)) { _mm512_store_si512(acc + 16 * v, sum[r][v]); });
       finish_row(conv, m + r, p, acc);
@@ -142,19 +134,9 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1) {
 }  // namespace
 
 void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) {
-  const auto run = [&]<class Epilogue>() { sweep<Epilogue>(conv, m0, m1, p0, p1); };
-  if (conv.kind == Out::u8 || conv.kind == Out::bf16)
-    with_epilogue(conv, run);
-  else if (conv.w->type == Type::int8)
-    run.template operator()<Wide<1>>();
-  else
-    run.template operator()<Wide<2>>();
+  with_epilogue(conv, [&]<class Epilogue>() { sweep<Epilogue>(conv, m0, m1, p0, p1); });
 }
 
 }  // namespace r50
 
-#else
-namespace r50 {
-void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) { conv_plain(conv, m0, m1, p0, p1); }
-}  // namespace r50
 #endif

@@ -16,8 +16,8 @@ namespace r50 {
 template <Rounding rounding_, bool residual_>
 struct Epilogue512 {
   static constexpr Rounding rounding = rounding_;
-  static constexpr bool residual = residual_;
-  static constexpr int BYTES = 1;  // of a result
+  static constexpr bool residual = residual_, wide = false;
+  static constexpr int BYTES = 1;  // of an element
   __m512 scale0, scale1, scale2, scale3, addend0, addend1, addend2, addend3;
   __m512i gain0, gain1, gain2, gain3;
   __mmask64 valid;
@@ -79,8 +79,8 @@ alignas(64) inline constexpr auto UPPER = [] {  // of each lane: the words of 32
 // What Epilogue512 is for int8, for bfloat16: the accumulators have bias and scale in them already.
 template <bool residual_>
 struct EpilogueBf16 {
-  static constexpr bool residual = residual_;
-  static constexpr int BYTES = 2;  // of a result
+  static constexpr bool residual = residual_, wide = false;
+  static constexpr int BYTES = 2;  // of an element
   __mmask32 valid0, valid1;
 
   EpilogueBf16(const Packed& w, int p) {
@@ -116,22 +116,28 @@ struct EpilogueBf16 {
   }
 };
 
-// run.template operator()<the epilogue>() for this convolution, of Out::u8 or Out::bf16
+// 32-bit results, for the last layer: finish_row() makes them
+template <int BYTES_>
+struct Wide {
+  static constexpr bool wide = true;
+  static constexpr int BYTES = BYTES_;
+  Wide(const Packed&, int) {}
+};
+
+// run.template operator()<the epilogue>() for this convolution
 template <class Run>
 void with_epilogue(const Conv& conv, Run&& run) {
+  const bool is_bf16 = conv.w->type == Type::bf16;
+  const auto either = [&]<class First, class Second>(bool second) {
+    second ? run.template operator()<Second>() : run.template operator()<First>();
+  };
+  if (conv.kind == Out::s32 || conv.kind == Out::f32) return either.template operator()<Wide<1>, Wide<2>>(is_bf16);
   const bool residual = conv.residual != nullptr;
-  if (conv.kind == Out::bf16)
-    return residual ? run.template operator()<EpilogueBf16<true>>() : run.template operator()<EpilogueBf16<false>>();
+  if (is_bf16) return either.template operator()<EpilogueBf16<false>, EpilogueBf16<true>>(residual);
   switch (conv.w->rounding) {
-    case BIASED:
-      return residual ? run.template operator()<Epilogue512<BIASED, true>>()
-                      : run.template operator()<Epilogue512<BIASED, false>>();
-    case SINGLE:
-      return residual ? run.template operator()<Epilogue512<SINGLE, true>>()
-                      : run.template operator()<Epilogue512<SINGLE, false>>();
-    default:
-      return residual ? run.template operator()<Epilogue512<DOUBLE, true>>()
-                      : run.template operator()<Epilogue512<DOUBLE, false>>();
+    case BIASED: return either.template operator()<Epilogue512<BIASED, false>, Epilogue512<BIASED, true>>(residual);
+    case SINGLE: return either.template operator()<Epilogue512<SINGLE, false>, Epilogue512<SINGLE, true>>(residual);
+    default: return either.template operator()<Epilogue512<DOUBLE, false>, Epilogue512<DOUBLE, true>>(residual);
   }
 }
 

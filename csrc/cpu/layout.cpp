@@ -97,7 +97,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
       }
   std::vector<Row> all;
   all.reserve(size_t(out.images) * out.h * out.w);
-  const auto whole = [&](int k) { return (k + multiple - 1) / multiple * multiple; };
+  const auto whole = [&](int k) { return int(round_up(k, multiple)); };
   for (const auto& [part, of_part] : parts) {
     all.insert(all.end(), of_part.begin(), of_part.end());
     if (!slicing) continue;

@@ -31,8 +31,6 @@ Order order(Isa isa) {
   }
 }
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 }  // namespace
 
 int tap_multiple(Isa isa) { return order(isa).multiple; }
