@@ -24,11 +24,11 @@ import torch
 
 from . import ISAS, build_key, cache_folders, isa, load
 
-HEADER_STAMP = 0x35305205
+HEADER_STAMP = 0x35305206
 HEADER = 9  # words
 KINDS = dict(load=0, conv=1, maxpool=2, avgpool=3, linear=4, load_windows=5)
 FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "stride2", "residual_stride", "packed",
-          "scale", "mult", "group", "block_one", "block_many")
+          "scale", "mult", "block_one", "block_many")
 # what tune() tries (cpu/conv.h: Conv.block): rows, 0 for the kernel's own choice, and for avx2 nothing measured better
 # (csrc/LOG.md); odd for AMX: the lines of results are fetched ahead
 BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768),

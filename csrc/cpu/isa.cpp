@@ -20,6 +20,7 @@ constexpr const char* NAMES[] = {"plain", "avx2", "vnni", "amx"};
 
 struct Features {
   bool avx2 = false, avx512 = false, vnni = false, vbmi = false, avx512_bf16 = false, amx = false;
+  Isa isa = Isa::plain;  // what is used of them
 };
 
 Features detect() {
@@ -47,37 +48,33 @@ Features detect() {
   return f;
 }
 
-struct State {
-  Features features;
-  Isa isa;
-};
-
-State decide() {
-  const Features f = detect();
-  const Isa best = f.amx ? Isa::amx : f.vnni ? Isa::vnni : f.avx2 ? Isa::avx2 : Isa::plain;
+Features decide() {
+  Features f = detect();
+  f.isa = f.amx ? Isa::amx : f.vnni ? Isa::vnni : f.avx2 ? Isa::avx2 : Isa::plain;
   const char* forced = std::getenv("RESNET50_ISA");
-  if (!forced || !*forced) return {f, best};
+  if (!forced || !*forced) return f;
   for (int i = 0; i < 4; i++)
     if (!std::strcmp(forced, NAMES[i])) {
-      if (i > int(best))
+      if (i > int(f.isa))
         throw std::runtime_error(std::string("RESNET50_ISA=") + forced + ": this CPU has no more than " +
-                                 NAMES[int(best)]);
-      return {f, Isa(i)};
+                                 NAMES[int(f.isa)]);
+      f.isa = Isa(i);
+      return f;
     }
   throw std::runtime_error(std::string("RESNET50_ISA=") + forced + ": none of amx, vnni, avx2, plain");
 }
 
-const State& state() {
-  static const State s = decide();
-  return s;
+const Features& features() {
+  static const Features f = decide();
+  return f;
 }
 
 }  // namespace
 
-Isa isa() { return state().isa; }
+Isa isa() { return features().isa; }
 const char* isa_name() { return NAMES[int(isa())]; }
-bool has_avx512() { return state().features.avx512 && isa() >= Isa::vnni; }
-bool has_avx512_vbmi() { return state().features.vbmi && isa() >= Isa::vnni; }
-bool has_avx512_bf16() { return state().features.avx512_bf16 && isa() >= Isa::vnni; }
+bool has_avx512() { return features().avx512 && isa() >= Isa::vnni; }
+bool has_avx512_vbmi() { return features().vbmi && isa() >= Isa::vnni; }
+bool has_avx512_bf16() { return features().avx512_bf16 && isa() >= Isa::vnni; }
 
 }  // namespace r50

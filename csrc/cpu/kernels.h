@@ -11,7 +11,7 @@ namespace r50 {
 enum class Isa { plain, avx2, vnni, amx };  // each includes the ones before it
 Isa isa();               // the best this CPU and kernel allow, or what RESNET50_ISA names; decided once per process
 const char* isa_name();  // "plain", "avx2", "vnni", "amx"
-bool has_avx512();       // F, BW, VL, DQ usable, and not forced lower by RESNET50_ISA
+bool has_avx512();       // F, BW, VL, DQ, where isa() is vnni or more: a CPU without VNNI takes AVX2 for floats too
 bool has_avx512_vbmi();  // and VNNI
 bool has_avx512_bf16();
 double peak_macs(const char* kind,

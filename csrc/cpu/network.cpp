@@ -54,12 +54,12 @@ struct Workspace {
 
 Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.header().id, images, h, w) {
   const PlanHeader& header = plan.header();
-  const int align = isa() == Isa::amx ? 16 : 1;
+  const int align = alignment();
   std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0),
       first_pass(header.buffers, -1);
-  // group 0: one image at a time while its activations outweigh the weights, then as many as balance them, so that
-  // weights are read less often
-  const auto automatic = [&](const PlanStep& s, int64_t activations) {
+  // one image at a time while its activations outweigh the weights, then as many as balance them, so that weights are
+  // read less often
+  const auto balanced = [&](const PlanStep& s, int64_t activations) {
     const int64_t weights =
         Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
     int images = 1;
@@ -88,7 +88,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     }
     if (s.out >= 0) heights[s.out] = oh, widths[s.out] = ow;
     const auto size = [&](int64_t b) { return b < 0 ? 0 : int64_t(heights[b]) * widths[b] * plan.buffer(b).pixel; };
-    wanted.push_back(int(s.group ? s.group : automatic(s, size(s.in) + size(s.out))));
+    wanted.push_back(balanced(s, size(s.in) + size(s.out)));
     // what a window reads is written as many images at a time as it is read: they lie inside its pixels (see below)
     if (kind == Step::conv && s.kw > 1)
       for (int64_t writer = i; writer-- > 0;)
@@ -141,7 +141,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
         layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad),
                                      int(header.channels) * bytes_of(plan.type()), w);
     // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels
-    total += (layouts[b].bytes + (align > 1 ? 32 * layouts[b].pixel : 0) + SLACK + 63) / 64 * 64;
+    total += round_up(layouts[b].bytes + (align > 1 ? 32 * layouts[b].pixel : 0) + SLACK, 64);
     offsets.push_back(total);
   }
   bytes = size_t(total) + 64;
@@ -214,24 +214,20 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
   const int64_t of_load = type == Type::bf16 ? s.scale : s.out < 0 ? -1 : plan.buffer(s.out).fill;
   const uint8_t* value = of_load < 0 ? nullptr : plan.data + of_load;  // of pixels that stands for 0
   const Layout* to = s.out >= 0 ? &ws.layouts[s.out] : nullptr;
+  const Part lines = part(to ? to->h : 0, 1, thread, threads);
+  pixels += int64_t(n0) * h * w * c;
   switch (Step(s.kind)) {
-    case Step::load: {
-      const Part rows = part(to->h, 1, thread, threads);
-      load_images(pixels + int64_t(n0) * h * w * c, c, value, type, at(s.out), *to, 0, g, rows.begin, rows.end);
+    case Step::load:
+      load_images(pixels, c, value, type, at(s.out), *to, 0, g, lines.begin, lines.end);
       break;
-    }
-    case Step::load_windows: {
-      const Part rows = part(to->h, 1, thread, threads);
-      load_windows(pixels + int64_t(n0) * h * w * c, h, w, c, value, type, int(s.stride), int(s.pad), at(s.out), *to, 0,
-                   g, rows.begin, rows.end);
+    case Step::load_windows:
+      load_windows(pixels, h, w, c, value, type, int(s.stride), int(s.pad), at(s.out), *to, 0, g, lines.begin,
+                   lines.end);
       break;
-    }
-    case Step::max_pool: {
-      const Part rows = part(to->h, 1, thread, threads);
-      const auto pool = type == Type::int8 ? max_pool : max_pool_bf16;
-      pool(at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, rows.begin, rows.end);
+    case Step::max_pool:
+      (type == Type::int8 ? max_pool : max_pool_bf16)(at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, lines.begin,
+                                                      lines.end);
       break;
-    }
     case Step::average_pool: {
       const Part images = part(g, 1, thread, threads);
       if (type == Type::int8)
@@ -297,13 +293,11 @@ void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, i
     });
     return;
   }
-  int64_t largest = LARGEST_GROUP;
-  for (int64_t i = 0; i < header.steps; i++) largest = std::max(largest, plan.step(i).group);
   for (int done = 0; done < n;) {
-    int64_t images = largest;  // halved until there are as many, so that all but a few go in large groups
+    int images = LARGEST_GROUP;  // halved until there are as many, so that all but a few go in large groups
     while (images > n - done && images > FEWEST_TOGETHER) images /= 2;
-    images = std::min<int64_t>(images, n - done);
-    auto workspace = take(plan, int(images), h, w);
+    images = std::min(images, n - done);
+    auto workspace = take(plan, images, h, w);
     const Workspace& ws = *workspace;
     Barrier barrier(threads);
     const uint8_t* from = pixels + int64_t(done) * h * w * header.channels;

@@ -1,4 +1,4 @@
-// A whole network as one call, int8 or, on AMX, bfloat16. The plan is one block of bytes: a header, a table of buffers,
+// A whole network as one call, int8 or, on AMX and AVX-512 BF16, bfloat16. The plan is one block of bytes: a header, a table of buffers,
 // a table of steps, and the constants that they point to; csrc/plan.py writes it. Sizes of feature maps are not in it:
 // they follow from the pixels.
 #pragma once
@@ -7,7 +7,7 @@
 namespace r50 {
 
 struct PlanHeader {
-  static constexpr int64_t STAMP = 0x35305205;
+  static constexpr int64_t STAMP = 0x35305206;
   int64_t stamp, isa, bytes, id, buffers, steps, classes, channels, type;  // conv.h: Type
 };
 struct PlanBuffer {
@@ -20,8 +20,7 @@ struct PlanStep {
   int64_t packed;  // offset of a blob of pack_int8 or pack_bf16
   int64_t scale;   // offset of: int8, linear, the logits' scales; bfloat16, load, a uint8 per channel to subtract
   int64_t mult;    // int8: average pooling's j
-  int64_t group;                // images that go through this step before the next one runs; 0: chosen from the sizes
-  int64_t block[2];  // conv: Conv.block (conv.h) for one image and for several
+  int64_t block[2];  // conv: Conv.block (conv.h) where one image goes through at a time, and where several do
 };
 
 // pixels (n, h, w, channels) uint8 -> logits (n, classes) float. nanoseconds, if given, gets the time of each step,

@@ -34,23 +34,18 @@ static std::vector<uint8_t> repeated(const uint8_t* value, int c, int64_t n, int
 
 void load_images(const uint8_t* pixels, int c, const uint8_t* value, Type type, uint8_t* out, const Layout& to, int n0,
                  int n1, int y0, int y1) {
-  const int64_t row = int64_t(to.w) * c;
-  const auto values = repeated(value, c, type == Type::int8 ? 0 : row, 1);
+  const int together = to.dense() ? to.w : 1;  // pixels
+  const int64_t run = int64_t(together) * c;
+  const auto values = repeated(value, c, type == Type::int8 ? 0 : run, 1);
   for (int n = n0; n < n1; n++)
-    for (int y = y0; y < y1; y++) {
-      const uint8_t* from = pixels + (int64_t(n) * to.h + y) * row;
-      if (type == Type::bf16) {
-        if (to.dense()) {
-          differences(from, values.data(), row, out + to.at(n, y, 0));
-        } else {
-          for (int x = 0; x < to.w; x++) differences(from + int64_t(x) * c, values.data(), c, out + to.at(n, y, x));
-        }
-      } else if (to.dense()) {
-        std::memcpy(out + to.at(n, y, 0), from, row);
-      } else {
-        for (int x = 0; x < to.w; x++) std::memcpy(out + to.at(n, y, x), from + int64_t(x) * to.c, to.c);
+    for (int y = y0; y < y1; y++)
+      for (int x = 0; x < to.w; x += together) {
+        const uint8_t* from = pixels + ((int64_t(n) * to.h + y) * to.w + x) * c;
+        if (type == Type::bf16)
+          differences(from, values.data(), run, out + to.at(n, y, x));
+        else
+          std::memcpy(out + to.at(n, y, x), from, run);
       }
-    }
 }
 
 #if defined(__x86_64__)
