@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 
 import csrc
+from csrc import reference
 from tests.emulate import kernels as emulate
+from tests.test_kernels import preload
 
 NHWC = torch.channels_last
 DTYPES = [torch.float32, torch.bfloat16]
@@ -102,6 +104,17 @@ def test_values(native, shape, dtype):
     for relu, residual in ((True, True), (False, False)):
         arguments = case.arguments(relu, residual)
         compare(native(*arguments), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
+@pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
+def test_the_reference(shape, dtype):
+    """What runs where nothing is compiled"""
+    case = Case(*shape, dtype=dtype)
+    for relu, residual in ((True, True), (False, False)):
+        arguments = case.arguments(relu, residual)
+        reference.check_conv_bn_relu(*arguments)
+        compare(reference.conv_bn_relu(*arguments), arguments)
 
 
 @pytest.mark.parametrize("relu, residual", [(True, False), (False, True)])
@@ -302,10 +315,8 @@ def test_sanitizers(builds):
     """The emulated paths where no byte beside a tensor may be touched"""
     if builds is None:
         pytest.skip("needs g++")
-    preload = " ".join(subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True,
-                                      check=True).stdout.strip() for name in ("libasan", "libubsan"))
-    env = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "RESNET50_EXT": "off",
-           LIBRARY: builds[1](), "PYTEST_ADDOPTS": ""}
+    env = {**os.environ, "LD_PRELOAD": preload("libasan.so", "libubsan.so"), "ASAN_OPTIONS": "detect_leaks=0",
+           "RESNET50_EXT": "off", LIBRARY: builds[1](), "PYTEST_ADDOPTS": ""}
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "emulated_values"], env=env,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -7,6 +7,7 @@ with a sanitizer preloaded, and with faulty builds, which end with a line "diffe
 Arrays are NHWC: x uint8 (n, h, w, c), weight int8 (o, kh, kw, c / groups), results (n, oh, ow, o).
 """
 import concurrent.futures
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -45,8 +46,9 @@ class Builder:
         self.version = subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
         self.pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
         for path in (os.path.join(folder, name) for name in os.listdir(folder)):
-            if time.time() - os.path.getmtime(path) > WEEK:
-                os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):  # another process tidies up as well
+                if time.time() - os.path.getmtime(path) > WEEK:
+                    os.unlink(path)
 
     def run(self, key, suffix, *command):
         """g++ `command` -o file, unless the file of this key is there. -> path"""
