@@ -16,6 +16,7 @@ as it came, on the same images and, in alternation, on this device. Unstructured
 import argparse
 import copy
 import functools
+import glob
 import html
 import json
 import math
@@ -194,33 +195,27 @@ def rank(model, kind, pixels, labels, seed=0):
         if name in score:
             score[name] += values.detach().double().cpu().view(repeat, -1).sum(0)
 
-    norms = {key: key[:-len("weight")] + "bias" for key in where
-             if key.endswith(".weight") and key[:-len("weight")] + "running_mean" in where}
+    norms = [step.bn for step in flatten(model) if step.bn]
     if kind in ("l1", "l2"):
         for key in where:
             if key in state and state[key].ndim == 4:
                 add(key, state[key].flatten(1).norm(p=int(kind[1]), dim=1))
     elif kind == "bn":
-        for key in norms:
-            add(key, state[key].abs())
+        for bn in norms:
+            add(bn + ".weight", state[bn + ".weight"].abs())
     elif kind == "taylor":
         probe = copy.deepcopy(model).eval().requires_grad_(True)
         parameters = dict(probe.named_parameters())
         for images, target in zip(pixels.split(32), labels.split(32)):
             logits = probe(normalize(images, model.preprocess))
             F.cross_entropy(logits, torch.where(target < 0, logits.argmax(1), target)).backward()
-            for weight, bias in norms.items():
-                w, b = parameters[weight], parameters[bias]
-                add(weight, (w * w.grad + b * b.grad) ** 2)
+            for bn in norms:
+                w, b = parameters[bn + ".weight"], parameters[bn + ".bias"]
+                add(bn + ".weight", (w * w.grad + b * b.grad) ** 2)
             probe.zero_grad(set_to_none=True)
     elif kind == "activation":
-        def watch(step, y):
-            if step.kind == "conv":
-                add(step.name + ".weight", y.float().clamp(min=0).mean((0, 2, 3)))
-        with torch.no_grad():
-            for images in pixels.split(32):
-                fuse(model).run(normalize(images, model.preprocess).contiguous(memory_format=torch.channels_last),
-                                watch=watch)
+        run_float(fuse(model), pixels.split(32), lambda step, y: step.kind == "conv" and add(
+            step.name + ".weight", y.clamp(min=0).mean((0, 2, 3))))
     else:
         score = {name: torch.rand(s.shape, generator=generator, dtype=torch.float64) for name, s in score.items()}
     if kind in ("l1", "l2", "activation"):
@@ -229,6 +224,13 @@ def rank(model, kind, pixels, labels, seed=0):
         if not s.isfinite().all():
             raise UserError(f"{name}: a weight, activation or gradient of its channels is not finite")
     return score
+
+
+@torch.no_grad()
+def run_float(fused, batches, watch):
+    """FusedResNet50, iterable of uint8 pixels (N, 3, H, W): watch(step, result) sees every float result."""
+    for pixels in batches:
+        fused.run(normalize(pixels, fused.preprocess).contiguous(memory_format=torch.channels_last), watch=watch)
 
 
 def layers(model):
@@ -263,17 +265,14 @@ def cost_of(kind, model, size, int8=False):
 def latency_table(model, size, int8, probes=10, seed=0):
     """Milliseconds of each layer in its place: `probes` networks with random widths run whole, step by step timed, and
     each layer's times are fitted (least squares, no negative terms). int8: in the int8 network of this machine."""
-    generator, found, ends = torch.Generator().manual_seed(seed), spaces(model), layers(model)
-    pixels = example(model, 1, size)
+    generator, ends = torch.Generator().manual_seed(seed), layers(model)
+    sizes = {name: space.size for name, space in spaces(model).items() if not follows(name)}
     samples, times = [], []
     for probe in range(probes):
-        share = {name: 1.0 if probe == 0 else float(torch.rand((), generator=generator) * 0.85 + 0.15)
-                 for name in found}
-        keep = {name: torch.arange(max(8, round(s.size * share[name] / 8) * 8)) for name, s in found.items()
-                if not follows(name)}
-        smaller = prune(model, {name: index[:found[name].size] for name, index in keep.items()})
-        samples.append({name: len(keep[name]) / found[name].size if name in keep else share[name] for name in found})
-        times.append(step_times(smaller, pixels, size, int8))
+        share = {name: float(torch.rand((), generator=generator) * 0.85 + 0.15) if probe else 1.0 for name in sizes}
+        left = {name: min(n, max(8, round(n * share[name] / 8) * 8)) for name, n in sizes.items()}
+        samples.append({name: left[name] / n for name, n in sizes.items()})
+        times.append(step_times(prune(model, {name: torch.arange(n) for name, n in left.items()}), size, int8))
     table = {}
     for layer, (reads, makes) in ends.items():
         if layer not in times[0]:
@@ -313,14 +312,10 @@ def milliseconds(model, size, int8):
 
 
 @torch.no_grad()
-def step_times(model, example_pixels, size, int8, repeats=5):
+def step_times(model, size, int8, repeats=5):
     """-> {layer: least milliseconds of `repeats` runs}; a folded downsampling convolution's are in its sum's."""
-    if int8:
-        net = stand_in(model)
-        pixels = example(net, 1, size)
-    else:
-        net, pixels = fuse(model), example_pixels
-    best = {}
+    net, best = stand_in(model) if int8 else fuse(model), {}
+    pixels = example(net, 1, size)
     for _ in range(repeats + 1):
         last = [time.perf_counter()]
 
@@ -541,13 +536,10 @@ class Statistics:
         self.mean = self.mean + (wide.mean(2, dtype=torch.float64) - self.mean).sum(0) / self.seen
 
 
-@torch.no_grad()
 def gather(model, batches):
     """float ResNet50, iterable of uint8 pixels (N, 3, H, W) -> {step name: Statistics} for every step's result."""
-    fused, found = fuse(model), {}
-    for pixels in batches:
-        fused.run(normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last),
-                  watch=lambda step, y: found.setdefault(step.name, Statistics()).add(step.name, y))
+    found = {}
+    run_float(fuse(model), batches, lambda step, y: found.setdefault(step.name, Statistics()).add(step.name, y))
     if not found:
         raise UserError("quantization needs images to observe, and there are none")
     return found
@@ -659,7 +651,7 @@ def nearest_plane(weight, hessian, limit):
     """float64 (O, K), (K, K) -> whole numbers (O, K) within +-limit, near the weights in the sense of error @ hessian @
     error: columns are rounded from the last to the first, each after what its successors' errors add to it
     (Babai's nearest plane; GPTQ, arXiv 2210.17323, is the same: arXiv 2507.18553). The largest diagonal entries come
-    first, while most columns are left to make up for them."""
+    first, while most columns are left to make up for them. What is zero stays zero: sparsity survives."""
     order = hessian.diagonal().argsort()
     factor = torch.linalg.cholesky(hessian[order][:, order], upper=True)
     factor = factor / factor.diagonal()[:, None]
@@ -670,7 +662,7 @@ def nearest_plane(weight, hessian, limit):
         wanted = weight[:, begin:end] + error[:, end:] @ factor[begin:end, end:].T
         for i in reversed(range(begin, end)):
             rounded = (wanted[:, i - begin] + error[:, i + 1:end] @ factor[i, i + 1:end]).round()
-            error[:, i] = weight[:, i] - rounded.clamp(-limit, limit)
+            error[:, i] = weight[:, i] - rounded.clamp(-limit, limit) * (weight[:, i] != 0)
     return (weight - error).round()[:, order.argsort()]
 
 
@@ -783,7 +775,7 @@ def signal_to_noise(model, net, batches):
                 error = (got if got.is_floating_point() else (got.float() - zero) * scale) - y
                 power[step.name] = power.get(step.name, 0.0) + y.square().sum(dtype=torch.float64).item()
                 noise[step.name] = noise.get(step.name, 0.0) + error.square().sum(dtype=torch.float64).item()
-        fused.run(normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last), watch=watch)
+        run_float(fused, [pixels], watch)
     return {name: 10 * math.log10(max(power[name], 1e-30) / max(noise[name], 1e-30)) for name in power}
 
 
@@ -847,6 +839,8 @@ class FakeQuantResNet50(Flat, ResNet50):
             y, scale, zero = x.mean((2, 3)), max(high / 255, scale / 256), 0.0
         else:
             both = scale + self.scale_of[step.residual or step.x]
+            for norm in module.children():  # split attention has one of its own
+                norm.train(self.live)
             y = module.mix(x) if residual is None else F.relu(module(x) + residual)
             scale, zero = max(high / 255, both / 15), 0.0
         y = fake_quantize(y, learned * (scale / learned.detach().double()).to(learned.dtype), zero)
@@ -912,6 +906,7 @@ class Sets(NamedTuple):
     labelled: bool  # whether the evaluation's labels are this network's classes
     classes: list  # names of the outputs, as far as anybody knows them
     notes: list
+    exif: bool  # whether photographs are turned as their tags say: as in the network's training
 
 
 def class_folders(root):
@@ -952,12 +947,12 @@ def open_sets(args, checkpoint, model, world, trains):
     evaluation = last.select(np.setdiff1d(np.arange(len(last)), chosen)) if first is last else last
     notes.append(f"{origin}, {root}: {count} images calibrate, {len(evaluation)} others evaluate")
     names = classes or (folders if labelled else [str(i) for i in range(model.config["num_classes"])])
-    return Sets(root, first.select(chosen), evaluation, labelled, names, notes)
+    return Sets(root, first.select(chosen), evaluation, labelled, names, notes, bool(checkpoint["args"].get("exif")))
 
 
-def read_pixels(files, model, args):
+def read_pixels(files, model, args, exif=False):
     """-> (uint8 pixels (N, 3, H, W) NHWC, labels (N)) of all the files, as in evaluation"""
-    images = data.Images(files, lambda _: data.eval_transform(model.preprocess))
+    images = data.Images(files, lambda _: data.eval_transform(model.preprocess), exif=exif)
     parts = list(data.make_loader(images, data.eval_batches(len(files), 32), args.workers))
     complaints = [c for part in parts for c in part[2]]
     train.check_corrupt(complaints, args.on_corrupt)
@@ -979,7 +974,8 @@ class Report:
     def score(self, model):
         """-> dict(top1, top5, agreement with the first network scored; percent; images)"""
         outputs = []
-        images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess))
+        images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess),
+                             exif=self.sets.exif)
         score = train.evaluate(model.to(self.world.device), images, self.args.eval_batch_size, self.world,
                                workers=self.args.workers, on_corrupt=self.args.on_corrupt, outputs=outputs,
                                poll=self.stop.poll)
@@ -1101,6 +1097,7 @@ class Pipeline:
     def run(self, stages):
         """Each stage, its checkpoint and its row; with --resume a finished stage is read from its checkpoint."""
         for self.at, stage in enumerate(stages, 1):
+            self.rounds_left = stages[self.at - 1:].count("prune")
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
             if self.args.resume and os.path.exists(path):
                 self.model = build_model(load_checkpoint(path), path).to(self.world.device)
@@ -1125,7 +1122,8 @@ class Pipeline:
     def calibration(self):
         """-> pixels (N, 3, H, W), labels (N) of the calibration images, on the device, decoded once"""
         if self.pixels is None:
-            self.pixels = [t.to(self.world.device) for t in read_pixels(self.sets.calibration, self.model, self.args)]
+            self.pixels = [t.to(self.world.device) for t in read_pixels(
+                self.sets.calibration, self.model, self.args, self.sets.exif)]
         return self.pixels
 
     def fit(self, stage, epochs, lr_share):
@@ -1184,12 +1182,17 @@ class Pipeline:
             keep = greedy(model, importance, cost, {name: (None, name) for name in cost},
                           sum(map(len, importance.values())) * (1 - args.prune) ** part, args.round_to)
         else:
-            keep = self.reach_target(importance, part)
+            keep = self.reach_target(importance, 1 / self.rounds_left)
+        # what the first process found: times, and a GPU's sums, are not the same in all
+        keep = self.world.gather(keep)[0]
         self.model = prune(model, keep)
         if args.sensitivity:
             self.say_sensitivity(model, importance)
         if args.recalibrate:
-            train.recalibrate(self.model, self.calibration()[0].split(32))
+            pixels = self.calibration()[0]
+            if len(pixels) == 1:
+                raise UserError("one calibration image has no batch-norm statistics: more, or --no-recalibrate", 2)
+            train.recalibrate(self.model, pixels.split(32))
         say(widths_line(model, self.model))
 
     def say_sensitivity(self, model, importance):
@@ -1201,7 +1204,8 @@ class Pipeline:
         self.report.extra["sensitivity"] = table
 
     def reach_target(self, importance, part):
-        """-> what prune keeps for --target-macs, --target-params or --target-latency"""
+        """-> what prune keeps to go `part` of the way, in logarithms, to --target-macs, --target-params or
+        --target-latency"""
         args, model, size = self.args, self.model, self.model.preprocess["crop"]
         kind = next(k for k in TARGETS if getattr(args, "target_" + k) is not None)
         goal, ends, int8 = getattr(args, "target_" + kind), layers(model), args.int8 or args.qat
@@ -1450,6 +1454,10 @@ def stage_list(args):
     return stages
 
 
+# What --resume would go on from, so what --overwrite deletes: with --auto there is a run in each prune-...
+RUN_FILES = r"(prune-[\d.]+/)?(best\.pt|\d+-\w+(/best|/last)?\.pt|(report|args)\.json|pareto\.svg)"
+
+
 def prepare_out(args, world, inputs):
     """Refuses an --out that holds something, unless --overwrite or --resume says what shall become of it: the one not
     where it would delete one of the files `inputs`, the other not with other flags than args.json there has."""
@@ -1457,9 +1465,8 @@ def prepare_out(args, world, inputs):
         raise UserError(f"{args.out} is not empty: --resume goes on, --overwrite starts anew, --out names another "
                         "folder", code=2)
     flags, path = {k: v for k, v in vars(args).items() if k not in ANY_TIME}, os.path.join(args.out, "args.json")
-    there = os.listdir(args.out) if args.overwrite and os.path.isdir(args.out) else ()
-    old = [os.path.join(args.out, n) for n in there
-           if re.fullmatch(r"(\d+-\w+|best)\.pt|report\.json|pareto\.svg|args\.json", n)]
+    there = glob.glob(os.path.join(glob.escape(args.out), "**"), recursive=True) if args.overwrite else ()
+    old = [name for name in there if re.fullmatch(RUN_FILES, os.path.relpath(name, args.out))]
     for name in filter(os.path.exists, filter(None, inputs)):
         if any(os.path.samefile(name, other) for other in old):
             raise UserError(f"--overwrite would delete {name}, which is read: --out names another folder", code=2)
@@ -1534,23 +1541,26 @@ def check_args(args):
     trains = args.auto or args.qat or args.student or args.epochs and (goals or args.distill)
     if args.distill and not trains:
         refuse("--distill teaches in training: give it --epochs or --qat")
-    for name in ("lr", "opt", "weight_decay", "save_every"):
+    if args.kd_features and args.qat:
+        refuse("--kd-features: not with --qat, whose network computes without the modules that make these maps")
+    for name in ("lr", "opt", "weight_decay", "batch_size", "amp_dtype", "save_every"):
         if vars(args)[name] != defaults[name] and not trains:
             refuse(f"--{name.replace('_', '-')}: nothing is trained")
     if args.cascade and (unused := [k for k in vars(args) if vars(args)[k] != defaults[k] and k not in CASCADES]):
         refuse(f"--{unused[0].replace('_', '-')}: --cascade decides by itself and has no use for it")
+    if args.qat and args.epochs not in (0, defaults["epochs"]) and not (goals or args.student):
+        refuse("--epochs: --qat trains for --qat-epochs")
     alone = "--cascade" if args.cascade else "--auto" if args.auto else None
     if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights or args.dynamic):
         refuse(f"{alone} decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it")
-    if args.stages and sorted(args.stages) != sorted(set(stage_list(argparse.Namespace(**{**vars(args), "stages": None,
-                                                                                          "rounds": 1})))):
-        refuse(f"--stages {' '.join(args.stages)}: the flags ask for "
-               f"{' '.join(stage_list(argparse.Namespace(**{**vars(args), 'stages': None}))) or 'none'}")
+    wanted = stage_list(argparse.Namespace(**{**vars(args), "stages": None, "rounds": 1}))
+    if args.stages and sorted(args.stages) != sorted(wanted):
+        refuse(f"--stages {' '.join(args.stages)}: the flags ask for {' '.join(wanted) or 'none'}")
     for stage, then in zip(args.stages or (), (args.stages or ())[1:]):
         if stage in ("qat", "quantize"):
             refuse(f"--stages: {then} cannot follow {stage}, whose network is not trained any more")
-        if stage == "prune" and then != "finetune" and args.rounds > 1:
-            refuse("--rounds prunes and fine-tunes by turns: --stages must have finetune right after prune")
+    if args.rounds > 1 and "prune finetune" not in " ".join(args.stages or STAGES):
+        refuse("--rounds prunes and fine-tunes by turns: --stages must have finetune right after prune")
     if not alone and not stage_list(args):
         refuse("nothing to do: --prune, --int8, --dynamic, --qat, --distill, --sparsity ... say what (--help)")
 
@@ -1612,8 +1622,9 @@ def auto(args, world, stop, model, checkpoint, sets, report, teacher):
         high = min((r for r in tried if not tried[r] and r > low), default=0.95)
         attempt(round((low + high) / 2, 3))
     report.time()
-    fit = [r for r in report.rows if report.drop(r) <= allowed]
-    chosen = min(fit, key=lambda r: r["latency_ms_bs1"])
+    if not (within := [r for r in report.rows if report.drop(r) <= allowed]):
+        raise UserError(f"--max-drop {allowed:g}: no network that was tried gains so much; they are in {args.out}", 2)
+    chosen = min(within, key=lambda r: r["latency_ms_bs1"])
     path = os.path.join(args.out, "best.pt")
     if world.rank == 0:
         chosen_model = report.models[report.rows.index(chosen)]
@@ -1669,14 +1680,15 @@ def cascade(args, world, stop):
     sets = open_sets(args, checkpoint, big, world, trains=False)
     prepare_out(args, world, args.cascade)
     say("\n".join(sets.notes))
-    pixels, labels = read_pixels(sets.calibration, big, args)
+    pixels, labels = read_pixels(sets.calibration, big, args, sets.exif)
     first, second = (logits_of(m, pixels.to(world.device)).cpu() for m in (small, big))
     sure, guess = first.softmax(1).max(1)
     truth = labels if sets.labelled else second.argmax(1)
     order = sure.argsort(descending=True)
     gain = (guess == truth)[order].double() - (second.argmax(1) == truth)[order].double()
     lost = -100 * gain.cumsum(0) / len(gain)  # points below BIG if SMALL answers the surest so many
-    allowed = (lost <= (0.5 if args.max_drop is None else args.max_drop)).nonzero()
+    whole = F.pad(sure[order].diff() != 0, (0, 1), value=True)  # no threshold parts images that are equally sure
+    allowed = (whole & (lost <= (0.5 if args.max_drop is None else args.max_drop))).nonzero()
     count = int(allowed[-1]) + 1 if len(allowed) else 0
     model.threshold = sure[order[count - 1]].item() if count else 1.0
     say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")

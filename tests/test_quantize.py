@@ -195,12 +195,14 @@ def test_equalisation_helps_where_channels_differ():
 # ---------------------------------------------------------------------------------------- correction, fewer bits
 
 def gptq(weight, hessian, limit):
-    """Algorithm 1 of arXiv 2210.17323, in the order of falling diagonal entries, a column at a time"""
+    """Algorithm 1 of arXiv 2210.17323, in the order of falling diagonal entries, a column at a time; what is zero stays
+    zero, as with a mask in arXiv 2301.00774"""
     order = hessian.diagonal().argsort(descending=True)
     inverse = torch.linalg.cholesky(hessian[order][:, order].inverse(), upper=True)
     weight, result = weight[:, order].clone(), torch.zeros_like(weight)
+    mask = weight != 0
     for i in range(weight.shape[1]):
-        result[:, i] = weight[:, i].round().clamp(-limit, limit)
+        result[:, i] = weight[:, i].round().clamp(-limit, limit) * mask[:, i]
         error = (weight[:, i] - result[:, i]) / inverse[i, i]
         weight[:, i:] -= error[:, None] * inverse[i, i:]
     return result[:, order.argsort()]
@@ -213,6 +215,8 @@ def test_weights_are_rounded_as_gptq_does(outputs, inputs, limit):
         inputs, inputs, generator=g, dtype=torch.float64)
     hessian = x.T @ x / len(x) + 0.01 * torch.eye(inputs, dtype=torch.float64)
     weight = torch.randn(outputs, inputs, generator=g, dtype=torch.float64) * limit / 2
+    sparse = weight * (torch.rand(weight.shape, generator=g) < 0.5)
+    assert torch.equal(compress.nearest_plane(sparse, hessian, limit), gptq(sparse, hessian, limit))
     got = compress.nearest_plane(weight, hessian, limit)
     assert torch.equal(got, gptq(weight, hessian, limit))
     cost = lambda ints: ((weight - ints) @ hessian * (weight - ints)).sum()  # noqa: E731
@@ -242,7 +246,6 @@ def test_covariance_is_of_what_convolutions_multiply():
         torch.testing.assert_close(part, torch.from_numpy(expected), rtol=1e-4, atol=0.01)
     some = compress.covariance(inputs[:1], 1, rows=1, damp=0)[0]  # 4 of each image's 16 outputs: 3 for each of 24
     assert 0.7 < (some.diagonal().mean() / np.cov(rows, rowvar=False).diagonal().mean()).item() < 1.3
-
 
 
 def means_off(model, net, pixels):
