@@ -1691,6 +1691,8 @@ def cascade(args, world, stop):
     allowed = (whole & (lost <= (0.5 if args.max_drop is None else args.max_drop))).nonzero()
     count = int(allowed[-1]) + 1 if len(allowed) else 0
     model.threshold = sure[order[count - 1]].item() if count else 1.0
+    if not count and (sure == 1).any():  # which no threshold sends on
+        raise UserError(f"{args.cascade[0]}: gives wrong answers a probability of 1, more than --max-drop allows")
     say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")
     report, path = Report(args, sets, world, stop), os.path.join(args.out, "best.pt")
     report.add("big", big, args.cascade[1])

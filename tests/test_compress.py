@@ -565,28 +565,18 @@ def test_cascade(call, tmp_path, trained, tiny):
 
 
 def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, trained, tiny):
-    """A threshold sends all images of one probability the same way: float32 has many of exactly 1"""
-    small = resnet50.build_model(resnet50.load_checkpoint(trained), trained)
-    with torch.no_grad():
-        small.fc.weight[:] = 1e4 * torch.randn(small.fc.weight.shape, generator=torch.Generator().manual_seed(0))
-        small.fc.bias[:] = 0
-    resnet50.save_checkpoint(str(tmp_path / "sure.pt"), small, classes=sorted(data.DEMO_CLASSES))
-    folder = tmp_path / "flat"
-    folder.mkdir()
-    for i, name in enumerate(data.images_below(tiny, "train")[:40]):
-        (folder / f"{i}.jpg").write_bytes(open(os.path.join(tiny, name), "rb").read())
-    args = compress.get_args_parser().parse_args(["--workers", "0"])
-    files = data.scan_unlabelled(str(folder))
-    pixels, _ = compress.read_pixels(files.select(np.arange(20) * 2), small, args)
-    a, b = logits(tmp_path / "sure.pt", pixels), logits(trained, pixels)
-    agree = 100 * (a.argmax(1) == b.argmax(1)).double().mean().item()
-    assert (a.softmax(1).amax(1) == 1).sum() > 15 and agree < 50
-    found = call("--cascade", tmp_path / "sure.pt", trained, "--data", folder, "--max-drop", (100 - agree) / 2,
-                 "--calib-images", 20)
-    assert found["threshold"] == 1.0  # the highest that there is
-    found = call("--cascade", tmp_path / "sure.pt", trained, "--data", folder, "--max-drop", 100, "--calib-images", 20,
-                 "--overwrite")
-    assert found["threshold"] <= a.softmax(1).amax(1).min() + 1e-6
+    """A threshold sends all images of one probability the same way, and none those of exactly 1"""
+    model = resnet50.build_model(resnet50.load_checkpoint(trained), trained)
+    for name, weight, bias in (("constant", 0.0, torch.arange(10.0)), ("sure", 1e5, torch.zeros(10))):
+        with torch.no_grad():
+            model.fc.weight[:] = weight * torch.randn(model.fc.weight.shape, generator=torch.Generator().manual_seed(0))
+            model.fc.bias[:] = bias
+        resnet50.save_checkpoint(str(tmp_path / f"{name}.pt"), model, classes=sorted(data.DEMO_CLASSES))
+    flags = ("--data", tiny, "--calib-images", 50, "--max-drop", -1)  # first come the one class that it knows
+    found = call("--cascade", tmp_path / "constant.pt", trained, *flags)
+    assert found["threshold"] == 1 and found["after"]["agreement"] == 100
+    with pytest.raises(UserError, match="sure.pt: gives wrong answers a probability of 1"):
+        call("--cascade", tmp_path / "sure.pt", trained, *flags[:-1], -90, "--overwrite")
 
 
 def test_auto_says_where_no_network_gains_as_much_as_is_asked(call, monkeypatch):
