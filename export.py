@@ -123,7 +123,7 @@ class Exported(nn.Module):
 
     def head(self, y):
         y = y.softmax(1) if self.softmax else y
-        return y.topk(self.top_k, 1) if self.top_k else y
+        return tuple(y.topk(self.top_k, 1)) if self.top_k else y  # torch.export saves no named ones
 
     @property
     def outputs(self):

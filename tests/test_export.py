@@ -270,6 +270,17 @@ def test_torch_files_need_nothing_of_this_repository(kind, variant, precision, c
     assert np.allclose(torch.load(x).numpy(), logits(path, shown), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["torchscript", "script", "torch-export"])
+def test_torch_files_with_the_largest_classes(kind, checkpoint, call):
+    path, shown = checkpoint("pruned", "float"), photographs(3, SIDE, SIDE, seed=5)
+    flags = ["--format", "torchscript", "--script"] if kind == "script" else ["--format", kind]
+    file = call(path, *flags, "--dynamic-batch", "--softmax", "--top-k", 3)["file"]
+    model = torch.export.load(file).module() if kind == "torch-export" else torch.jit.load(file)
+    values, classes = model(export.feed(shown, load(path), False))
+    wanted = torch.from_numpy(logits(path, shown)).softmax(1).topk(3)
+    assert torch.allclose(values, wanted.values, atol=1e-6) and torch.equal(classes, wanted.indices)
+
+
 def test_scripted_and_traced_are_different_things(checkpoint, call):
     path = checkpoint("plain", "float")
     traced = call(path, "--format", "torchscript", "--name", "traced")["file"]
