@@ -46,6 +46,7 @@ from resnet50 import (
     atomic_file,
     fuse,
     load_some_model,
+    measure,
     normalize,
     positive,
     predict,
@@ -164,14 +165,13 @@ class Graph:
             self.values[key] = numpy_helper.from_array(array, f"constant_{len(self.values)}")
         return self.values[key].name
 
-    def quantized(self, x, scale=1.0, zero=0):
+    def quantized(self, x, scale=1.0, zero=0, kind="QuantizeLinear"):
         """float -> what stands for scale * (value - zero)"""
         dtype, scale = (np.int8, 2 * scale) if self.signed else (np.uint8, scale)
-        return self.op("QuantizeLinear", x, np.float32(scale), np.array(zero, dtype))
+        return self.op(kind, x, np.float32(scale), np.array(zero, dtype))
 
     def floats(self, x, scale=1.0, zero=0):
-        dtype, scale = (np.int8, 2 * scale) if self.signed else (np.uint8, scale)
-        return self.op("DequantizeLinear", x, np.float32(scale), np.array(zero, dtype))
+        return self.quantized(x, scale, zero, "DequantizeLinear")
 
     def weights(self, integers, scale):
         """int8 (O, ...) or int32 (O), scale (O) -> float"""
@@ -663,16 +663,13 @@ def describe(model, checkpoint, args, exported):
     size = args.image_size
     batch = -1 if args.dynamic_batch else args.batch_size
     shape = [batch, size, size, 3] if args.pixels else [batch, 3, size, size]
-    return dict(format=args.format, precision=precision(args, exported), opset=args.opset,
+    precision = "int8" if exported.int8 else "float16" if args.fp16 else "float32"
+    return dict(format=args.format, precision=precision, opset=args.opset,
                 input=dict(name="pixels" if args.pixels else "input", dtype="uint8" if args.pixels else "float32",
                            shape=shape, layout="NHWC" if args.pixels else "NCHW",
                            normalized=not args.pixels),
                 outputs=exported.outputs, preprocess=geometry(model, size), classes=checkpoint["classes"],
                 wnids=checkpoint["wnids"])
-
-
-def precision(args, exported):
-    return "int8" if exported.int8 else "float16" if args.fp16 else "float32"
 
 
 def check_fit(model, args, source):
@@ -795,9 +792,7 @@ def in_runtime(call, path, cases, images):
         if images:
             found["on_images"] = compare(run, images)
         x = cases[0].x
-        found["latency_ms"] = round(1e3 * statistics.median([clock(run, x) for _ in range(7)][2:]), 2)
-        found["batch"] = len(x)
-        return found
+        return dict(found, latency_ms=round(measure(lambda: run(x), x.device, 5), 2), batch=len(x))
     except Exception as error:  # as many kinds as there are libraries
         return dict(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
 
