@@ -14,6 +14,7 @@ as it came, on the same images and, in alternation, on this device. Unstructured
 --sparsity-2-4) make the file smaller, not the network faster: no kernel here skips zeros.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import glob
@@ -202,15 +203,14 @@ def rank(model, kind, pixels, labels, seed=0):
                 add(key, state[key].flatten(1).norm(p=int(kind[1]), dim=1))
     elif kind == "bn":
         for bn in norms:
-            add(bn + ".weight", state[bn + ".weight"].abs())
+            add(bn + ".weight", model.get_submodule(bn).weight.abs())
     elif kind == "taylor":
         probe = copy.deepcopy(model).eval().requires_grad_(True)
-        parameters = dict(probe.named_parameters())
         for images, target in zip(pixels.split(32), labels.split(32)):
             logits = probe(normalize(images, model.preprocess))
             F.cross_entropy(logits, torch.where(target < 0, logits.argmax(1), target)).backward()
             for bn in norms:
-                w, b = parameters[bn + ".weight"], parameters[bn + ".bias"]
+                w, b = probe.get_submodule(bn).parameters()
                 add(bn + ".weight", (w * w.grad + b * b.grad) ** 2)
             probe.zero_grad(set_to_none=True)
     elif kind == "activation":
@@ -612,37 +612,31 @@ def by_group(weight, conv):
     return weight.unflatten(0, (conv.groups, -1))
 
 
-def equalisation(model, found):
-    """{step name: Statistics} -> [(batch-norm, [convolutions behind it], float64 (C) factors)] for equalise(): wherever
-    a ReLU's results go, through pooling or not, into convolutions alone; so not on the stream of the blocks, where a
-    step has a residual or, at a stage's begin, no ReLU"""
-    steps, origin, result = flatten(model), {"pixels": None}, []
+@torch.no_grad()
+def equalise(model, batches):
+    """Cross-layer equalisation (Nagel et al. 2019, arXiv 1906.04721; with ranges of activations as SmoothQuant, arXiv
+    2211.10438) -> a copy of the float network that computes the same. ReLU lets channel c be divided by a factor before
+    it and the next convolutions' weights be multiplied by it: sqrt(largest activation / largest weight), so that both
+    have the same spread. So it is done wherever a ReLU's results go, through pooling or not, into convolutions alone;
+    not on the stream of the blocks, where a step has a residual or, at a stage's begin, no ReLU, nor for what split
+    attention reads."""
+    result, found, steps, origin = copy.deepcopy(model), gather(model, batches), flatten(model), {"pixels": None}
     for step in steps:
         origin[step.name] = origin[step.x] if step.kind in ("maxpool", "pool") else step.name
     for step in steps:
         readers = [r for r in steps if origin[r.name] == r.name and origin[r.x] == step.name]
         if not step.bn or not step.relu or step.residual or any(r.kind != "conv" for r in readers):
             continue
-        convs, reach = [model.get_submodule(r.name) for r in readers], found[step.name].max
+        convs, reach = [result.get_submodule(r.name) for r in readers], found[step.name].max
         peak = torch.stack([by_group(fold_norm(model, r)[0], conv).abs().amax((1, 3, 4)).flatten()
                             for r, conv in zip(readers, convs)]).amax(0)
         factor = (reach.clamp(min=0.03 * reach.max()) / peak.clamp(min=0.01 * peak.median())).sqrt()
-        if factor.max() > 0 and factor.isfinite().all():  # not where all channels or weights are zero
-            result.append((step.bn, [r.name for r in readers], factor / factor.max()))
-    return result
-
-
-@torch.no_grad()
-def equalise(model, batches):
-    """Cross-layer equalisation (Nagel et al. 2019, arXiv 1906.04721; with ranges of activations as SmoothQuant, arXiv
-    2211.10438) -> a copy of the float network that computes the same. ReLU lets channel c be divided by a factor before
-    it and the next convolutions' weights be multiplied by it: sqrt(largest activation / largest weight), so that both
-    have the same spread. What split attention reads, behind no such ReLU, stays as it is."""
-    result = copy.deepcopy(model)
-    for bn, convs, factor in equalisation(model, gather(model, batches)):
-        result.get_submodule(bn).weight.div_(factor)
-        result.get_submodule(bn).bias.div_(factor)
-        for conv in map(result.get_submodule, convs):
+        factor = factor / factor.max()
+        if not factor.isfinite().all():  # all channels or weights are zero
+            continue
+        result.get_submodule(step.bn).weight.div_(factor)
+        result.get_submodule(step.bn).bias.div_(factor)
+        for conv in convs:
             by_group(conv.weight, conv).mul_(factor.view(conv.groups, 1, -1, 1, 1))
     return result
 
@@ -908,6 +902,10 @@ class Sets(NamedTuple):
     notes: list
     exif: bool  # whether photographs are turned as their tags say: as in the network's training
 
+    def images(self, files, model):
+        """-> what the network sees of them in evaluation"""
+        return data.Images(files, lambda _: data.eval_transform(model.preprocess), exif=self.exif)
+
 
 def class_folders(root):
     """-> names of the class folders of a data set as data.open_folder takes it; none if there is nothing like that"""
@@ -935,11 +933,9 @@ def open_sets(args, checkpoint, model, world, trains):
     if not labelled:
         first = last = data.scan_unlabelled(root)
         notes = [f"{root}: has no folders of this network's classes: agreement with it stands for accuracy"]
-    elif trains or apart or args.val_split:
-        first, last, _, _, notes = data.open_folder(root, classes, wnids, args.val_split)
     else:
-        _, last, _, _, notes = data.open_folder(root, classes, wnids, eval_only=True)
-        first = last
+        first, last, _, _, notes = data.open_folder(root, classes, wnids, args.val_split, not (trains or apart))
+        first = last if first is None else first
     count = min(args.calib_images, len(first) // 2 if first is last else len(first))
     chosen = np.arange(count) * len(first) // max(count, 1)  # evenly through the folders: every class in its share
     if not count:
@@ -950,15 +946,15 @@ def open_sets(args, checkpoint, model, world, trains):
     return Sets(root, first.select(chosen), evaluation, labelled, names, notes, bool(checkpoint["args"].get("exif")))
 
 
-def read_pixels(files, model, args, exif=False):
-    """-> (uint8 pixels (N, 3, H, W) NHWC, labels (N)) of all the files, as in evaluation"""
-    images = data.Images(files, lambda _: data.eval_transform(model.preprocess), exif=exif)
-    parts = list(data.make_loader(images, data.eval_batches(len(files), 32), args.workers))
+def read_pixels(sets, model, args):
+    """-> (uint8 pixels (N, 3, H, W) NHWC, labels (N)) of the calibration images"""
+    batches = data.eval_batches(len(sets.calibration), 32)
+    parts = list(data.make_loader(sets.images(sets.calibration, model), batches, args.workers))
     complaints = [c for part in parts for c in part[2]]
     train.check_corrupt(complaints, args.on_corrupt)
     pixels = [p for p, y, _ in parts if len(y)]
     if not pixels:
-        raise UserError(f"{files.root}: no image could be decoded")
+        raise UserError(f"{sets.calibration.root}: no image could be decoded")
     return torch.cat(pixels).contiguous(memory_format=torch.channels_last), torch.cat([y for _, y, _ in parts])
 
 
@@ -974,11 +970,9 @@ class Report:
     def score(self, model):
         """-> dict(top1, top5, agreement with the first network scored; percent; images)"""
         outputs = []
-        images = data.Images(self.sets.evaluation, lambda _: data.eval_transform(model.preprocess),
-                             exif=self.sets.exif)
-        score = train.evaluate(model.to(self.world.device), images, self.args.eval_batch_size, self.world,
-                               workers=self.args.workers, on_corrupt=self.args.on_corrupt, outputs=outputs,
-                               poll=self.stop.poll)
+        score = train.evaluate(model.to(self.world.device), self.sets.images(self.sets.evaluation, model),
+                               self.args.eval_batch_size, self.world, workers=self.args.workers,
+                               on_corrupt=self.args.on_corrupt, outputs=outputs, poll=self.stop.poll)
         if score is None:
             raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
                             f"{self.args.out}, and the same command with --resume goes on", code=75)
@@ -996,7 +990,7 @@ class Report:
         return self.accuracy(self.rows[0]) - self.accuracy(row)
 
     def add(self, stage, model, path):
-        """A network and its file -> its row, all but the times"""
+        """The row of a network and its file, all but the times"""
         row = dict(stage=stage, **self.score(model),
                    params=sum(p.numel() for _, p in weights(model)),
                    macs=sum(count_macs(model, model.preprocess["crop"]).values()),
@@ -1005,7 +999,6 @@ class Report:
         self.models.append(model)
         accuracy = f"top-1 {row['top1']:.2f}, " if self.sets.labelled else ""
         say(f"{stage}: {accuracy}agreement {row['agreement']:.2f} % on {row['images']} images")
-        return row
 
     @torch.no_grad()
     def time(self):
@@ -1070,6 +1063,12 @@ def training_args(args, checkpoint, root, out, epochs, lr_share):
     return run
 
 
+def share_of(student):
+    """--student's share of ResNet-50's channels; None where it is a network of torchvision"""
+    with contextlib.suppress(ValueError):
+        return float(student)
+
+
 class Training(train.Plan):
     """Of a pipeline's network, which knows its classes and may have a teacher"""
 
@@ -1122,8 +1121,7 @@ class Pipeline:
     def calibration(self):
         """-> pixels (N, 3, H, W), labels (N) of the calibration images, on the device, decoded once"""
         if self.pixels is None:
-            self.pixels = [t.to(self.world.device) for t in read_pixels(
-                self.sets.calibration, self.model, self.args, self.sets.exif)]
+            self.pixels = [t.to(self.world.device) for t in read_pixels(self.sets, self.model, self.args)]
         return self.pixels
 
     def fit(self, stage, epochs, lr_share):
@@ -1149,15 +1147,13 @@ class Pipeline:
 
     def student(self):
         """--student: a share of ResNet-50's channels, or torchvision's network of that name; new weights"""
-        name, config = self.args.student, {**self.model.config, "widths": {}}
+        share, config = share_of(self.args.student), {**self.model.config, "widths": {}}
         torch.manual_seed(self.args.seed)
-        try:
-            part = float(name)
-        except ValueError:
-            student = torchvision_model(name, config["num_classes"])
+        if share is None:
+            student = torchvision_model(self.args.student, config["num_classes"])
         else:
             full = ResNet50(**config)
-            keep = uniform(full, rank(full, "random", None, None), 1 - part, self.args.round_to)
+            keep = uniform(full, rank(full, "random", None, None), 1 - share, self.args.round_to)
             student = ResNet50(**prune(full, keep).config)
         student.preprocess = dict(self.model.preprocess)
         return student
@@ -1196,8 +1192,14 @@ class Pipeline:
         say(widths_line(model, self.model))
 
     def say_sensitivity(self, model, importance):
-        """Of the network as it came to this stage, each space alone pruned by half"""
-        table = sensitivity(model, importance, self.calibration()[0][:64], 0.5, self.args.round_to)
+        """Of the network as it came to this stage, each space alone pruned by half -> into the report, {space: (KL of
+        the outputs, share of arg-maxes kept, in percent)}"""
+        pixels, table = self.calibration()[0][:64], {}
+        before = logits_of(model, pixels).argmax(1)
+        for name, score in importance.items():
+            smaller = prune(model, uniform(model, {name: score}, 0.5, self.args.round_to))
+            same = (before == logits_of(smaller, pixels).argmax(1)).float().mean().item()
+            table[name] = divergence(model, smaller, pixels), 100 * same
         say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
         for name, (kl, same) in sorted(table.items(), key=lambda item: -item[1][0]):
             say(f"{name:24}{kl:>14.3e}{same:>10.1f}")
@@ -1310,17 +1312,6 @@ def divergence(model, other, pixels):
     return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
 
 
-def sensitivity(model, importance, pixels, ratio, round_to):
-    """-> {space: (KL of the outputs, share of arg-maxes kept, in percent) when it alone loses `ratio` of its channels}
-    """
-    table, before = {}, logits_of(model, pixels).argmax(1)
-    for name, score in importance.items():
-        smaller = prune(model, uniform(model, {name: score}, ratio, round_to))
-        after = logits_of(smaller, pixels).argmax(1)
-        table[name] = divergence(model, smaller, pixels), 100 * (before == after).float().mean().item()
-    return table
-
-
 def masks_global(model, share):
     """The weights of least magnitude, over all convolutions and the classifier but the first -> {name: mask}"""
     found = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not name.startswith("conv1")}
@@ -1393,7 +1384,8 @@ def get_args_parser():
                    help="one network of two checkpoints, that asks BIG when SMALL is unsure")
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=int, default=5, metavar="N", help="after pruning, or of a student")
-    g.add_argument("--lr", type=amount, help="peak rate; default: a share of the checkpoint's own recipe's")
+    g.add_argument("--lr", type=amount,
+                   help="peak rate, scaled with the batch as in train.py; default: a share of the recipe's")
     g.add_argument("--batch-size", type=positive, metavar="N")
     g.add_argument("--image-size", type=positive, metavar="PX")
     g.add_argument("--opt", choices=("sgd", "nesterov", "adamw", "lars", "lamb"))
@@ -1528,13 +1520,10 @@ def check_args(args):
     if args.max_drop is not None and (args.qat or not (args.int8 or args.auto or args.cascade)):
         refuse("--max-drop goes with --int8, --auto or --cascade, and not with --qat")
     if args.student is not None:
-        try:
-            narrower = 0 < float(args.student) <= 1
-        except ValueError:
-            narrower = None
-        if narrower is False:
+        share = share_of(args.student)
+        if share is not None and not 0 < share <= 1:
             refuse(f"--student {args.student}: a share of the channels lies in (0, 1]")
-        if narrower is None and (goals or args.int8 or args.dynamic or args.qat or args.int4_weights):
+        if share is None and (goals or args.int8 or args.dynamic or args.qat or args.int4_weights):
             refuse(f"--student {args.student}: only ResNet-50s are pruned and quantized")
         if not args.epochs:
             refuse("--student needs --epochs")
@@ -1680,7 +1669,7 @@ def cascade(args, world, stop):
     sets = open_sets(args, checkpoint, big, world, trains=False)
     prepare_out(args, world, args.cascade)
     say("\n".join(sets.notes))
-    pixels, labels = read_pixels(sets.calibration, big, args, sets.exif)
+    pixels, labels = read_pixels(sets, big, args)
     first, second = (logits_of(m, pixels.to(world.device)).cpu() for m in (small, big))
     sure, guess = first.softmax(1).max(1)
     truth = labels if sets.labelled else second.argmax(1)
