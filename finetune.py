@@ -166,10 +166,11 @@ def check_args(args):
     train.check_args(args)
     usual = get_args_parser().parse_args(["--task", args.task] + ["--eval-only"] * args.eval_only)
     kind = args.strategy.partition(":")[0]
+    any_kind = kind == "auto" or args.search or args.resume  # args.json has what auto has chosen
     for fits, partner, names in (
             (args.task == "detect", "--task detect", DETECTS), (args.task == "classify", "--task classify", CLASSIFIES),
-            (kind in ("auto", "head") or args.search, "--strategy head", ("views",)),
-            (kind in ("auto", "gradual") or args.search, "--strategy gradual", ("unfreeze_every",)),
+            (kind in ("head", "gradual") or any_kind, "--strategy head and gradual", ("views",)),
+            (kind == "gradual" or any_kind, "--strategy gradual", ("unfreeze_every",)),
             (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
             (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
             (args.target_domain, "--target-domain", ("align", "align_weight"))):

@@ -500,6 +500,74 @@ def test_cached_features_are_computed_once_and_again_where_the_images_differ(tun
         assert len(reads) == expected
 
 
+def test_features_of_one_part_are_not_another_s(tune, shapes, tmp_path, monkeypatch):
+    for part in ("train", "val"):  # the same names everywhere
+        for shape, i in itertools.product(SHAPES, range(3)):
+            path = tmp_path / "set" / part / shape / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(os.path.join(shapes, part, shape, f"{i:04d}.jpg"), path)
+    seen, features = [], finetune.FineTuning.features
+    monkeypatch.setattr(finetune.FineTuning, "features", lambda *a: seen.append(features(*a)) or seen[-1])
+    for target in ("train", "val"):
+        tune("--strategy", "head", "--epochs", 1, "--views", 1, "--target-domain", tmp_path / "set" / target,
+             root=str(tmp_path / "set"), out=target)
+    assert len(seen) == 6 and all(v.shape == (1, 9, 128) for v in seen)
+    training, first, val, _, second, _ = seen  # the crops of validation, of the images of either
+    assert not torch.equal(training, val) and not torch.equal(first, training) and not torch.equal(first, val)
+    assert torch.equal(second, val)
+
+
+def test_damaged_images_that_nothing_has_looked_at_before(tune, shapes, tmp_path, monkeypatch):
+    root = tmp_path / "set"
+    shutil.copytree(shapes, root)
+    for name in ("train/ring/0001.jpg", "val/disk/0001.jpg"):
+        (root / name).write_bytes(b"hello")
+    monkeypatch.setattr(finetune, "CHECKED", 5)
+    result = tune("--strategy", "layers:1", "--epochs", 1, "--on-corrupt", "skip", root=str(root))
+    good = [name for name in SHAPES for _ in range(3)][1:]
+    assert result["mistakes"] == sum(result["per_class"][n] != 100 and (1 - result["per_class"][n] / 100)
+                                     for n in good) == pytest.approx((1 - result["top1"] / 100) * 8, abs=1e-3)
+    with open(tmp_path / "run" / "confusion.csv", newline="") as f:
+        assert sum(sum(map(int, row[1:4])) for row in list(csv.reader(f))[1:]) == 8
+    with pytest.raises(UserError, match="disk/0001.jpg"):
+        finetune.logits_of(new_network(3), data.open_folder(str(root))[1], parse("--workers", 0), train.World())
+
+
+@pytest.mark.parametrize("strategy", ["head", "layers:1"])
+def test_damaged_images_of_the_target_are_skipped(strategy, tune, shapes, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(shapes, target)
+    for name in ("train/ring/0001.jpg", "val/disk/0001.jpg"):
+        (target / name).write_bytes(b"hello")
+    flags = ["--strategy", strategy, "--epochs", 1, "--target-domain", target]
+    result = tune(*flags, "--on-corrupt", "skip")
+    assert result["target_top1"] * 8 / 100 == pytest.approx(round(result["target_top1"] * 8 / 100), abs=1e-3)
+    with pytest.raises(UserError, match="0001.jpg"):
+        tune(*flags, out="strict")
+
+
+def test_the_report_is_of_both_mirror_images_where_evaluation_is(tune, shapes):
+    model, val = new_network(3), data.open_folder(shapes)[1]
+    nn.init.normal_(model.fc.weight)
+    one, two = (finetune.logits_of(model, val, parse("--workers", 0, *flags), train.World())
+                for flags in ((), ("--tta",)))
+    pixels = [data.eval_transform(model.preprocess)(data.load(val.path(i))).permute(2, 0, 1) for i in range(len(val))]
+    with torch.no_grad():
+        straight, mirrored = (predict(model, torch.stack(p)) for p in (pixels, [p.flip(2) for p in pixels]))
+    close = 1e-4 * straight.abs().max()
+    assert (one - straight).abs().max() < close and (two - (straight + mirrored) / 2).abs().max() < close
+    assert (one - two).abs().max() > 10 * close
+
+
+@pytest.mark.parametrize("flags", [["--unfreeze-every", 2], ["--views", 1, "--cutmix-alpha", 1]])
+def test_what_auto_could_have_used_does_not_stand_in_a_resumed_run_s_way(flags, tune, tmp_path, monkeypatch):
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
+    first = tune(*flags, "--epochs", 1)
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["strategy"] == first["strategy"] == ("gradual" if "--views" in flags else "head")
+    assert tune("--resume")["loss"] == first["loss"]
+
+
 def test_the_report_counts_every_image(tune, shapes, tmp_path):
     result = tune("--strategy", "full", "--epochs", 1, "--lr", 1e-3)
     model = build_model(load_checkpoint(result["checkpoint"]), "best")
