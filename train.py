@@ -657,11 +657,13 @@ class RunLog:
                                   + [writer.flush()])
             if args.mlflow:
                 import mlflow
+                mlflow.end_run()  # that of an earlier part, such as the head's
                 mlflow.start_run(run_name=self.out)
                 mlflow.log_params({k: str(v)[:250] for k, v in vars(args).items()})
                 self.sinks.append(lambda r: mlflow.log_metrics(numbers(r, "."), step=r["step"]))
             if args.wandb:
                 import wandb
+                wandb.finish()
                 run = wandb.init(mode="offline", dir=self.out, project="resnet50", config=vars(args))
                 self.sinks.append(lambda r: run.log(numbers(r), step=r["step"]))
         except ImportError as error:

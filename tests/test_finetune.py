@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import xml.dom.minidom
 
 import numpy as np
@@ -431,6 +432,39 @@ def test_gradual_goes_on_from_the_heads_best_epoch_which_competes(tune, tmp_path
     assert again["best_epoch"] == 0 and again["top1"] == results[0]["top1"]
 
 
+def test_every_part_of_a_run_is_one_of_its_own_in_other_tools(tune, monkeypatch):
+    """mlflow.start_run raises while another run is active, wandb.init gives that one back"""
+    class Tool:
+        def __init__(self):
+            self.active, self.runs = None, []
+
+        def start_run(self, run_name):
+            assert self.active is None, f"Run {self.active} is already active"
+            self.active = run_name
+
+        def init(self, dir, **_):
+            self.active = self.active or dir
+            return self
+
+        def end_run(self):
+            self.active = None
+        finish = end_run
+
+        def log_metrics(self, values, step):
+            self.runs.append(os.path.basename(self.active))
+        log = log_metrics
+
+        def log_params(self, values):
+            pass
+    tools = dict(mlflow=Tool(), wandb=Tool())
+    for name, tool in tools.items():
+        monkeypatch.setitem(sys.modules, name, tool)
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
+    tune("--strategy", "gradual", "--epochs", 1, "--mlflow", "--wandb", "--views", 1)
+    for tool in tools.values():
+        assert [name for name, _ in itertools.groupby(tool.runs)] == ["head", "run"]
+
+
 def test_averaged_weights_are_the_mean_over_epochs_with_statistics_of_their_own(tune, monkeypatch):
     ends, averages, update, recalibrate = [], [], train.EMA.update, train.recalibrate
 
@@ -623,6 +657,20 @@ def test_torchvision_s_classifiers(name, tune, tmp_path):
     assert not torch.equal(after.features[-1][0].weight, model.features[-1][0].weight)
     again = tune("--strategy", "head", "--epochs", 1, "--views", 1, checkpoint=result["checkpoint"], out="again")
     assert again["checkpoint"] and load_checkpoint(again["checkpoint"])["config"]["arch"] == name
+
+
+def test_a_network_without_batch_norm_is_saved_and_resumed(tune, tmp_path, monkeypatch):
+    path = str(tmp_path / "squeeze.pth")
+    torch.save(torchvision_model("squeezenet1_1", 4).state_dict(), path)
+    flags = ["--model", "squeezenet1_1", "--strategy", "layers:1", "--epochs", 2, "--image-size", 64]
+    tune(*flags, checkpoint=path, out="straight")
+    step, calls = train.train_step, itertools.count(1)
+    monkeypatch.setattr(train, "train_step", lambda *a, **k: (
+        next(calls) == 2 and os.kill(os.getpid(), signal.SIGUSR1), step(*a, **k))[1])
+    with pytest.raises(UserError, match="stopped by SIGUSR1"):
+        tune(*flags, checkpoint=path, out="stopped")
+    tune(*flags, "--resume", checkpoint=path, out="stopped")
+    assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
 
 
 def test_parameters_beside_the_parts_belong_to_the_lowest_stage(shapes, tmp_path):
