@@ -977,7 +977,9 @@ def annotations(root):
                                          [os.path.join(p, name) for p in pictures] + pictures)
             elif os.path.isfile(os.path.join(lists, split + ".txt")):
                 with open(os.path.join(lists, split + ".txt"), encoding="utf-8") as f:
-                    stems = [line.split()[0] for line in f if line.strip()]
+                    lines = [line.strip() for line in f if line.strip()]
+                # a class's own list has 1 or -1 behind each name, and a name may have blanks
+                stems = [n if os.path.isfile(os.path.join(notes[0], n + ".xml")) else n.split()[0] for n in lines]
                 found[split] = voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
         if not found and xmls(notes[0]):
             found["train"] = voc(xmls(notes[0]), pictures)
@@ -1004,6 +1006,8 @@ def open_boxes(root, args, classes=None):
             notes.append(f"{len(complaints)} {split} annotations are left out: {some(complaints)}")
         kept = []
         for path, boxes in entries:
+            name = os.path.relpath(path, root)  # without what a COCO file_name may have, ./ and ../
+            path = os.path.join(root, name)
             try:
                 with Image.open(path) as image:
                     width, height = image.size
@@ -1023,7 +1027,7 @@ def open_boxes(root, args, classes=None):
             rows = [(index[b.name], b.area, b.crowd, b.difficult) for b, use in zip(boxes, good) if use]
             known[path] = Boxes(corners[good], *(np.array([r[i] for r in rows], dtype=kind)
                                                  for i, kind in enumerate((int, float, bool, bool))))
-            kept.append(os.path.relpath(path, root))
+            kept.append(name)
         files[split] = data.Files(root, kept, np.zeros(len(kept)))
     if beyond:
         notes.append(f"{len(beyond)} images have boxes that lie outside of them: were they annotated at another size? "
@@ -1039,7 +1043,10 @@ def open_boxes(root, args, classes=None):
     *parts, more, _ = leave_out(files["train"], files["val"], args)
     files, notes = dict(zip(("train", "val"), parts)), notes + more
     for split, part in files.items():
-        labels = np.concatenate([known[part.path(i)].labels for i in range(len(part))])
+        boxes = [known[part.path(i)] for i in range(len(part))]
+        labels = np.concatenate([b.labels for b in boxes])
+        if all((b.crowd | b.ignored).all() for b in boxes):
+            raise UserError(f"{root}: no box in the {split} annotations that is to be found")
         counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
         notes.append(f"{split}: {len(part)} images, {len(labels)} boxes: "
                      + some([f"{c} {n}" for c, n in zip(classes, counts)], 20))
@@ -1142,7 +1149,10 @@ def hard_heads(base):
 
         def forward(self, features, proposals, image_shapes, targets=None):
             self.seen = features, image_shapes
-            return super().forward(features, proposals, image_shapes, targets)
+            try:
+                return super().forward(features, proposals, image_shapes, targets)
+            finally:
+                self.seen = None  # what has a graph cannot be copied, as save_training copies the model
 
         def select_training_samples(self, proposals, targets):
             proposals, matched, labels, regression = super().select_training_samples(proposals, targets)
@@ -1179,8 +1189,8 @@ class Detector(nn.Module):
                            rpn_post_nms_top_n_test=300)
         self.backbone, self.rpn, self.roi_heads = parts.backbone, parts.rpn, parts.roi_heads
         # the pooler takes the levels' scales from the first image it sees, and with much padding finds wrong ones
-        pool = self.roi_heads.box_roi_pool
-        pool({name: torch.zeros(1, 1, 256 >> i, 256 >> i) for i, name in enumerate(pool.featmap_names)},
+        pool, side = self.roi_heads.box_roi_pool, 1024 if backbone.get("stem") == "small" else 256
+        pool({name: torch.zeros(1, 1, side >> i, side >> i) for i, name in enumerate(pool.featmap_names)},
              [torch.zeros(1, 4)], [(1024, 1024)])
         self.preprocess, self.grad_checkpointing, self.amp = dict(PREPROCESS), False, None
 
@@ -1373,8 +1383,6 @@ class Detection(train.Plan):
             return None
         known = {i: self.sets[3][images.files.path(i)] for i in range(len(images.files))}
         score = mean_average_precision(found[0], known, len(self.sets[2]))
-        if score["map50"] is None:
-            raise UserError(f"{images.files.root}: no box in the validation annotations")
         return dict(score, loss=None, images=len(found[0]), corrupt=found[1])
 
     def describe(self, args, model):

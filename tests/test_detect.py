@@ -247,6 +247,47 @@ def test_coco_s_own_areas_and_crowds(tmp_path):
     assert mine.areas[0] == 7.5 and mine.crowd.tolist() == [True] + [False] * (len(mine.labels) - 1)
 
 
+def test_coco_s_file_names_may_go_around(tmp_path):
+    roboflow(tmp_path / "set")
+    (tmp_path / "set" / "pictures").mkdir()
+    content = coco_content("train", 12)
+    for i, image in enumerate(content["images"]):
+        name = image["file_name"]
+        image["file_name"] = f"./{name}" if i % 2 else f"../pictures//{name}"
+        if not i % 2:
+            (tmp_path / "set" / "train" / name).rename(tmp_path / "set" / "pictures" / name)
+    (tmp_path / "set" / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+    files, _, _, known, _ = opened(tmp_path / "set")
+    assert len(files) == 12
+    for i in range(12):
+        boxes = scene([False, int(os.path.basename(files.path(i))[5:-4])])[1]
+        assert known[files.path(i)].boxes.tolist() == [list(map(float, b[1:])) for b in boxes]
+
+
+def test_names_with_blanks_in_a_list(tmp_path):
+    root = tmp_path / "set"
+    standard_voc(root)
+    for sub, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        (root / sub / f"train3{end}").rename(root / sub / f"my picture{end}")
+    names = root / "ImageSets" / "Main" / "train.txt"
+    names.write_text(names.read_text().replace("train3  1", "my picture"))
+    files = opened(root)[0]
+    assert len(files) == 12 and any(files.path(i).endswith("my picture.jpg") for i in range(12))
+
+
+@pytest.mark.parametrize("split, change", [("train", dict(bbox=[1, 1, 0, 5])), ("val", dict(iscrowd=1))])
+def test_annotations_without_a_box_to_find_are_refused_at_once(split, change, tmp_path):
+    roboflow(tmp_path / "set")
+    content = coco_content(split, 12 if split == "train" else 5)
+    for note in content["annotations"]:
+        note.update(change)
+    name = "train" if split == "train" else "valid"
+    (tmp_path / "set" / name / "_annotations.coco.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"no box in the {split} annotations") as caught:
+        opened(tmp_path / "set")
+    assert caught.value.code == 3
+
+
 def test_no_annotations(tiny, tmp_path):
     for root, complaint in ((tiny, "no annotations"), (tmp_path / "none", "no such folder")):
         with pytest.raises(UserError, match=complaint):
@@ -322,12 +363,14 @@ def test_the_backbone_carries_the_weights_over_and_sees_what_it_did(source, fold
     assert trained == {"layer2", "layer3", "layer4"}
 
 
-@pytest.mark.parametrize("config", [dict(attention="se"), dict(attention="split"), dict(stride_on="1x1")])
+@pytest.mark.parametrize("config", [dict(attention="se"), dict(attention="split"), dict(stride_on="1x1"),
+                                    dict(stem="small", widths=WIDTHS)])
 def test_detectors_on_other_backbones(config):
     full = ResNet50(num_classes=5, **config).config
     detector = finetune.Detector("detect", full, 2, [8, 16, 32, 64, 128], [0.5, 1.0, 2.0], 64, 128, 0.5, 10).eval()
     rows = torch.tensor([[[64.0, 64, 64, 64, 0]]])
-    found = detector(torch.randn(1, 3, 64, 64), rows)
+    found, maps = detector(torch.randn(1, 3, 64, 64), rows), detector.backbone(torch.randn(1, 3, 64, 64))
+    assert detector.roi_heads.box_roi_pool.scales == [maps[str(i)].shape[3] / 64 for i in range(4)]
     assert len(found) == 1 and found[0]["boxes"].shape[1] == 4 and len(found[0]["scores"]) <= 10
 
 
@@ -390,6 +433,16 @@ def test_the_hardest_proposals_remain(source, folder):
         losses.append(loss.item())
     hardest = sorted(range(41), key=lambda i: -losses[i])[:10]
     assert {tuple(p.tolist()) for p in chosen[0]} == {tuple(everything[i].tolist()) for i in hardest}
+
+
+def test_a_detector_in_training_can_be_copied_as_saving_does(source, folder):
+    import copy
+    args = parse("--data", folder, "--checkpoint", source, "--image-size", 64, "--ohem", 0.5)
+    model = finetune.load_source(args)[0]
+    detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES).train()
+    detector(torch.randn(1, 3, 64, 64)).backward()
+    twin = copy.deepcopy(detector)
+    assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), detector.state_dict().values()))
 
 
 def random_sets(seed, images=25, classes=4, crowds=True):
