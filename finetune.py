@@ -685,8 +685,8 @@ def recolouring(source, target, ridge=10.0):
 # ------------------------------------------------------------------------------------------------- rates and searches
 
 def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
-    """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate at which the
-    smoothed loss falls fastest per factor of it; leaves OUT/lr.svg. It is --lr's: new parts learn faster as ever."""
+    """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate around which
+    the smoothed loss falls most; leaves OUT/lr.svg. It is --lr's: new parts learn faster as ever."""
     files, classes = plan.sets[0], plan.sets[2]
     model = plan.model(args, classes).to(world.device, memory_format=torch.channels_last).train()
     optimizer = train.make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
@@ -695,31 +695,37 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
     images, workers = plan.images(
         files, lambda _: data.train_transform(args.image_size, model.preprocess, args), args, True)
     order = data.Order(files.labels, min(args.batch_size, len(files)), seed=args.seed)
-    loader, rates, losses, smooth = data.make_loader(images, order, workers, world.device), [], [], 0.0
-    epochs = -(-steps // order.steps)
-    for epoch in range(epochs):
-        order.epoch = epoch
-        for pixels, labels, _ in loader:
-            rate = low * (high / low) ** (len(rates) / (steps - 1))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["lr_share"]
-            torch.manual_seed(data.seed_for(args.seed, 4, len(rates)))
-            loss, _, applied = train.train_step(model, model, [(pixels, labels)], optimizer, loss_fn, amp=plan.amp)
-            smooth = 0.9 * smooth + 0.1 * loss.item()
-            if plan.stop.poll():
-                raise UserError(f"stopped by {plan.stop.requested or 'a signal'} in the range test; the same command "
-                                "with --resume auto starts it anew", code=75)
-            rates.append(rate)
-            losses.append(smooth / (1 - 0.9 ** len(rates)))
-            if not applied or losses[-1] > 3 * min(losses) or len(rates) == steps:
-                break
-        else:
-            continue
-        break
+    loader, losses, smooth = data.make_loader(images, order, workers, world.device), [], 0.0
+    rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
+
+    def batches():
+        for epoch in itertools.count():
+            order.epoch = epoch
+            yield from loader
+    for rate, (pixels, labels, _) in zip(rates, batches()):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_share"]
+        torch.manual_seed(data.seed_for(args.seed, 4, len(losses)))
+        loss, _, applied = train.train_step(model, model, [(pixels, labels)], optimizer, loss_fn, amp=plan.amp)
+        loss, applied = world.gather((loss.item(), applied))[0]  # or GPUs' roundings would end it at different steps
+        if plan.stop.poll():
+            raise UserError(f"stopped by {plan.stop.requested or 'a signal'} in the range test; the same command "
+                            "with --resume auto starts it anew", code=75)
+        if not applied or not math.isfinite(loss):
+            break
+        smooth = 0.9 * smooth + 0.1 * loss
+        losses.append(smooth / (1 - 0.9 ** (len(losses) + 1)))
+        if losses[-1] > 3 * min(losses):
+            break
+    if not losses:
+        raise UserError("--lr-find: training diverged at once", code=4)
     plan.opened = None
-    upto = int(np.argmin(losses)) + 1  # what comes after the lowest loss is on the way up
-    slopes = np.gradient(np.array(losses[:upto])) if upto > 2 else np.zeros(1)
-    chosen = float(rates[int(np.argmin(slopes))])
+    # Over a factor of ten: from one step to the next the batches' noise is greater than the fall. What comes after the
+    # lowest loss is on the way up.
+    half, upto = steps // 10, int(np.argmin(losses)) + 1
+    falls = np.subtract(losses[2 * half:upto], losses[:max(0, upto - 2 * half)])
+    chosen = rates[half + int(np.argmin(falls))] if len(falls) else low
+    rates = rates[:len(losses)]
     if world.rank == 0:
         write_atomic(os.path.join(args.out, "lr.svg"), rates_svg(rates, losses, chosen).encode())
     return chosen
@@ -1475,7 +1481,9 @@ def classify(args, world, stop, asked=None):
                               [f"network: {path}", note], False, cache)
         else:
             plan = FineTuning(args, world, stop, model, sets, notes + [note], not known, cache)
-        if args.lr_find and not resume:
+        if args.lr_find and resume:  # a part's args.json is not read again
+            args.lr = load_checkpoint(resume)["args"]["lr"]
+        elif args.lr_find:
             args.lr = find_lr(plan, args, world)
             plan.notes.append(f"learning rate {args.lr:.3g} by the range test, see {args.out}/lr.svg")
         plan.asked = asked

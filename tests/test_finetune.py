@@ -702,6 +702,61 @@ def test_a_convolution_as_head_is_trained_with_the_stage_below():
         finetune.resolve(parse("--strategy", "head"), model, 15)
 
 
+def falling(monkeypatch, loss_at):
+    """Steps of training that do nothing, with the loss loss_at(number of the step, rate)"""
+    count = itertools.count()
+
+    def step(net, model, batches, optimizer, *_, **__):
+        loss = torch.tensor(loss_at(next(count), optimizer.param_groups[0]["lr"]))
+        return loss, torch.zeros(()), bool(loss.isfinite())
+    monkeypatch.setattr(train, "train_step", step)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_range_test_sees_the_fall_through_the_noise(seed, source, shapes, tmp_path, monkeypatch):
+    rng, drawn = np.random.default_rng(seed), []
+    falling(monkeypatch, lambda i, rate: 2 - 1.5 / (1 + (1e-4 / rate) ** 2) + max(0, rate / 3e-3 - 1)
+            + float(rng.normal(0, 0.2)))
+    monkeypatch.setattr(finetune, "rates_svg", lambda rates, losses, chosen: drawn.append((rates, losses)) or "")
+    plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
+    plan.stop = type("Stop", (), dict(poll=lambda self: False))()
+    assert 2e-5 < finetune.find_lr(plan, args, train.World()) < 1e-3  # the smoothed loss is some steps late
+    (rates, losses), = drawn
+    assert len(rates) == len(losses) > 50
+
+
+def test_range_test_takes_no_rate_at_which_training_diverges(source, shapes, tmp_path, monkeypatch):
+    plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
+    plan.stop = type("Stop", (), dict(poll=lambda self: False))()
+    falling(monkeypatch, lambda i, rate: float("nan") if i == 60 else 2 - 1.5 / (1 + (1e-5 / rate) ** 2))
+    assert 5e-6 < finetune.find_lr(plan, args, train.World()) < 1e-4
+    falling(monkeypatch, lambda i, rate: float("nan"))
+    with pytest.raises(UserError, match="diverged at once") as caught:
+        finetune.find_lr(plan, args, train.World())
+    assert caught.value.code == 4
+
+
+def test_a_rate_that_was_found_stays_in_both_steps_where_they_are_resumed(tune, tiny, shapes, tmp_path, monkeypatch):
+    rates, step, calls = iter([3e-3, 2e-3, 3e-3, 2e-3]), train.train_step, itertools.count(1)
+    monkeypatch.setattr(finetune, "find_lr", lambda *a: next(rates))
+    flags = ["--then", shapes, "--strategy", "layers:1", "--epochs", 2, "--lr-find"]
+    result = tune(*flags, root=tiny, out="straight")
+    total = 2 * (50 // 4) + 2 * (15 // 4)
+
+    def signalled(*args, **options):
+        done = step(*args, **options)
+        if next(calls) in (2, total - 2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return done
+    monkeypatch.setattr(train, "train_step", signalled)
+    for _ in range(2):
+        with pytest.raises(UserError, match="stopped by SIGUSR1"):
+            tune(*flags, "--resume", root=tiny, out="stopped")
+    assert tune(*flags, "--resume", root=tiny, out="stopped")["loss"] == result["loss"]
+    for part in ("step/last.pt", "last.pt"):
+        assert not equal_state(tmp_path / "straight" / part, tmp_path / "stopped" / part)
+
+
 def test_range_test_finds_a_rate_and_draws_it(tune, tmp_path):
     results = [tune("--strategy", "head", "--views", 1, "--epochs", 1, "--lr-find", out=out) for out in "ab"]
     rates = [json.loads((tmp_path / out / "args.json").read_text())["lr"] for out in "ab"]
