@@ -98,6 +98,8 @@ CHECKED = 50000  # files; larger sets are not decoded beforehand
 AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
 PROPOSALS = 128  # of an image that the box head learns from; torchvision's 512 take most of a step at small sizes
 SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times the strategy's learning rate
+# What a head on features that are computed once cannot have, as it is without
+BEYOND_HEAD = dict(tta=False, cutmix_alpha=0.0, progressive=None, l2_sp=0.0, drop_path=None)
 
 
 def strategy(text):
@@ -173,6 +175,7 @@ def check_args(args):
             (kind == "gradual" or any_kind, "--strategy gradual", ("unfreeze_every",)),
             (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
             (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
+            (kind not in ("lora", "adapter"), "a --strategy that trains the network's own weights", ("l2_sp",)),
             (args.target_domain, "--target-domain", ("align", "align_weight"))):
         if wrong := [] if fits else [k for k in names if getattr(args, k) != getattr(usual, k)]:
             refuse(f"--{wrong[0].replace('_', '-')} goes with {partner}")
@@ -189,18 +192,28 @@ def check_args(args):
     if args.model and (args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"):
         refuse(f"--model {args.model}: --grad-checkpointing, --stem, --attention, --stride-on and --strategy adapter "
                "are ResNet-50's")
-    if kind == "head" and args.cutmix_alpha:
-        refuse("--cutmix-alpha: --strategy head sees features, not images")
-    if kind == "head" and args.align == "mmd" and args.target_domain:
-        refuse("--align mmd trains features: give a --strategy that does, not head")
+    if kind == "head" and (wrong := beyond_head(args)):
+        refuse(f"{wrong}: --strategy head sees features that are computed once, and trains nothing below; name another")
+    if args.eval_only and args.model and args.weights:
+        refuse("--model names a network to fine-tune; --eval-only scores what --checkpoint holds")
     if args.ohem < 1 and (args.mixup_alpha or args.cutmix_alpha):
         refuse("--ohem: a mixed image is neither hard nor easy; give it without --mixup-alpha and --cutmix-alpha")
     if args.search and (args.then or args.lr_find):
         refuse("--search decides the rate by itself, for one data set: no --then, no --lr-find")
     if args.target_domain and args.align != "none" and args.compile:
         refuse("--compile: alignment watches the features, which a compiled network does not show")
-    if args.tta and kind == "head":
-        refuse("--tta: cached features have no mirror image; name another --strategy")
+
+
+def beyond_head(args):
+    """-> the flag that asks for more than a head on cached features, or None"""
+    wrong = [f"--{k.replace('_', '-')}" for k in BEYOND_HEAD if getattr(args, k)]
+    wrong += ["--align mmd"] * bool(args.target_domain and args.align == "mmd")
+    return wrong[0] if wrong else None
+
+
+def head_alone(args, model):
+    """-> whether a head on cached features can do what the flags ask; a convolution reads none of whole images"""
+    return isinstance(model.get_submodule(head_of(model)), nn.Linear) and not beyond_head(args)
 
 
 # ----------------------------------------------------------------------------------------------------- the network
@@ -429,9 +442,7 @@ def resolve(args, model, images):
     kind, _, number = args.strategy.partition(":")
     why, flat = "", isinstance(model.get_submodule(head_of(model)), nn.Linear)
     if kind == "auto":
-        trains = (args.tta or args.cutmix_alpha or args.target_domain and args.align == "mmd"
-                  or not flat)  # more than a head
-        kind = "head" if images < FEW and not trains else "gradual" if images < MANY else "full"
+        kind = "head" if images < FEW and head_alone(args, model) else "gradual" if images < MANY else "full"
         why = f", for {images} images " + {
             "head": "are too few to move a whole network (--strategy gradual does)",
             "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]
@@ -443,7 +454,7 @@ def resolve(args, model, images):
     args.interpolation = args.interpolation or model.preprocess["interpolation"]
     if args.image_size == model.preprocess["crop"] and not args.val_size and not args.val_resize:
         args.val_size, args.val_resize = model.preprocess["crop"], model.preprocess["resize"]
-    if kind == "head" and not flat:
+    if kind == "head" and not head_alone(args, model):
         raise UserError(f"--strategy head: {model.config['arch']}'s head is a convolution, which reads no features of "
                         "whole images; layers:1 trains it too", code=2)
     if kind == "adapter" and "arch" in model.config:
@@ -752,12 +763,9 @@ def rates_svg(rates, losses, chosen):
         'smoothed training loss above</text></svg>'])
 
 
-def search(args, run):
-    """Successive halving (arXiv 1502.07943) over strategy and learning rate: all of N settings for one epoch, then the
-    better half for two, and so on. run(args) is a run's result. -> (rows of a table, the best setting)"""
-    kinds = [args.strategy] if args.strategy != "auto" else ["head", "gradual", "full"]
-    if args.strategy == "auto" and (args.tta or args.cutmix_alpha):
-        kinds.remove("head")
+def search(args, run, kinds):
+    """Successive halving (arXiv 1502.07943) over strategies of these kinds and learning rate: all of N settings for one
+    epoch, then the better half for two, and so on. run(args) is a run's result. -> (rows of a table, best setting)"""
     settings = [dict(strategy=kind, lr=(args.lr or STRATEGIES[kind.partition(":")[0]]["lr"]) * factor)
                 for factor in SEARCHED for kind in kinds][:args.search]
     rows, alive, epochs = [], settings, 1
@@ -1471,9 +1479,8 @@ def classify(args, world, stop, asked=None):
         if args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear):
             # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
             first = argparse.Namespace(**{
-                **vars(args), "strategy": "head", "epochs": STRATEGIES["head"]["epochs"], "cutmix_alpha": 0.0,
-                "tta": False, "target_domain": None, "out": os.path.join(args.out, "head"),
-                "resume": args.resume and "auto"})
+                **vars(args), **BEYOND_HEAD, "strategy": "head", "epochs": STRATEGIES["head"]["epochs"],
+                "target_domain": None, "out": os.path.join(args.out, "head"), "resume": args.resume and "auto"})
             plan = FineTuning(first, world, stop, model, sets, notes + [f"{note}: the head alone"], True, cache)
             path = train.train(first, world, stop, plan)["checkpoint"]
             world.barrier()
@@ -1496,7 +1503,8 @@ def classify(args, world, stop, asked=None):
             with open(found, encoding="utf-8") as file:
                 rows, best = json.load(file)
         else:
-            rows, best = search(args, run)
+            kinds = ["head"] * head_alone(args, model) + ["gradual", "full"]
+            rows, best = search(args, run, kinds if args.strategy == "auto" else [args.strategy])
         extra["search"] = rows
         if world.rank == 0:
             write_atomic(found, json.dumps([rows, best], indent=1).encode())

@@ -281,7 +281,8 @@ def test_strategy_by_the_number_of_images(source):
         assert "images" in finetune.resolve(args, model, images)
         return args
     assert [chosen(n).strategy for n in (10, 999, 1000, 19999, 20000)] == ["head", "head", "gradual", "gradual", "full"]
-    assert chosen(10, "--cutmix-alpha", 1).strategy == "gradual"  # what a head on cached features cannot do
+    for flags in (["--cutmix-alpha", 1], ["--l2-sp", 1], ["--progressive", 32, 0, 1]):
+        assert chosen(10, *flags).strategy == "gradual"  # what a head on cached features cannot do
     args = chosen(10, "--epochs", 3)
     assert args.epochs == 3 and args.lr == finetune.STRATEGIES["head"]["lr"] and args.image_size == 32
     assert train.preprocess_of(args)["resize"] == 32
@@ -771,10 +772,10 @@ def test_search_halves():
     def run(args):
         runs.append((args.strategy, args.lr, args.epochs))
         return dict(top1=90.0 if args.strategy == "full" else 10.0, loss=args.lr, seconds=0.0)
-    rows, best = finetune.search(parse("--search", 7), run)
+    rows, best = finetune.search(parse("--search", 7), run, ["head", "gradual", "full"])
     assert len(rows) == len(runs) == 7 + 3 and [r[2] for r in runs] == [1] * 7 + [2] * 3
     assert len(set(runs[:7])) == 7 and best == dict(strategy="full", lr=pytest.approx(3e-5))
-    rows, best = finetune.search(parse("--search", 1, "--strategy", "lora", "--lr", 0.5), run)
+    rows, best = finetune.search(parse("--search", 1, "--lr", 0.5), run, ["lora"])
     assert best == dict(strategy="lora", lr=0.5) and len(rows) == 1
 
 
@@ -789,6 +790,31 @@ def test_search_then_train(tune, tmp_path):
     other = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2, "--seed", 1, "--overwrite")
     first, read, anew = ([r["loss"] for r in found["search"]] for found in (result, again, other))
     assert first == read and first != anew
+
+
+def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, monkeypatch):
+    flags = ["--search", 2, "--strategy", "head", "--views", 1, "--epochs", 1]
+    tune(*flags)
+    expected = tune(*flags, "--seed", 7, out="straight")
+    step, calls = train.train_step, itertools.count(1)
+    monkeypatch.setattr(train, "train_step", lambda *a, **k: (
+        next(calls) == 2 and os.kill(os.getpid(), signal.SIGUSR1), step(*a, **k))[1])
+    with pytest.raises(UserError, match="stopped by SIGUSR1"):
+        tune(*flags, "--seed", 7, "--overwrite")
+    resumed = tune(*flags, "--seed", 7, "--resume")
+    for found, wanted in zip(resumed["search"], expected["search"], strict=True):
+        assert found["loss"] == wanted["loss"]
+
+
+@pytest.mark.parametrize("flags", [["--align", "mmd", "--target-domain", "SHAPES"], ["--tta"],
+                                   ["--model", "squeezenet1_1", "--image-size", 64]])
+def test_a_search_leaves_out_heads_that_cannot_do_what_is_asked(flags, tune, shapes, source, tmp_path, monkeypatch):
+    path = str(tmp_path / "squeeze.pth")
+    torch.save(torchvision_model("squeezenet1_1", 4).state_dict(), path)
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
+    result = tune("--search", 2, "--epochs", 1, *[shapes if f == "SHAPES" else f for f in flags],
+                  checkpoint=path if "--model" in flags else source)
+    assert [r["strategy"] for r in result["search"]] == ["gradual", "full"]
 
 
 def test_two_steps_named_by_flags_that_only_the_first_takes_resume(tune, tiny, shapes, source, tmp_path, monkeypatch):
@@ -895,13 +921,32 @@ def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path
     (["--model", "resnet99"], "resnet99", 3), (["--model", "mobilenet_v2", "--attention", "se"], "ResNet-50's", 2),
     (["--model", "mobilenet_v2"], "holds ResNet-50, not mobilenet_v2", 3),
     (["--search", 2, "--lr-find"], "--search decides", 2), (["--target-domain", "nowhere"], "nowhere", 3),
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start 1", 2)])
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start 1", 2),
+    (["--l2-sp", 1, "--strategy", "lora"], "--l2-sp goes with", 2),
+    (["--l2-sp", 1, "--strategy", "head"], "--l2-sp: --strategy head sees", 2),
+    (["--drop-path", 0.1, "--strategy", "head"], "--drop-path: --strategy head sees", 2),
+    (["--progressive", 32, 0, 1, "--strategy", "head"], "--progressive: --strategy head sees", 2),
+    (["--align", "mmd", "--target-domain", ".", "--strategy", "head"], "--align mmd: --strategy head sees", 2)])
 def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
     with pytest.raises((UserError, SystemExit)) as caught:
         tune(*flags)
     assert caught.value.code == code
     assert complaint in (str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err)
+
+
+def test_scoring_torchvision_s_weights_of_another_network_is_refused():
+    with pytest.raises(UserError, match="--eval-only scores what --checkpoint holds") as caught:
+        finetune.main(parse("--eval-only", "--model", "mobilenet_v2", "--weights", "DEFAULT"))
+    assert caught.value.code == 2
+
+
+def test_names_that_the_second_step_does_not_know_are_refused_before_the_first(tune, tiny, shapes, tmp_path,
+                                                                               monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
+    (tmp_path / "names.json").write_text(json.dumps(list(SHAPES)))
+    with pytest.raises(UserError, match="class folders"):
+        tune("--then", tiny, "--classes", tmp_path / "names.json")
 
 
 def test_list_models():
