@@ -250,7 +250,8 @@ def network(config):
 
 
 def rebuilt(model, seed, new_head, **changes):
-    """-> a copy of the network with some of its config changed; adapters are new, and the head if new_head"""
+    """-> a copy of the network with some of its config changed; the head is new if new_head, and adapters if it has
+    none"""
     torch.manual_seed(seed)
     new = network({**model.config, **changes})
     head = head_of(new)
@@ -259,7 +260,8 @@ def rebuilt(model, seed, new_head, **changes):
     if new_head:
         layer = new.get_submodule(head)
         nn.init.normal_(layer.weight, std=0.01)
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:  # maxvit_t has none
+            nn.init.zeros_(layer.bias)
     new.preprocess = dict(model.preprocess)
     return new.to(memory_format=torch.channels_last).eval()
 
@@ -269,9 +271,12 @@ def stages_of(model):
     parameters is divided further, and no more than STAGES are left below the head."""
     head = head_of(model)
 
+    def below(name):
+        return [p for n, p in model.named_parameters()
+                if n.startswith(name + ".") and not n.startswith(head + ".")]
+
     def size(name):
-        return sum(p.numel() for n, p in model.named_parameters()
-                   if n.startswith(name + ".") and not n.startswith(head + "."))
+        return sum(p.numel() for p in below(name))
 
     def inside(module, prefix=""):
         return [prefix + n for n, m in module.named_children() if size(prefix + n)]
@@ -285,7 +290,7 @@ def stages_of(model):
         parts[at:at + 1] = inner
     groups = []
     for part in parts:  # a batch-norm belongs to the convolution before it
-        if groups and all(p.ndim < 2 for p in model.get_submodule(part).parameters()):
+        if groups and all(p.ndim < 2 for p in below(part)):
             groups[-1].append(part)
         else:
             groups.append([part])
@@ -500,15 +505,21 @@ class FineTuning(train.Plan):
             raise UserError("--drop-path and --dropout are ResNet-50's", code=2)
         if self.kind == "adapter":
             changes["adapter"] = args.adapter_channels
+            has = self.source.config.get("adapter", args.adapter_channels)
+            if has != args.adapter_channels:
+                raise UserError(f"--adapter-channels {args.adapter_channels}: the network's have {has}", code=2)
         model = rebuilt(self.source, args.seed, self.new_head, num_classes=len(classes), **changes)
         model.preprocess = dict(self.source.preprocess, **{
             k: train.preprocess_of(args)[k] for k in ("crop", "resize", "interpolation")})
         self.net, self.stages = train.prepare(model, args), stages_of(model)
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 3, args.image_size, args.image_size))
-        except (AssertionError, RuntimeError, ValueError) as error:  # vision transformers take one size
-            raise UserError(f"--image-size {args.image_size}: {error}", code=2) from error
+        sizes = {train.size_at(0, args): "--progressive", model.preprocess["crop"]: "--val-size",
+                 args.image_size: "--image-size"}
+        for size, flag in sizes.items():
+            try:
+                with torch.no_grad():
+                    model(torch.zeros(1, 3, size, size))
+            except (AssertionError, RuntimeError, ValueError) as error:  # vision transformers take one size
+                raise UserError(f"{flag} {size}: {error}", code=2) from error
         if self.kind == "head":
             on_features(model)
         elif self.world.device.type == "cpu" and not args.compile:
@@ -521,13 +532,13 @@ class FineTuning(train.Plan):
                 p.requires_grad_(".adapter." in name or name.startswith(self.stages[0][0] + "."))
         if self.target is not None and self.kind != "head":
             model.get_submodule(self.stages[0][0]).register_forward_pre_hook(
-                lambda _, inputs: setattr(self, "seen", inputs[0].flatten(1)))  # no method: copies would copy the plan
+                lambda _, inputs: setattr(self, "seen", means(inputs[0])))  # no method: copies would copy the plan
         self.start = {n: p.detach().clone() for n, p in model.named_parameters() if self.depth(n)} if args.l2_sp else {}
         return model
 
     def depth(self, name):
-        """Of a parameter: 0 in the head, then the stage's number from the top; None for what LoRA and adapters add"""
-        if "parametrizations.weight.0" in name or ".adapter." in name:
+        """Of a parameter: 0 in the head, then the stage's number from the top; None for what LoRA and adapters train"""
+        if "parametrizations.weight.0" in name or self.kind == "adapter" and ".adapter." in name:
             return None
         return next((i for i, stage in enumerate(self.stages) if any(name.startswith(part + ".") for part in stage)),
                     len(self.stages) - 1)  # a vision transformer has parameters beside its parts
@@ -651,6 +662,11 @@ class FineTuning(train.Plan):
 
 
 # ---------------------------------------------------------------------------------------------------------- alignment
+
+def means(features):
+    """(N, C), or what a convolution reads (N, C, H, W) -> (N, C)"""
+    return features.flatten(2).mean(2) if features.ndim > 2 else features
+
 
 def covariance(x):
     x = x - x.mean(0)

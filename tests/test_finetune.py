@@ -213,6 +213,35 @@ def test_copies_of_a_feature_network_use_their_own_head():
 
 # ------------------------------------------------------------------------------------------- what is trained, and how
 
+@pytest.mark.parametrize("strategy, trains", [("full", True), ("layers:1", ["layer4"]), ("head", []), ("lora", [])])
+def test_adapters_that_a_network_has_belong_to_their_stages(strategy, trains, shapes, tmp_path):
+    path = str(tmp_path / "a.pt")
+    save_checkpoint(path, new_network(widths=WIDTHS, adapter=6), classes=list("abcde"))
+    plan, model, _ = plan_of(path, shapes, "--strategy", strategy)
+    plan.begin(model, 0)
+    for name, p in model.named_parameters():
+        if ".adapter." in name and "weight.0" not in name:
+            assert p.requires_grad == (trains is True or name.startswith(tuple(trains))), name
+            assert plan.depth(name) == 5 - int(name[5]), name
+    with pytest.raises(UserError, match="--adapter-channels 7: the network's have 6") as caught:
+        plan_of(path, shapes, "--strategy", "adapter", "--adapter-channels", 7)
+    assert caught.value.code == 2
+    plan, model, _ = plan_of(path, shapes, "--strategy", "adapter", "--adapter-channels", 6)
+    assert all(p.requires_grad == (".adapter." in n or n.startswith("fc.")) for n, p in model.named_parameters())
+    before = load_checkpoint(path)["model"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if ".adapter." in k)
+
+
+def test_a_head_without_a_bias_and_a_stage_of_more_than_norms():
+    model = torchvision_model("maxvit_t", 4)
+    new = finetune.rebuilt(model, 0, True, num_classes=3)
+    assert new.get_submodule(finetune.head_of(new)).weight.shape[0] == 3
+    model = torchvision_model("convnext_tiny", 4)
+    top = finetune.stages_of(model)[1]  # the norm before the head is no stage by itself
+    assert sum(p.numel() for part in top for p in model.get_submodule(part).parameters()) > 1e6
+
+
+
 def trained_stages(plan, model):
     return sorted({plan.depth(n) for n, p in model.named_parameters() if p.requires_grad})
 
@@ -313,6 +342,18 @@ def test_coral_and_mmd_against_loops():
         x = ta.clone().requires_grad_()
         loss(x, tb).backward()
         assert loss(ta - 0.01 * x.grad, tb) < loss(ta, tb) - 0.005 * x.grad.square().sum()
+
+
+def test_what_a_convolution_reads_is_aligned_by_its_means(shapes, tmp_path):
+    path = str(tmp_path / "squeeze.pth")
+    torch.save(torchvision_model("squeezenet1_1", 4).state_dict(), path)
+    flags = ("--model", "squeezenet1_1", "--strategy", "layers:1", "--target-domain", shapes, "--image-size", 64)
+    plan, model, _ = plan_of(path, shapes, *flags)
+    read = []
+    model.classifier[1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model(torch.rand(2, 3, 64, 64))
+    assert read[0].shape[2:] == (3, 3) and plan.seen.shape == (2, 512)  # not 512 x 9: covariances would take 81 times
+    assert torch.allclose(plan.seen[1, 7], sum(read[0][1, 7, i, j] for i in range(3) for j in range(3)) / 9)
 
 
 def test_recoloured_features_have_the_target_s_moments():
@@ -687,12 +728,14 @@ def test_parameters_beside_the_parts_belong_to_the_lowest_stage(shapes, tmp_path
         plan.begin(model, epoch)
         assert model.class_token.requires_grad == model.conv_proj.weight.requires_grad == trained
         assert model.heads.head.weight.requires_grad
-    args = parse(*flags, "--image-size", 64)
-    finetune.resolve(args, finetune.load_source(args)[0], 15)
-    with pytest.raises(UserError, match="--image-size 64") as caught:
-        plan.args, plan.kind = args, "head"
-        plan.model(args, "abc")
-    assert caught.value.code == 2
+    for more, wrong in ((("--image-size", 64), "--image-size 64"), (("--val-size", 256), "--val-size 256"),
+                        (("--progressive", 160, 0.1, 0.5), "--progressive 160")):
+        args = parse(*flags, "--strategy", "gradual", *more)
+        finetune.resolve(args, plan.source, 15)
+        with pytest.raises(UserError, match=wrong) as caught:
+            plan.args = args
+            plan.model(args, "abc")
+        assert caught.value.code == 2
 
 
 def test_a_convolution_as_head_is_trained_with_the_stage_below():
