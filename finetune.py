@@ -26,6 +26,8 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
+import glob
 import hashlib
 import html
 import io
@@ -41,7 +43,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -237,6 +239,11 @@ def load_source(args):
     return build_model(checkpoint, source), checkpoint, source
 
 
+def trained_share(model):
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
+    return f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.2f} %)"
+
+
 def head_of(model):
     """-> name of the layer whose outputs are the classes: the last linear one or convolution"""
     name, module = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))][-1]
@@ -375,13 +382,12 @@ def reader(model, amp):
 
 # ---------------------------------------------------------------------------------------------------- before training
 
-def examine(path):
-    """-> (format, digest of the file) or (None, complaint)"""
+def examine(path, raw):
+    """-> (format, digest of the file) or (None, complaint). `raw` pixels may begin as some format's files do."""
     try:
         data.load(path)
-        content, kind = data.read(path), "pixels"  # of a pack
-        with contextlib.suppress(UnidentifiedImageError):
-            kind = Image.open(io.BytesIO(content)).format
+        content = data.read(path)
+        kind = "pixels" if raw else Image.open(io.BytesIO(content)).format
         return kind, hashlib.blake2b(content, digest_size=16).digest()
     except (OSError, ValueError) as error:
         return None, f"{path}: {error}"
@@ -400,7 +406,8 @@ def leave_out(files, val, args):
     for name, part in (("training", files), ("validation", val)):
         paths = [part.path(i) for i in range(len(part))]
         with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
-            seen = list(pool.map(examine, paths))
+            raw = part.pack is not None and part.pack.head["mode"] == "raw"
+            seen = list(pool.map(examine, paths, itertools.repeat(raw)))
         bad = [complaint for kind, complaint in seen if not kind]
         train.check_corrupt(bad, args.on_corrupt)
         if bad:
@@ -445,7 +452,7 @@ def check_data(sets, args):
 def resolve(args, model, images):
     """Fills in what --strategy decides. -> a line of text"""
     kind, _, number = args.strategy.partition(":")
-    why, flat = "", isinstance(model.get_submodule(head_of(model)), nn.Linear)
+    why = ""
     if kind == "auto":
         kind = "head" if images < FEW and head_alone(args, model) else "gradual" if images < MANY else "full"
         why = f", for {images} images " + {
@@ -568,31 +575,30 @@ class FineTuning(train.Plan):
         return merged(model) if self.kind == "lora" else model
 
     def describe(self, args, model):
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
         shown = ("opt", "weight_decay", "layer_decay", "head_lr_mult", "label_smoothing", "loss", "image_size")
         return [f"strategy {args.strategy}: " + ", ".join(f"{k}={getattr(args, k)}" for k in shown),
-                f"{trained:,} of {total:,} parameters are trained{' in this epoch' * (self.kind == 'gradual')} "
-                f"({100 * trained / total:.2f} %)"]
+                trained_share(model) + " in this epoch" * (self.kind == "gradual")]
 
     def images(self, files, transform_at, args, training):
         images, workers = super().images(files, transform_at, args, training)
         if self.kind != "head":
             return images, workers
-        values = self.features(images, args.views if training else 1)
+        values = self.features(images, args.views if training else 1, "training" if training else "validation")
         if self.target is not None and training:
-            target = data.Images(self.target, lambda _: data.eval_transform(self.net.preprocess), exif=args.exif)
-            self.recolour = recolouring(values.flatten(0, 1), self.features(target, 1)[0])
+            target = data.Images(self.target, lambda _: data.eval_transform(self.net.preprocess), exif=args.exif,
+                                 replace=True)  # a damaged one: moments take another instead
+            self.recolour = recolouring(values.flatten(0, 1), self.features(target, 1, "target")[0])
         if self.target is not None:
             values = values.lerp(self.recolour(values), args.align_weight)
         return Features(files, values), 0
 
-    def features(self, images, views):
-        """What the head reads of all images, in as many epochs' augmentations -> float32 (views, N, C), from the file
-        `cache` where another run, or this one before it was stopped, has left them"""
+    def features(self, images, views, part):
+        """What the head reads of all images of that part of the data, in as many epochs' augmentations -> float32
+        (views, N, C), from the file `cache` where another run, or this one before it was stopped, has left them"""
         args, world, path = self.args, self.world, self.cache
         shown = [(k, v) for k, v in sorted(vars(args).items()) if k in AUGMENTATION + ("seed", "exif", "image_size")]
-        key = hashlib.blake2b(repr((shown, views, self.net.preprocess, str(self.amp))).encode())
+        about = part, images.files.root, shown, views, self.net.preprocess, str(self.amp)
+        key = hashlib.blake2b(repr(about).encode())
         for value in (images.files.blob, *(v.numpy() for v in self.source.state_dict().values())):
             key.update(np.ascontiguousarray(value))
         known = {}
@@ -803,16 +809,32 @@ def search(args, run, kinds):
 
 # ----------------------------------------------------------------------------------------------- what a person looks at
 
+@torch.no_grad()
 def logits_of(model, files, args, world):
-    """-> float32 (N, classes) of all files, by evaluate()'s way, on every process"""
-    images = data.Images(files, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
+    """-> float32 (N, classes) of all files, by evaluate()'s way, on every process; NaN for what does not decode (an
+    error unless --on-corrupt skip)"""
+    numbered = copy.copy(files)
+    numbered.labels = np.arange(len(files), dtype=np.int32)
+    images = data.Images(numbered, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
+    batches = data.eval_batches(len(files), 32, world.rank, world.size)
     fast = isinstance(model, ResNet50) and not model.config.get("adapter") and world.device.type == "cpu"
-    outputs, classes = [], model.config["num_classes"]
-    train.evaluate(fuse(model) if fast else model, images, 32, world, workers=args.workers, outputs=outputs)
-    mine, logits = torch.cat(outputs) if outputs else torch.zeros(0, classes), torch.empty(len(files), classes)
-    for rank, theirs in enumerate(world.gather(mine)):
-        logits[rank::world.size] = theirs
+    net, mine = fuse(model) if fast else model, []
+    for pixels, at, bad in data.make_loader(images, batches, args.workers, world.device):
+        train.check_corrupt(bad, args.on_corrupt)
+        if len(at):
+            logits = predict(net, pixels)
+            mine.append((at.cpu(), ((logits + predict(net, pixels.flip(3))) / 2 if args.tta else logits).cpu()))
+    logits = torch.full((len(files), model.config["num_classes"]), math.nan)
+    for at, values in itertools.chain(*world.gather(mine)):
+        logits[at] = values
     return logits
+
+
+def accuracy(logits, labels):
+    """-> percent, of the rows that have logits; None where none has"""
+    right = logits.argmax(1).numpy() == labels
+    right = right[~logits[:, 0].isnan().numpy()]
+    return round(100 * float(right.mean()), 4) if len(right) else None
 
 
 def confusion(labels, predicted, n):
@@ -869,12 +891,12 @@ def report(model, val, classes, args, world, most=24):
     """Scores the finished network on `val`; the first process writes confusion.csv, confusion.svg and, of up to `most`
     mistakes, the worst first, mistakes.png. -> dict(top1, per_class, mistakes)"""
     logits, labels = logits_of(model, val, args, world), torch.from_numpy(val.labels).long()
-    predicted = logits.argmax(1)
-    matrix = confusion(labels, predicted, len(classes))
+    predicted, seen = logits.argmax(1), ~logits[:, 0].isnan()
+    matrix = confusion(labels[seen], predicted[seen], len(classes))
     counts = matrix.sum(1)
     per_class = {c: round(100 * matrix[i, i] / counts[i], 3) if counts[i] else None for i, c in enumerate(classes)}
     loss = F.cross_entropy(logits, labels, reduction="none")
-    wrong = [i for i in loss.argsort(descending=True, stable=True).tolist() if predicted[i] != labels[i]]
+    wrong = [i for i in loss.argsort(descending=True, stable=True).tolist() if seen[i] and predicted[i] != labels[i]]
     if world.rank == 0:
         quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
         lines = [",".join(["true \\ predicted", *quoted, "accuracy"])] + [
@@ -888,12 +910,14 @@ def report(model, val, classes, args, world, most=24):
             p = logits[i].softmax(0)[predicted[i]].item()
             tiles.append((image, f"{os.path.basename(val.path(i))}\nis {classes[labels[i]]}\n"
                           f"taken for {classes[predicted[i]]}, {100 * p:.0f} %"))
+        path = os.path.join(args.out, "mistakes.png")
         if tiles:
-            write_atomic(os.path.join(args.out, "mistakes.png"), contact_sheet(tiles))
+            write_atomic(path, contact_sheet(tiles))
+        elif os.path.exists(path):  # an overwritten run's
+            os.unlink(path)
         worst = sorted((a, c) for c, a in per_class.items() if a is not None)
         print("accuracy by class, worst first: " + some([f"{c} {a:.1f} %" for a, c in worst], 20), file=sys.stderr)
-    return dict(top1=round(100 * (predicted == labels).double().mean().item(), 4), per_class=per_class,
-                mistakes=len(wrong))
+    return dict(top1=accuracy(logits, val.labels), per_class=per_class, mistakes=len(wrong))
 
 
 # ---------------------------------------------------------------------------------------------------------- detection
@@ -1416,8 +1440,7 @@ class Detection(train.Plan):
         return dict(score, loss=None, images=len(found[0]), corrupt=found[1])
 
     def describe(self, args, model):
-        trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
-        return [f"{trained:,} of {total:,} parameters are trained ({100 * trained / total:.1f} %)"]
+        return [trained_share(model)]
 
 
 def draw_boxes(image, found, truth, classes, threshold):
@@ -1480,6 +1503,10 @@ def detect(args, world, stop, most=16):
 def classify(args, world, stop, asked=None):
     """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more"""
     begin, resume = time.perf_counter(), train.open_run(args, world)
+    if not args.resume and world.rank == 0:  # of a run that is overwritten: or --resume would take them for this one's
+        for part in ("args.json", "search.json", "head/last.pt", "search/*/last.pt", "search/*/head/last.pt"):
+            for path in glob.glob(os.path.join(glob.escape(args.out), part)):
+                os.unlink(path)
     model, checkpoint, source = load_source(args)
     names = read_classes(args.classes) if args.classes else (None, None)
     sets = check_data(train.open_data(args, world, *names), args)
@@ -1549,9 +1576,7 @@ def score_target(model, classes, wnids, args, world):
         _, val, _, _, _ = data.open_folder(args.target_domain, classes, wnids, eval_only=True)
     except UserError as error:
         return dict(target_top1=None, target_note=str(error))
-    logits = logits_of(model, val, args, world)
-    right = logits.argmax(1) == torch.from_numpy(val.labels).long()
-    return dict(target_top1=round(100 * right.double().mean().item(), 4))
+    return dict(target_top1=accuracy(logits_of(model, val, args, world), val.labels))
 
 
 def main(args):
@@ -1575,7 +1600,8 @@ def fine_tune(args, world, stop):
     final, step = args.out, os.path.join(args.out, "step")
     asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
     train.open_run(args, world)
-    data.open_folder(args.then, val_split=args.val_split)  # what is wrong with it is better said before the first step
+    names = read_classes(args.classes) if args.classes else (None, None)
+    data.open_folder(args.then, *names, args.val_split)  # what is wrong with it is better said before the first step
     first = classify(argparse.Namespace(**{**vars(args), "out": step, "then": None, "resume": args.resume and "auto"}),
                      world, stop)
     args.overwrite, args.data, args.then, args.out = True, args.then, None, final

@@ -392,6 +392,17 @@ def test_data_check_names_what_is_odd(shapes, tmp_path):
     assert len(files) == 13 and len(val) == 9 and list(classes) == ["disk", "ring", "square"]
 
 
+def test_raw_pixels_that_begin_as_a_bitmap_are_no_damaged_one(shapes, tmp_path):
+    root = tmp_path / "raw"
+    shutil.copytree(shapes, root)
+    pixels = np.zeros((72, 72, 3), np.uint8)
+    pixels[0, 0] = tuple(b"BM!")
+    Image.fromarray(pixels).save(root / "train" / "disk" / "0000.png")
+    data.make_pack(str(root), str(tmp_path / "pack"), "raw", side=72)
+    files, val, _, _, notes = checked(tmp_path / "pack")
+    assert (len(files), len(val)) == (16, 9) and not any("is the only" in n for n in notes)
+
+
 def test_data_check_of_damaged_files(shapes, tmp_path):
     root = tmp_path / "bad"
     shutil.copytree(shapes, root)
@@ -668,6 +679,16 @@ def test_the_report_counts_every_image(tune, shapes, tmp_path):
     with Image.open(tmp_path / "run" / "mistakes.png") as sheet:
         assert sheet.width == 4 * 228 + 8
     assert json.loads((tmp_path / "run" / "args.json").read_text())["strategy"] == "full"
+
+
+def test_no_mistakes_leave_no_picture_of_an_earlier_run_s(shapes, tmp_path, monkeypatch):
+    val, args, seen = data.open_folder(shapes)[1], parse("--workers", 0, "--out", tmp_path), []
+    right = F.one_hot(torch.from_numpy(val.labels).long(), 3).float()
+    for logits in (right.flip(1), right):
+        monkeypatch.setattr(finetune, "logits_of", lambda *a, logits=logits: logits)
+        finetune.report(new_network(3), val, list(SHAPES), args, train.World())
+        seen.append(os.path.exists(tmp_path / "mistakes.png"))
+    assert seen == [True, False]
 
 
 def test_confusion_picture_with_odd_and_many_names():

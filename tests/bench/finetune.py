@@ -55,8 +55,8 @@ def tune(args, seed, *flags):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise UserError(done.stderr.splitlines()[-1])
-        trained = next(line for line in done.stderr.splitlines() if "parameters are trained" in line)
-        return dict(json.loads(done.stdout.splitlines()[-1]), trained=trained)
+        trained = [line for line in done.stderr.splitlines() if "parameters are trained" in line]
+        return dict(json.loads(done.stdout.splitlines()[-1]), trained=trained[-1])  # gradual begins with the head
 
 
 def main(args):
