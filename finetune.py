@@ -84,7 +84,7 @@ CLASSIFIES = (  # and those that it has no use for
     "mixup_alpha", "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights",
     "random_erase", "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize",
     "exif", "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
-    "drop_path", "dropout", "repeated_aug", "crop_scale", "shuffle_chunk")
+    "drop_path", "dropout", "repeated_aug", "crop_scale", "shuffle_chunk", "ra_magnitude", "ra_std")
 # What a strategy sets where the command line does not
 STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
                   gradual=dict(epochs=8, lr=1e-4, layer_decay=1.0),
@@ -96,7 +96,7 @@ DEFAULTS = ["runs/train/best.pt"]
 STAGES = 5  # that a network is divided into below its head, at most
 FEW, MANY = 1000, 20000  # images: below, --strategy auto trains the head; from there on everything
 TINY = 5  # images of a class, below which it is named
-CHECKED = 50000  # files; larger sets are not decoded beforehand
+CHECKED = 50000  # files; larger sets are not decoded beforehand, but for a head, whose features are of all images
 AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
 PROPOSALS = 128  # of an image that the box head learns from; torchvision's 512 take most of a step at small sizes
 SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times the strategy's learning rate
@@ -131,7 +131,7 @@ def get_args_parser():
     g.add_argument("--head-lr-mult", type=amount, metavar="F", help="what is new learns so much faster")
     g.add_argument("--layer-decay", type=above_zero, metavar="F", help="rate of a stage by that of the stage above it")
     g.add_argument("--unfreeze-every", type=positive, default=1, metavar="N", help="gradual: epochs per stage")
-    g.add_argument("--views", type=positive, default=4, metavar="N", help="head: augmented views of each image")
+    g.add_argument("--views", type=positive, default=4, metavar="N", help="head, gradual: augmentations of each image")
     g.add_argument("--lora-rank", type=positive, default=8, metavar="R")
     g.add_argument("--lora-alpha", type=amount, default=16.0, metavar="A", help="additions count A/R times")
     g.add_argument("--adapter-channels", type=positive, default=32, metavar="N")
@@ -177,7 +177,8 @@ def check_args(args):
             (kind == "gradual" or any_kind, "--strategy gradual", ("unfreeze_every",)),
             (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
             (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
-            (kind not in ("lora", "adapter"), "a --strategy that trains the network's own weights", ("l2_sp",)),
+            (kind not in ("head", "lora", "adapter"), "a --strategy that trains the network's own weights",
+             ("l2_sp",) + ("layer_decay",) * (args.layer_decay != 1)),
             (args.target_domain, "--target-domain", ("align", "align_weight"))):
         if wrong := [] if fits else [k for k in names if getattr(args, k) != getattr(usual, k)]:
             refuse(f"--{wrong[0].replace('_', '-')} goes with {partner}")
@@ -400,7 +401,7 @@ def some(items, most=3):
 def leave_out(files, val, args):
     """Training and validation Files -> the same without what does not decode (an error unless --on-corrupt skip) and
     without training images that are validation images too; notes; [(path, format, digest, label)] of both before"""
-    if len(files) + len(val) > CHECKED:
+    if len(files) + len(val) > CHECKED and not (args.search or args.strategy in ("head", "gradual")):
         return files, val, [f"data check: more than {CHECKED} files are not read beforehand"], ((), ())
     notes, kept, found = [], [], []
     for name, part in (("training", files), ("validation", val)):
@@ -789,8 +790,10 @@ def search(args, run, kinds):
     """Successive halving (arXiv 1502.07943) over strategies of these kinds and learning rate: all of N settings for one
     epoch, then the better half for two, and so on. run(args) is a run's result. -> (rows of a table, best setting)"""
     settings = [dict(strategy=kind, lr=(args.lr or STRATEGIES[kind.partition(":")[0]]["lr"]) * factor)
-                for factor in SEARCHED for kind in kinds][:args.search]
-    rows, alive, epochs = [], settings, 1
+                for factor in SEARCHED for kind in kinds]
+    if len(settings) < args.search:
+        raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {len(settings)} settings", code=2)
+    rows, alive, epochs = [], settings[:args.search], 1
     while True:
         scores = []
         for setting in alive:

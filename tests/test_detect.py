@@ -611,7 +611,8 @@ def test_a_detector_is_refused_elsewhere_by_name(tune):
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--mixup-alpha", 1], "--mixup-alpha goes with --task classify"), (["--strategy", "head"], "--strategy goes with"),
-    (["--batch-size", "auto"], "--batch-size auto"), (["--nms-threshold", 2], "must lie in (0, 1]")])
+    (["--ra-std", 1], "--ra-std goes with --task classify"), (["--batch-size", "auto"], "--batch-size auto"),
+    (["--nms-threshold", 2], "must lie in (0, 1]")])
 def test_what_detection_cannot_honour_is_refused(flags, complaint, tune, capsys):
     with pytest.raises((UserError, SystemExit)) as caught:
         tune(*flags)
