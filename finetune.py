@@ -996,9 +996,9 @@ def read_coco(path, folders):
         raise UserError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from error
 
 
-def annotations(root):
+def annotations(root, eval_only):
     """-> {split: ([(image's path, [Found])], complaints)} of the layouts in the README; only "train" where
-    there is no validation set"""
+    there is no validation set, and only that one where it is all that is scored"""
     def inside(folder, *names):
         return [os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))]
 
@@ -1040,6 +1040,8 @@ def annotations(root):
                 found[split] = voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
         if not found and xmls(notes[0]):
             found["train"] = voc(xmls(notes[0]), pictures)
+    if eval_only and "val" in found:
+        return dict(val=found["val"])
     if "train" not in found:
         raise UserError(f"{root}: no annotations (train/annotations/*.xml, Annotations/*.xml with ImageSets/Main/"
                         "train.txt, annotations/instances_train*.json or train/_annotations.coco.json)")
@@ -1047,10 +1049,10 @@ def annotations(root):
 
 
 def open_boxes(root, args, classes=None):
-    """-> (train Files, val Files, classes, {path: Boxes}, notes). Boxes are cut to the image, and those without an area
-    are left out. Without a validation set data.hash_split makes one. UserError names what cannot be read, unless
-    --on-corrupt skip, which leaves it out."""
-    found, notes, known = annotations(root), [], {}
+    """-> (train Files, with --eval-only perhaps None, val Files, classes, {path: Boxes}, notes). Boxes are cut to the
+    image, and those without an area are left out. Without a validation set data.hash_split makes one. UserError names
+    what cannot be read, unless --on-corrupt skip, which leaves it out."""
+    found, notes, known = annotations(root, args.eval_only), [], {}
     if "val" in found and args.val_split is not None:
         raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
     train.check_corrupt([c for _, complaints in found.values() for c in complaints], args.on_corrupt)
@@ -1097,8 +1099,9 @@ def open_boxes(root, args, classes=None):
                      val=files["train"].select(np.flatnonzero(chosen)))
         notes.append(f"{root}: no validation set, {chosen.sum()} of {len(chosen)} images held out by a hash of their "
                      "names")
-    *parts, more, _ = leave_out(files["train"], files["val"], args)
-    files, notes = dict(zip(("train", "val"), parts)), notes + more
+    if not args.eval_only:
+        *parts, more, _ = leave_out(files["train"], files["val"], args)
+        files, notes = dict(zip(("train", "val"), parts)), notes + more
     for split, part in files.items():
         boxes = [known[part.path(i)] for i in range(len(part))]
         labels = np.concatenate([b.labels for b in boxes])
@@ -1107,7 +1110,7 @@ def open_boxes(root, args, classes=None):
         counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
         notes.append(f"{split}: {len(part)} images, {len(labels)} boxes: "
                      + some([f"{c} {n}" for c, n in zip(classes, counts)], 20))
-    return files["train"], files["val"], classes, known, notes
+    return files.get("train"), files["val"], classes, known, notes
 
 
 def scale_of(width, height, size, largest):
@@ -1395,6 +1398,11 @@ def mean_average_precision(found, known, classes, most=100):
                 per_class=[percent(p[:, :, c]) for c in range(classes)])
 
 
+def score_boxes(found, files, known, classes):
+    """What find_boxes() has found in the files -> mean_average_precision(), without what did not decode"""
+    return mean_average_precision(found, {i: known[files.path(i)] for i in found}, classes)
+
+
 class Detection(train.Plan):
     """A run on annotated images"""
     measures = {"map50": "mAP@0.5", "map": "mAP"}
@@ -1438,8 +1446,7 @@ class Detection(train.Plan):
         found = find_boxes(model, loader, world, poll, rounds, on_corrupt)
         if found is None:
             return None
-        known = {i: self.sets[3][images.files.path(i)] for i in range(len(images.files))}
-        score = mean_average_precision(found[0], known, len(self.sets[2]))
+        score = score_boxes(found[0], images.files, self.sets[3], len(self.sets[2]))
         return dict(score, loss=None, images=len(found[0]), corrupt=found[1])
 
     def describe(self, args, model):
@@ -1488,13 +1495,12 @@ def detect(args, world, stop, most=16):
     batches = data.eval_batches(len(val), args.batch_size, world.rank, world.size)
     loader = data.make_loader(images, batches, args.workers, world.device)
     found, corrupt = find_boxes(model, loader, world, on_corrupt=args.on_corrupt)
-    truth = {i: known[val.path(i)] for i in range(len(val))}
-    score = mean_average_precision(found, truth, len(classes))
+    score = score_boxes(found, val, known, len(classes))
     if world.rank == 0 and not args.eval_only:
         tiles = []
         for i in sorted(found)[:most]:
             picture = data.load(val.path(i))
-            tiles.append((draw_boxes(picture, found[i], truth[i], classes, args.score_threshold),
+            tiles.append((draw_boxes(picture, found[i], known[val.path(i)], classes, args.score_threshold),
                           os.path.basename(val.path(i))))
         write_atomic(os.path.join(args.out, "predictions.png"), contact_sheet(tiles))
     return dict(result, **dict(score, per_class=dict(zip(classes, score["per_class"]))), images=len(found),

@@ -582,6 +582,28 @@ def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, mo
     assert scored["map50"] == pytest.approx(result["map50"], abs=1e-6) and scored["images"] == 5
 
 
+def test_only_what_is_scored_is_read_to_score(tune, folder, tmp_path):
+    path = tune("--epochs", 1)["checkpoint"]
+    expected = tune("--eval-only", "--checkpoint", path)
+    root = tmp_path / "set"
+    shutil.copytree(os.path.join(folder, "val"), root / "val")
+    scored = [tune("--eval-only", "--checkpoint", path, root=str(root))]
+    (root / "train" / "annotations").mkdir(parents=True)
+    (root / "train" / "annotations" / "x.xml").write_text(voc("x.jpg", [("cat", 1, 1, 9, 9)]))
+    scored.append(tune("--eval-only", "--checkpoint", path, root=str(root)))
+    for result in scored:
+        assert all(result[k] == expected[k] for k in ("map", "map50", "recall", "per_class", "images"))
+    image = root / "val" / "images" / "val2.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    with pytest.raises(UserError, match="val2.jpg"):
+        tune("--eval-only", "--checkpoint", path, root=str(root))
+    left = tune("--eval-only", "--checkpoint", path, "--on-corrupt", "skip", root=str(root))
+    assert (left["images"], left["corrupt"]) == (4, 1)
+    (root / "val" / "annotations" / "val2.xml").unlink()
+    without = tune("--eval-only", "--checkpoint", path, root=str(root))
+    assert all(left[k] == without[k] for k in ("map", "map50", "recall", "per_class"))
+
+
 def test_a_run_learns(tune, tmp_path):
     tune("--epochs", 8, "--lr", 5e-4, "--trainable-stages", 4)
     records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
