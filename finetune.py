@@ -86,12 +86,8 @@ CLASSIFIES = (  # and those that it has no use for
     "exif", "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
     "drop_path", "dropout", "repeated_aug", "crop_scale", "shuffle_chunk", "ra_magnitude", "ra_std")
 # What a strategy sets where the command line does not
-STRATEGIES = dict(head=dict(epochs=20, lr=1e-4, layer_decay=1.0),
-                  gradual=dict(epochs=8, lr=1e-4, layer_decay=1.0),
-                  layers=dict(epochs=8, lr=1e-4, layer_decay=0.5),
-                  full=dict(epochs=8, lr=1e-4, layer_decay=1.0),
-                  lora=dict(epochs=8, lr=1e-4, layer_decay=1.0),
-                  adapter=dict(epochs=8, lr=1e-4, layer_decay=1.0))
+STRATEGIES = {kind: dict(epochs=20 if kind == "head" else 8, lr=1e-4, layer_decay=0.5 if kind == "layers" else 1.0)
+              for kind in ("head", "gradual", "layers", "full", "lora", "adapter")}
 DEFAULTS = ["runs/train/best.pt"]
 STAGES = 5  # that a network is divided into below its head, at most
 FEW, MANY = 1000, 20000  # images: below, --strategy auto trains the head; from there on everything
@@ -537,7 +533,7 @@ class FineTuning(train.Plan):
         elif self.kind == "adapter":
             train.freeze(model)
             for name, p in model.named_parameters():
-                p.requires_grad_(".adapter." in name or name.startswith(self.stages[0][0] + "."))
+                p.requires_grad_(not self.depth(name))  # adapters and the head
         if self.target is not None and self.kind != "head":
             model.get_submodule(self.stages[0][0]).register_forward_pre_hook(
                 lambda _, inputs: setattr(self, "seen", means(inputs[0])))  # no method: copies would copy the plan

@@ -802,6 +802,21 @@ def test_range_test_takes_no_rate_at_which_training_diverges(source, shapes, tmp
     assert caught.value.code == 4
 
 
+def test_range_test_goes_by_the_first_process_s_losses(source, shapes, tmp_path, monkeypatch):
+    """On GPUs the others' differ in their last bits: they must end at the same step, with the same rate"""
+    plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
+    plan.stop, found = type("Stop", (), dict(poll=lambda self: False))(), []
+    curve = lambda i, rate: 2 - 1.5 / (1 + (1e-5 / rate) ** 2) + 10 * (i > 60)  # noqa: E731
+    rates = [1e-6 * 1e5 ** (i / 79) for i in range(80)]
+    for rank, mine in enumerate((curve, lambda i, rate: 1.0)):
+        falling(monkeypatch, mine)
+        world, steps = train.World(), itertools.count()
+        monkeypatch.setattr(world, "gather", lambda value, steps=steps: [
+            (float(torch.tensor(curve(i := next(steps), rates[i]))), True), value])
+        found.append((finetune.find_lr(plan, args, world), next(steps)))
+    assert found[0] == found[1] and found[0][1] < 80 and 5e-6 < found[0][0] < 1e-4
+
+
 def test_a_rate_that_was_found_stays_in_both_steps_where_they_are_resumed(tune, tiny, shapes, tmp_path, monkeypatch):
     rates, step, calls = iter([3e-3, 2e-3, 3e-3, 2e-3]), train.train_step, itertools.count(1)
     monkeypatch.setattr(finetune, "find_lr", lambda *a: next(rates))
