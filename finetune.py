@@ -173,7 +173,7 @@ def check_args(args):
             (kind == "gradual" or any_kind, "--strategy gradual", ("unfreeze_every",)),
             (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
             (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
-            (kind not in ("head", "lora", "adapter"), "a --strategy that trains the network's own weights",
+            (kind not in ("head", "lora", "adapter") or args.resume, "a --strategy that trains the network's weights",
              ("l2_sp",) + ("layer_decay",) * (args.layer_decay != 1)),
             (args.target_domain, "--target-domain", ("align", "align_weight"))):
         if wrong := [] if fits else [k for k in names if getattr(args, k) != getattr(usual, k)]:

@@ -647,7 +647,7 @@ def test_the_report_is_of_both_mirror_images_where_evaluation_is(tune, shapes):
     assert (one - two).abs().max() > 10 * close
 
 
-@pytest.mark.parametrize("flags", [["--unfreeze-every", 2], ["--views", 1, "--cutmix-alpha", 1]])
+@pytest.mark.parametrize("flags", [["--unfreeze-every", 2, "--layer-decay", 0.5], ["--views", 1, "--cutmix-alpha", 1]])
 def test_what_auto_could_have_used_does_not_stand_in_a_resumed_run_s_way(flags, tune, tmp_path, monkeypatch):
     monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
     first = tune(*flags, "--epochs", 1)
