@@ -1,6 +1,6 @@
-// A whole network as one call, int8 or, on AMX and AVX-512 BF16, bfloat16. The plan is one block of bytes: a header, a table of buffers,
-// a table of steps, and the constants that they point to; csrc/plan.py writes it. Sizes of feature maps are not in it:
-// they follow from the pixels.
+// A whole network as one call, int8 or, on AMX and AVX-512 BF16, bfloat16. The plan is one block of bytes: a header, a
+// table of buffers, a table of steps, and the constants that they point to; csrc/plan.py writes it. Sizes of feature
+// maps are not in it: they follow from the pixels.
 #pragma once
 #include "kernels.h"
 
