@@ -642,12 +642,20 @@ def scan(root, index, allow_empty):
     return Files(root, names, labels), notes
 
 
-def hash_split(files, fraction):
-    """True where a file belongs to validation: a hash of its path below the root, so adding files moves no other."""
+def hash_split(files, share):
+    """Files -> those for training and those for validation, `share` (default 0.1) of them: by a hash of the path below
+    the root, so that adding files moves no other"""
+    share = 0.1 if share is None else share
+    if not 0 < share < 1:
+        raise UserError(f"--val-split {share}: must lie between 0 and 1", code=2)
+
     def unit(i):
         name = os.path.relpath(files.path(i), files.root).replace(os.sep, "/")
         return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=4).digest(), "little") / 2**32
-    return np.array([unit(i) < fraction for i in range(len(files))])
+    chosen = np.array([unit(i) < share for i in range(len(files))])
+    if chosen.all() or not chosen.any():
+        raise UserError(f"{files.root}: {len(files)} images are too few to split, give a val/ folder")
+    return files.select(np.flatnonzero(~chosen)), files.select(np.flatnonzero(chosen))
 
 
 def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False):
@@ -685,14 +693,9 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
         return train, val, classes, wnids, notes
     if eval_only and val_split is None and not split:
         return None, train, classes, wnids, notes
-    share = 0.1 if val_split is None else val_split
-    if not 0 < share < 1:
-        raise UserError(f"--val-split {share}: must lie between 0 and 1", code=2)
-    chosen = hash_split(train, share)
-    if chosen.all() or not chosen.any():
-        raise UserError(f"{train.root}: {len(train)} images are too few to split, give a val/ folder")
-    notes.append(f"{root}: no val/, {chosen.sum()} of {len(train)} images held out by a hash of their names")
-    return train.select(np.flatnonzero(~chosen)), train.select(np.flatnonzero(chosen)), classes, wnids, notes
+    first, last = hash_split(train, val_split)
+    notes.append(f"{root}: no val/, {len(last)} of {len(train)} images held out by a hash of their names")
+    return first, last, classes, wnids, notes
 
 
 # ------------------------------------------------------------------------------------------------- transforms

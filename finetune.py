@@ -1090,11 +1090,10 @@ def open_boxes(root, args, classes=None):
     if empty:
         notes.append(f"{len(empty)} boxes without an area, or outside of their image, are left out: {some(empty)}")
     if "val" not in files:
-        chosen = data.hash_split(files["train"], args.val_split or 0.1)
-        files = dict(train=files["train"].select(np.flatnonzero(~chosen)),
-                     val=files["train"].select(np.flatnonzero(chosen)))
-        notes.append(f"{root}: no validation set, {chosen.sum()} of {len(chosen)} images held out by a hash of their "
-                     "names")
+        first, last = data.hash_split(files["train"], args.val_split)
+        files = dict(train=first, val=last)
+        notes.append(f"{root}: no validation set, {len(last)} of {len(first) + len(last)} images held out by a hash of "
+                     "their names")
     if not args.eval_only:
         *parts, more, _ = leave_out(files["train"], files["val"], args)
         files, notes = dict(zip(("train", "val"), parts)), notes + more

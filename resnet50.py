@@ -69,6 +69,11 @@ def run_script(main, args, prog):
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
+    except RuntimeError as error:  # csrc knows no UserError
+        if not str(error).startswith("RESNET50_"):
+            raise
+        print(f"{prog}: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:  # where nothing is to be kept: while something is loaded, or in a script that only reads
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)

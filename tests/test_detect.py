@@ -163,6 +163,8 @@ def test_without_a_validation_set_a_hash_of_the_names_makes_one(folder, tmp_path
     with pytest.raises(UserError, match="has a validation set of its own") as caught:
         opened(folder, "--val-split", 0.4)
     assert caught.value.code == 2
+    with pytest.raises(UserError, match="--val-split 0.0: must lie between 0 and 1"):
+        opened(root, "--val-split", 0)
 
 
 @pytest.mark.parametrize("fault, complaint", [

@@ -351,9 +351,9 @@ def test_ctrl_c_is_one_line():
 
 
 def test_command_line(tmp_path):
-    def call(*args):
+    def call(*args, **env):
         return subprocess.run([sys.executable, "resnet50.py", "--device", "cpu", *args], capture_output=True, text=True,
-                              cwd=ROOT)
+                              cwd=ROOT, env={**os.environ, **env})
     done = call("--image-size", "64", "--profile")
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["params"] == 25557032 and result["macs"] == sum(resnet50.count_macs(ResNet50(), 64).values())
@@ -365,6 +365,9 @@ def test_command_line(tmp_path):
     done = call("--checkpoint", str(tmp_path / "none.pt"))
     assert done.returncode == 3 and done.stderr.strip().splitlines() == [
         f"resnet50.py: error: {tmp_path}/none.pt: No such file or directory"]
+    done = call(RESNET50_EXT="maybe")
+    assert done.returncode == 2 and done.stderr == "resnet50.py: error: RESNET50_EXT=maybe: expected off, cpu or " \
+        "require, or nothing\n"
     if not torch.cuda.is_available():
         done = call("--device", "cuda")  # the last one named counts
         assert done.returncode == 2 and done.stderr == "resnet50.py: error: --device cuda: PyTorch sees no CUDA " \

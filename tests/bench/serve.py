@@ -202,7 +202,7 @@ class Offline:
         self.transform, self.images = data.eval_transform(self.model.preprocess), images
 
     def decode(self, i):
-        return self.transform(data.decode(self.images[i % len(self.images)])).permute(2, 0, 1)
+        return self.transform.encoded(self.images[i % len(self.images)], gap=2).permute(2, 0, 1)  # as the server
 
     def predict(self, pixels):
         with torch.inference_mode():
