@@ -1000,7 +1000,7 @@ def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path
     (["--model", "resnet99"], "resnet99", 3), (["--model", "mobilenet_v2", "--attention", "se"], "ResNet-50's", 2),
     (["--model", "mobilenet_v2"], "holds ResNet-50, not mobilenet_v2", 3),
     (["--search", 2, "--lr-find"], "--search decides", 2), (["--target-domain", "nowhere"], "nowhere", 3),
-    (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start 1", 2),
+    (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start: 1 must lie", 2),
     (["--l2-sp", 1, "--strategy", "lora"], "--l2-sp goes with", 2),
     (["--l2-sp", 1, "--strategy", "head"], "--l2-sp goes with", 2), (["--search", 16], "there are 15 settings", 2),
     (["--layer-decay", 0.5, "--strategy", "adapter"], "--layer-decay goes with", 2),
