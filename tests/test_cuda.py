@@ -156,7 +156,7 @@ LARGE = [dict(n=16, h=56, w=56, c=64, o=256, residual=True), dict(n=16, h=56, w=
 
 @pytest.mark.parametrize("order", emulated.ORDERS)
 def test_convolutions_are_exact(device, order):
-    """Sizes, strides, groups, paddings, second inputs; odd ones take the path that gathers byte by byte."""
+    """Sizes, strides, groups, paddings, second inputs; odd ones, and the pixels, are put into cells first."""
     for i, shape in enumerate(ODD + LAYERS):
         case = Case(**shape, seed=i)
         device.use(order=order, seed=i)
@@ -267,14 +267,16 @@ def test_conv_bn_relu_rounds_once(device, type):
         assert ((got - exact).abs() <= limit).all(), (i, ((got - exact).abs() / limit).max())
 
 
-def test_not_a_number_stays_in_its_window(device):
-    x = np.zeros((1, 9, 9, 16), np.uint16)
-    x[0, 4, 4, 3] = 0x7fc0
-    weight = np.full((16, 3, 3, 16), 0x3f80, np.uint16)
-    y = device.conv_half(x, weight, np.ones(16, np.float32), np.ones(16, np.float32), padding=(1, 1))
+@pytest.mark.parametrize("channels, stride, where", [(16, 1, slice(3, 6)), (3, 2, slice(2, 3))])
+def test_not_a_number_stays_in_its_window(device, channels, stride, where):
+    x = np.zeros((1, 9, 9, channels), np.uint16)
+    x[0, 4, 4, 2] = 0x7fc0
+    weight = np.full((16, 3, 3, channels), 0x3f80, np.uint16)
+    y = device.conv_half(x, weight, np.ones(16, np.float32), np.ones(16, np.float32), None, True, (stride, stride),
+                         (1, 1))
     nan = (y & 0x7fff) > 0x7f80
-    inside = np.zeros((9, 9), bool)
-    inside[3:6, 3:6] = True
+    inside = np.zeros(y.shape[1:3], bool)
+    inside[where, where] = True
     assert (nan == inside[None, :, :, None]).all() and (y[~nan] == 0x3f80).all()
 
 
@@ -357,7 +359,7 @@ def test_faults_are_noticed(libraries, fault):
 
 # --------------------------------------------------------------------------------------------------- whole networks
 
-# name: (configuration, image size, images). Widths that are multiples of 16 are copied asynchronously, others gathered.
+# name: (configuration, image size, images). Widths that are multiples of 16 are read in place, others put into cells.
 SIXTEENS = {name: (width + 15) // 16 * 16 for name, width in WIDTHS.items()}
 NETWORKS = dict(sixteens=(dict(widths=SIXTEENS), 64, 2), plain=(VARIANTS["plain"], 33, 3), v1=(VARIANTS["v1"], 40, 1),
                 pruned=(VARIANTS["pruned"], 64, 1), se=(VARIANTS["se"], 64, 1), split=(VARIANTS["split"], 32, 1))

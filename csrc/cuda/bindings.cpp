@@ -71,11 +71,8 @@ Tensor gemm_int8(const Tensor& a, const Tensor& b, const OptionalTensor& bias, c
   const Geometry g{a.size(0), a.size(1), 1, 1, b.size(0), 1, 1, 1, 1, 0, 0, 1, 1, 1};
   gpu::Conv p = conv(g, a, b, {}, out);
   p.mult = data<int32_t>(mult), p.bias = data<int32_t>(bias), p.scale = data<float>(scale);
-  Scratch scratch(a, mult ? gpu::conv_int8_scratch(p) : 0);
-  if (mult)
-    gpu::conv_int8(p, scratch.get(), gpu::current_stream(device));
-  else
-    gpu::gemm_int8(p, gpu::current_stream(device));
+  Scratch scratch(a, mult ? gpu::conv_int8_scratch(p) : gpu::gemm_int8_scratch(p));
+  (mult ? gpu::conv_int8 : gpu::gemm_int8)(p, scratch.get(), gpu::current_stream(device));
   return out;
 }
 

@@ -6,12 +6,13 @@
 // cp.async fills. 16-byte chunk c of row r lies at chunk c ^ (r / 2 % 4) of that row, so that the eight rows of an
 // ldmatrix touch all 32 banks. The result goes through shared memory too and leaves in 16-byte stores.
 #pragma once
+#include "cuda/cells.cuh"
 #include "cuda/dev.cuh"
 #include "cuda/kernels.h"
 
 namespace r50::gpu {
 
-constexpr int BK = 64, CHUNK = 16, CHUNKS = BK / CHUNK, STAGES = 4;  // bytes; chunks in a row of a buffer; buffers
+constexpr int BK = 64, CHUNKS = BK / CHUNK, STAGES = 4;  // bytes; chunks in a row of a buffer; buffers
 
 // What a block of threads computes at a time, and how its warps share that.
 template <int BM_, int BN_, int WARPS_M_, int WARPS_N_>
@@ -43,10 +44,9 @@ struct Position {
   }
 };
 
-template <class Type, class T, bool ALIGNED>
+template <class Type, class T>
 class Product {
-  using Element = typename Type::Element;
-  static constexpr int SIZE = sizeof(Element);
+  static constexpr int SIZE = sizeof(typename Type::Element);
   static constexpr int STEP = T::THREADS / CHUNKS;  // rows that all threads load at once, a chunk each
   static constexpr int ROWS_A = T::BM / STEP, ROWS_B = T::BN / STEP;
   static constexpr int TILES_M = T::WM / 16, TILES_N = T::WN / 8;
@@ -72,8 +72,7 @@ class Product {
     auto load = [&](int step) {
       if (step < end) {
         if (step == steps && !second) second = true, open(p.in[1], 0);
-        const uint32_t stage = unsigned(step - begin) % STAGES * T::STAGE;
-        fill(buffers + stage, shared + stage);
+        fill(shared + unsigned(step - begin) % STAGES * T::STAGE);
       }
       cp_async_commit();  // also an empty one: the wait below counts groups
     };
@@ -149,61 +148,24 @@ class Product {
   }
 
   // A buffer, and on by BK. Addresses are valid where nothing is read, too: compute-sanitizer might look at them.
-  R50_DEVICE void fill(unsigned char* to, uint32_t shared) {
+  R50_DEVICE void fill(uint32_t shared) {
     const bool more = k < k_bytes();
     const int64_t tap = offset(at);
 #pragma unroll
     for (int i = 0; i < ROWS_A; i++) {
       const uint32_t place = copied + i * STEP * BK;
-      if constexpr (ALIGNED) {
-        const bool valid = more & inside(y[i] + at.ky, x[i] + at.kx);
-        cp_async16(shared + place, valid ? window[i] + tap : in.x, valid);
-      } else {
-        *reinterpret_cast<uint4*>(to + place) = gather(true, i);
-      }
+      const bool valid = more & inside(y[i] + at.ky, x[i] + at.kx);
+      cp_async16(shared + place, valid ? window[i] + tap : in.x, valid);
     }
 #pragma unroll
     for (int i = 0; i < ROWS_B; i++) {
       const uint32_t place = copied + (T::BM + i * STEP) * BK;
-      if constexpr (ALIGNED) {
-        const bool valid = more & has_weights(i);
-        cp_async16(shared + place, valid ? weights[i] + k : in.weight, valid);
-      } else {
-        *reinterpret_cast<uint4*>(to + place) = gather(false, i);
-      }
+      const bool valid = more & has_weights(i);
+      cp_async16(shared + place, valid ? weights[i] + k : in.weight, valid);
     }
     at.byte += BK;
     at.wrap(channel_bytes(in), in.kw);
     k += BK;
-  }
-
-  // A chunk of row i element by element: k ends inside of it, or it spans taps, or padding is not zero. Elements enter
-  // their words by shifts, for an array with a running index would lie in slow memory.
-  R50_DEVICE uint4 gather(bool activations, int i) const {
-    Position here = at;
-    uint32_t word[4];
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-      word[n] = 0;
-#pragma unroll 1
-      for (int j = 0; j < 4; j += SIZE) {
-        Element value = 0;
-        if (k + 4 * n + j < k_bytes()) {
-          if (activations) {
-            if (inside(y[i] + here.ky, x[i] + here.kx))
-              value = *reinterpret_cast<const Element*>(window[i] + offset(here));
-            else if (SIZE == 1 && p.pad_value)
-              value = Element(p.pad_value[group * in.group_channels + here.byte]);
-          } else if (has_weights(i)) {
-            value = *reinterpret_cast<const Element*>(weights[i] + k + 4 * n + j);
-          }
-        }
-        word[n] |= uint32_t(value) << 8 * j;
-        here.byte += SIZE;
-        here.wrap(channel_bytes(in), in.kw);
-      }
-    }
-    return make_uint4(word[0], word[1], word[2], word[3]);
   }
 
   R50_DEVICE void multiply(uint32_t stage) {
@@ -247,7 +209,7 @@ R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int g
   }
 }
 
-template <class Type, class T, bool ALIGNED>
+template <class Type, class T>
 __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv p) {
   using Output = typename Type::Output;
   R50_SHARED(shared);
@@ -255,7 +217,7 @@ __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv 
   const int first_row = blockIdx.x / columns * T::BM, first_column = blockIdx.x % columns * T::BN;
   const int group = blockIdx.y, part = blockIdx.z, parts = gridDim.z;
 
-  Product<Type, T, ALIGNED> product(p, first_row, first_column, group);
+  Product<Type, T> product(p, first_row, first_column, group);
   const int steps = product.steps_of(p.in[0]) + product.steps_of(p.in[1]);
   const int begin = int(int64_t(steps) * part / parts), end = int(int64_t(steps) * (part + 1) / parts);
   product.run(shared, begin, end);
@@ -309,23 +271,16 @@ __global__ void __launch_bounds__(256)
 
 // ------------------------------------------------------------------------------------------------- the host's side
 
-// Whether every 16-byte chunk of k lies in one tap and one input, at a multiple of 16.
-inline bool aligned(const Conv& p, int size) {
-  for (const Input& in : p.in)
-    if (in.group_channels * size % CHUNK || in.c * size % CHUNK || !aligned(in.x) || !aligned(in.weight)) return false;
-  return !p.pad_value;
-}
-
 template <class T>
 dim3 grid(const Conv& p, int parts) {
   const int64_t rows = (p.m + T::BM - 1) / T::BM, columns = (p.group_o + T::BN - 1) / T::BN;
   return dim3(unsigned(rows * columns), unsigned(p.groups), unsigned(parts));
 }
 
-template <class Type, class T, bool ALIGNED>
+template <class Type, class T>
 void run(Conv p, int parts, Stream stream) {
   p.pieces = aligned(p.residual) && aligned(p.out) && p.o * sizeof(typename Type::Output) % CHUNK == 0;
-  launch(conv<Type, T, ALIGNED>, grid<T>(p, parts), T::THREADS, T::template SHARED<typename Type::Output>, stream, p);
+  launch(conv<Type, T>, grid<T>(p, parts), T::THREADS, T::template SHARED<typename Type::Output>, stream, p);
 }
 
 using Small = Tile<64, 64, 2, 2>;
@@ -334,7 +289,6 @@ using Wide = Tile<128, 128, 2, 4>;
 
 // Parts along k that give every multiprocessor a few blocks of the small tile, none shorter than 8 steps.
 inline int parts_of(const Conv& p, int size) {
-  if (!aligned(p, size)) return 1;
   int64_t steps = 0;
   for (const Input& in : p.in) steps += (int64_t(in.kh) * in.kw * in.group_channels * size + BK - 1) / BK;
   const dim3 blocks = grid<Small>(p, 1);
@@ -344,29 +298,34 @@ inline int parts_of(const Conv& p, int size) {
 
 // Type's result, or through the scratch in parts of Parts' sums.
 template <class Type, class Parts>
-void choose(const Conv& p, int size, void* scratch, Stream stream) {
-  if (!aligned(p, size)) return run<Type, Small, false>(p, 1, stream);
-  if (const int parts = parts_of(p, size); parts > 1) {
+void choose(const Conv& conv, void* memory, Stream stream) {
+  constexpr int SIZE = sizeof(typename Type::Element);
+  Pieces scratch{static_cast<unsigned char*>(memory)};
+  const Conv p = in_cells<typename Type::Element>(conv, scratch, stream);
+  if (const int parts = parts_of(p, SIZE); parts > 1) {
     Conv q = p;
-    q.out = scratch;
-    q.bias = nullptr;  // not once per part
-    run<Parts, Small, true>(q, parts, stream);
+    q.out = scratch.take(0);
+    q.bias = nullptr, q.scale = nullptr;  // not once per part
+    run<Parts, Small>(q, parts, stream);
     const size_t count = size_t(p.m) * p.o;
     return launch(add_parts<Type>, dim3(unsigned((count + 255) / 256)), 256, 0, stream, p,
-                  static_cast<const typename Type::Accumulator*>(scratch), parts);
+                  static_cast<const typename Type::Accumulator*>(q.out), parts);
   }
   // the largest tile of which there are enough to keep all multiprocessors at work twice over
   const dim3 wide = grid<Wide>(p, 1), narrow = grid<Narrow>(p, 1);
   const unsigned enough = 2 * unsigned(multiprocessors());
-  if (p.group_o > Narrow::BN && wide.x * wide.y >= enough) return run<Type, Wide, true>(p, 1, stream);
-  if (narrow.x * narrow.y >= enough) return run<Type, Narrow, true>(p, 1, stream);
-  run<Type, Small, true>(p, 1, stream);
+  if (p.group_o > Narrow::BN && wide.x * wide.y >= enough) return run<Type, Wide>(p, 1, stream);
+  if (narrow.x * narrow.y >= enough) return run<Type, Narrow>(p, 1, stream);
+  run<Type, Small>(p, 1, stream);
 }
 
-template <class Accumulator>
-size_t scratch_of(const Conv& p, int size) {
-  const int parts = parts_of(p, size);
-  return parts > 1 ? size_t(parts) * p.m * p.o * sizeof(Accumulator) : 0;
+template <class Type>
+size_t scratch_of(const Conv& conv) {
+  Pieces scratch{};
+  const Conv p = in_cells<typename Type::Element>(conv, scratch, nullptr);
+  const int parts = parts_of(p, sizeof(typename Type::Element));
+  if (parts > 1) scratch.take(int64_t(parts) * p.m * p.o * sizeof(typename Type::Accumulator));
+  return scratch.bytes;
 }
 
 }  // namespace r50::gpu

@@ -36,12 +36,12 @@ struct Part : Type<TYPE> {
 
 }  // namespace
 
-size_t conv_half_scratch(const Conv& p) { return scratch_of<float>(p, 2); }
+size_t conv_half_scratch(const Conv& p) { return scratch_of<Type<Float::FLOAT16>>(p); }
 void conv_half(const Conv& p, Float type, void* scratch, Stream stream) {
   if (type == Float::FLOAT16)
-    choose<Type<Float::FLOAT16>, Part<Float::FLOAT16>>(p, 2, scratch, stream);
+    choose<Type<Float::FLOAT16>, Part<Float::FLOAT16>>(p, scratch, stream);
   else
-    choose<Type<Float::BFLOAT16>, Part<Float::BFLOAT16>>(p, 2, scratch, stream);
+    choose<Type<Float::BFLOAT16>, Part<Float::BFLOAT16>>(p, scratch, stream);
 }
 
 }  // namespace r50::gpu

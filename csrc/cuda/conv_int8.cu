@@ -50,10 +50,10 @@ struct Raw : Int8 {
 
 }  // namespace
 
-size_t conv_int8_scratch(const Conv& p) { return scratch_of<int32_t>(p, 1); }
-void conv_int8(const Conv& p, void* scratch, Stream stream) { choose<Requantized, Raw>(p, 1, scratch, stream); }
-void gemm_int8(const Conv& p, Stream stream) {
-  aligned(p, 1) ? run<Raw, Small, true>(p, 1, stream) : run<Raw, Small, false>(p, 1, stream);
-}
+size_t conv_int8_scratch(const Conv& p) { return scratch_of<Requantized>(p); }
+void conv_int8(const Conv& p, void* scratch, Stream stream) { choose<Requantized, Raw>(p, scratch, stream); }
+
+size_t gemm_int8_scratch(const Conv& p) { return scratch_of<Raw>(p); }
+void gemm_int8(const Conv& p, void* scratch, Stream stream) { choose<Raw, Raw>(p, scratch, stream); }
 
 }  // namespace r50::gpu

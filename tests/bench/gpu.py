@@ -251,9 +251,9 @@ def parse():
 
 def main(args):
     args.began = time.monotonic()
-    torch.set_grad_enabled(False)
     if args.device == "cuda" and not csrc.has_cuda():  # or PyTorch's operations would be measured as ours
         raise resnet50.UserError(f"the extension has no CUDA kernels: {csrc.describe()}")
+    torch.set_grad_enabled(False)
     torch.backends.cudnn.benchmark = True  # as train.py has it: PyTorch at its best
     csrc.load()
     result = {"version.torch": torch.__version__, "version.cuda": torch.version.cuda, "extension": csrc.describe(),

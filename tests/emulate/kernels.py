@@ -264,6 +264,8 @@ ODD = [  # every way out of a loop: sizes 1, 3, 59, 113; pruned widths; rows, pa
     dict(n=1, h=5, w=5, c=113, o=200, kernel=(3, 3), padding=(1, 1)),
     dict(n=1, h=59, w=3, c=8, o=3, kernel=(3, 1), stride=(2, 1), padding=(1, 0)),
     dict(n=1, h=3, w=59, c=7, o=24, kernel=(1, 3), stride=(1, 2), padding=(0, 1)),
+    dict(n=2, h=11, w=8, c=6, o=10, kernel=(5, 2), stride=(3, 2), padding=(2, 1), groups=2, pad_value=True),
+    dict(n=1, h=9, w=10, c=2, o=5, stride=(3, 2)),
     dict(n=2, h=6, w=4, c=16, o=16, kernel=(2, 4), padding=(1, 2)),
     dict(n=3, h=41, w=5, c=24, o=24, kernel=(1, 5)),  # results one pixel wide: their inputs lie a whole row apart
     dict(n=3, h=4, w=4, c=24, o=40, kernel=(4, 4)),  # or a whole image

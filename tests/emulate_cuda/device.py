@@ -88,7 +88,7 @@ class Device:
         self.lib.device_allocate.restype = ctypes.c_void_p
         self.lib.face_error.restype = ctypes.c_char_p
         for name in ("device_read", "device_conflicts", "device_multiplies", "face_conv_int8_scratch",
-                     "face_conv_half_scratch", "face_bn_relu_scratch"):
+                     "face_conv_half_scratch", "face_gemm_int8_scratch", "face_bn_relu_scratch"):
             getattr(self.lib, name).restype = ctypes.c_int64
 
     def use(self, order="forward", seed=0, multiprocessors=4, shift=0):
@@ -160,11 +160,8 @@ class Device:
         out, pointer = self.empty((len(a), len(b)), dtype)
         conv = self.conv(a[:, None, None], b[:, None, None], (1, 1), (0, 0), 1, out=pointer, bias=bias, mult=mult,
                          scale=scale)
-        if mult is None:
-            self.call("face_gemm_int8", ctypes.byref(conv))
-        else:
-            self.call("face_conv_int8", ctypes.byref(conv),
-                      self.scratch(self.lib.face_conv_int8_scratch(ctypes.byref(conv))))
+        name = "face_gemm_int8" if mult is None else "face_conv_int8"
+        self.call(name, ctypes.byref(conv), self.scratch(getattr(self.lib, name + "_scratch")(ctypes.byref(conv))))
         return self.get(out, pointer)
 
     def conv_half(self, x, weight, scale, shift, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1,

@@ -72,6 +72,15 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, wh
     "a lane that leaves its warp": ("conv.cuh", "    for (int half = 0; half < 2; half++) {  // 32 bytes",
         "    for (int half = 0; half < 2; half++) {\n      if (FAULT && threadIdx.x == 37) break;  // 32 bytes",
         "diverges|has left|deadlock", "conv"),
+    "channels of the next pixel": ("cells.cuh", "if (++channel == p.channels)",
+        "if (++channel == p.channels + (FAULT ? 1 : 0))",
+        "outside of every buffer|differs", "pixels"),
+    "no zeros at a cell's end": ("cells.cuh", "if (y < (cy + 1) * p.fy - p.ph)",
+        "if (FAULT || y < (cy + 1) * p.fy - p.ph)",
+        "differs", "pixels"),
+    "black instead of the mean": ("cells.cuh", "else if (SIZE == 1 && p.around)",
+        "else if (SIZE == 1 && !FAULT && p.around)",
+        "differs", "pixels"),
     "ties away from even": ("conv_int8.cu", "((1 << 21) - 1) + (product >> 22 & 1)",
         "((1 << 21) - 1) + (FAULT ? 1 : product >> 22 & 1)",
         "differs", "extremes"),
@@ -103,7 +112,9 @@ def plant(folder):
 GROUPS = dict(
     conv=[dict(n=2, h=9, w=11, c=64, o=72, kernel=(3, 3), padding=(1, 1), residual=True)],
     rows=[dict(n=1, h=5, w=5, c=32, o=16)], ragged=[dict(n=1, h=9, w=9, c=80, o=144)],
-    odd=[dict(n=1, h=7, w=7, c=64, o=59, residual=True)], split=[dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3))])
+    odd=[dict(n=1, h=7, w=7, c=64, o=59, residual=True)],
+    pixels=[dict(n=1, h=12, w=9, c=3, o=16, kernel=(7, 7), stride=(2, 2), padding=(3, 3), pad_value=True)],
+    split=[dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3))])
 
 
 def run_group(device, group):
