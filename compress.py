@@ -485,13 +485,14 @@ def taps(model, size):
     return found
 
 
-def load_teacher(name, model, classes, device):
-    """A checkpoint of ours, a torchvision model by name with its pretrained weights, or "self", a copy of `model` ->
-    eval() network"""
+def load_teacher(name, model, classes, device, stride_on=None):
+    """A checkpoint (`stride_on` is for one that does not say it), a torchvision model by name with its pretrained
+    weights, or "self", a copy of `model` -> eval() network"""
     if name == "self":
         return copy.deepcopy(model).to(device)
     checkpoint = load_checkpoint(name) if os.path.exists(name) else fetch_weights("DEFAULT", name)
-    teacher, names = build_model(checkpoint, name), checkpoint["classes"]
+    foreign = not checkpoint["config"]
+    teacher, names = build_model(checkpoint, name, stride_on=stride_on if foreign else None), checkpoint["classes"]
     if teacher.precision != "float":
         raise UserError(f"--distill {name}: is an {teacher.precision} network; the teacher must be a float one")
     count = teacher.config["num_classes"]
@@ -1580,7 +1581,8 @@ def compress(args, world, stop):
     known = {step.name for step in fold_downsample(flatten(model)) if step.kind in ("conv", "linear")}
     if unknown := sorted(set(args.float_layers) - known):
         raise UserError(f"--float-layers {' '.join(unknown)}: no such layer in this network's int8 program", code=2)
-    teacher = args.distill and load_teacher(args.distill, model, checkpoint["classes"], world.device)
+    teacher = args.distill and load_teacher(args.distill, model, checkpoint["classes"], world.device,
+                                           args.stride_on)
     prepare_out(args, world, [source, args.distill])
     say("\n".join([f"{source}: {', '.join(stages)}"] + sets.notes))
     report = Report(args, sets, world, stop)

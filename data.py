@@ -26,6 +26,7 @@ import json
 import mmap
 import multiprocessing
 import os
+import pathlib
 import re
 import resource
 import shutil
@@ -594,6 +595,20 @@ def class_index(classes, wnids):
     return index
 
 
+def walk(root, onerror=None):
+    """Folders and their files as os.walk finds them, through links too, sorted, without hidden folders. A link to a
+    folder above it is not followed: it would lead round in a circle."""
+    way = {root: tuple(map(str, pathlib.Path(root).resolve().parents))}
+    for path, subfolders, files in os.walk(root, onerror=onerror, followlinks=True):
+        here, above = os.path.realpath(path), way.pop(path)
+        if here in above:
+            subfolders.clear()
+            continue
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+        way.update((os.path.join(path, s), (*above, here)) for s in subfolders)
+        yield path, files
+
+
 def images_below(root, folder=""):
     """-> paths, relative to root, of the images in root/folder and below; sorted, hidden ones left out"""
     pack, inner = pack_of(root)
@@ -602,8 +617,7 @@ def images_below(root, folder=""):
     def fail(error):
         raise UserError(f"{error.filename}: {error.strerror}") from error
     names = []
-    for path, subfolders, files in os.walk(os.path.join(root, folder), followlinks=True, onerror=fail):
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
+    for path, files in walk(os.path.join(root, folder), fail):
         names += [os.path.normpath(os.path.join(os.path.relpath(path, root), f)) for f in sorted(files)
                   if f.lower().endswith(EXTENSIONS) and not f.startswith(".")]
     return names
@@ -1415,8 +1429,8 @@ def main(args):
         import_imagenet(args.import_imagenet, args.out, args.val_labels)
     root = args.out or args.data or make_demo()
     train, val, classes, _, notes = open_folder(root, val_split=args.val_split)
-    other = collections.Counter(os.path.splitext(f)[1] or f for _, _, files in os.walk(root, followlinks=True)
-                                for f in files if not f.lower().endswith(EXTENSIONS))
+    other = collections.Counter(os.path.splitext(f)[1] or f for _, files in walk(root) for f in files
+                                if not f.lower().endswith(EXTENSIONS))
     if other:
         notes.append(f"{root}: ignored {', '.join(f'{n} {kind}' for kind, n in other.most_common(9))}")
     for note in notes:

@@ -308,6 +308,20 @@ def test_live_batch_norm_computes_what_the_frozen_one_does_with_the_batch_s_stat
 
 # ------------------------------------------------------------------------------------------------ distillation
 
+def test_a_foreign_teacher_strides_where_it_is_said_to(tmp_path):
+    torch.manual_seed(0)
+    old = resnet50.ResNet50(num_classes=3, stride_on="1x1").eval()
+    for name, value in old.named_parameters():
+        if name.endswith("bn3.weight"):  # zero in a new network: its blocks would do nothing
+            nn.init.ones_(value)
+    torch.save(old.state_dict(), tmp_path / "foreign.pth")
+    resnet50.save_checkpoint(str(tmp_path / "ours.pt"), old, classes=["a", "b", "c"])
+    x = torch.randn(1, 3, 64, 64)
+    for name, stride_on in (("foreign.pth", "1x1"), ("ours.pt", None), ("ours.pt", "3x3")):  # ours says it itself
+        teacher = compress.load_teacher(str(tmp_path / name), old, None, "cpu", stride_on)
+        torch.testing.assert_close(teacher(x), old(x))
+
+
 def test_losses_against_formulas():
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(2, 6, 5, generator=g, dtype=torch.float64)

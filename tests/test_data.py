@@ -236,6 +236,15 @@ def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
         data.open_folder(root)
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root, other = make(tmp_path / "set", {"train/a": 2, "train/b": 1}), make(tmp_path / "other", {"c": 3})
+    for at, target in (("train/c", os.path.join(other, "c")), ("val", "train"), ("train/a/up", ".."),
+                       ("train/b/out", tmp_path)):
+        os.symlink(target, os.path.join(root, at))
+    train, val, classes, _, _ = data.open_folder(root)
+    assert classes == ["a", "b", "c"] and len(train) == len(val) == 6
+
+
 def test_what_is_ignored_is_said(tmp_path, capsys):
     root = make(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "train/.git": 1})
     for name in ("a/1.heic", "a/2.heic", "b/notes.txt"):
