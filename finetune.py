@@ -73,7 +73,7 @@ from resnet50 import (
 )
 
 RECIPES = dict(  # by --task
-    classify=dict(batch_size=32, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5,
+    classify=dict(batch_size=32, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5,
                   label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
     detect=dict(epochs=6, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
                 lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
@@ -86,7 +86,7 @@ CLASSIFIES = (  # and those that it has no use for
     "exif", "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
     "drop_path", "dropout", "repeated_aug", "crop_scale", "shuffle_chunk", "ra_magnitude", "ra_std")
 # What a strategy sets where the command line does not
-STRATEGIES = {kind: dict(epochs=20 if kind == "head" else 8, lr=1e-4, layer_decay=0.5 if kind == "layers" else 1.0)
+STRATEGIES = {kind: dict(epochs=20 if kind == "head" else 8, layer_decay=0.5 if kind == "layers" else 1.0)
               for kind in ("head", "gradual", "layers", "full", "lora", "adapter")}
 DEFAULTS = ["runs/train/best.pt"]
 STAGES = 5  # that a network is divided into below its head, at most
@@ -95,7 +95,7 @@ TINY = 5  # images of a class, below which it is named
 CHECKED = 50000  # files; larger sets are not decoded beforehand, but for a head, whose features are of all images
 AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
 PROPOSALS = 128  # of an image that the box head learns from; torchvision's 512 take most of a step at small sizes
-SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times the strategy's learning rate
+SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times --lr
 # What a head on features that are computed once cannot have, as it is without
 BEYOND_HEAD = dict(tta=False, cutmix_alpha=0.0, progressive=None, l2_sp=0.0, drop_path=None)
 
@@ -785,8 +785,7 @@ def rates_svg(rates, losses, chosen):
 def search(args, run, kinds):
     """Successive halving (arXiv 1502.07943) over strategies of these kinds and learning rate: all of N settings for one
     epoch, then the better half for two, and so on. run(args) is a run's result. -> (rows of a table, best setting)"""
-    settings = [dict(strategy=kind, lr=(args.lr or STRATEGIES[kind.partition(":")[0]]["lr"]) * factor)
-                for factor in SEARCHED for kind in kinds]
+    settings = [dict(strategy=kind, lr=args.lr * factor) for factor in SEARCHED for kind in kinds]
     if len(settings) < args.search:
         raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {len(settings)} settings", code=2)
     rows, alive, epochs = [], settings[:args.search], 1

@@ -313,7 +313,7 @@ def test_strategy_by_the_number_of_images(source):
     for flags in (["--cutmix-alpha", 1], ["--l2-sp", 1], ["--progressive", 32, 0, 1]):
         assert chosen(10, *flags).strategy == "gradual"  # what a head on cached features cannot do
     args = chosen(10, "--epochs", 3)
-    assert args.epochs == 3 and args.lr == finetune.STRATEGIES["head"]["lr"] and args.image_size == 32
+    assert args.epochs == 3 and args.lr == 1e-4 and args.image_size == 32
     assert train.preprocess_of(args)["resize"] == 32
     args = chosen(10, "--image-size", 224)
     assert (train.preprocess_of(args)["crop"], train.preprocess_of(args)["resize"]) == (224, 256)
