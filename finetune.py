@@ -56,6 +56,7 @@ from resnet50 import (
     UserError,
     above_zero,
     amount,
+    as_checkpoint,
     build_model,
     fetch_weights,
     fuse,
@@ -249,15 +250,17 @@ def head_of(model):
     return name
 
 
-def network(config):
-    return torchvision_model(**config) if "arch" in config else ResNet50(**config)
+def plain_resnet(model):
+    """-> whether it is a ResNet-50 as fuse() and a detector take it, without adapters"""
+    return isinstance(model, ResNet50) and not model.config.get("adapter")
 
 
 def rebuilt(model, seed, new_head, **changes):
     """-> a copy of the network with some of its config changed; the head is new if new_head, and adapters if it has
     none"""
     torch.manual_seed(seed)
-    new = network({**model.config, **changes})
+    config = {**model.config, **changes}
+    new = torchvision_model(**config) if "arch" in config else ResNet50(**config)
     head = head_of(new)
     new.load_state_dict({k: v for k, v in model.state_dict().items()
                          if not (new_head and k.startswith(head + "."))}, strict=False)
@@ -335,10 +338,7 @@ def merged(model):
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             state[name + ".weight"] = module.weight.detach()
-    plain = network(model.config)
-    plain.load_state_dict(state)
-    plain.preprocess = dict(model.preprocess)
-    return plain.to(memory_format=torch.channels_last).eval()
+    return build_model(as_checkpoint(model, state), "LoRA")
 
 
 def on_features(model):
@@ -359,21 +359,17 @@ def reader(model, amp):
     fused kernels, with the identity for its classifier."""
     head = head_of(model)
     layer = model.get_submodule(head)
-    if isinstance(model, ResNet50) and not model.config.get("adapter") and not layer.weight.is_cuda:
+    if plain_resnet(model) and not layer.weight.is_cuda:
         probe = rebuilt(model, 0, True, num_classes=layer.in_features)
         nn.init.eye_(probe.fc.weight)
-        net = fuse(probe, amp if amp == torch.bfloat16 else torch.float32)
-        return lambda pixels: predict(net, pixels)
+        net, amp = fuse(probe, amp if amp == torch.bfloat16 else torch.float32), None  # it casts by itself
+    else:
+        net = copy.deepcopy(model).eval()
+        net.set_submodule(head, nn.Identity())
 
     def read(pixels):
-        seen = []
-        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
-                predict(model, pixels)
-        finally:
-            hook.remove()
-        return seen[0].float().flatten(1)
+        with torch.autocast(pixels.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            return predict(net, pixels)
     return read
 
 
@@ -604,7 +600,6 @@ class FineTuning(train.Plan):
                 known = torch.load(path, weights_only=True)
         if key.hexdigest() in known:
             return known[key.hexdigest()]
-        self.net.eval()
         read, parts, n = reader(self.net, self.amp), [], len(images.files)
         batches = [[(epoch, i, 0) for _, i, _ in batch] for epoch in range(views)
                    for batch in data.eval_batches(n, 32, world.rank, world.size)]
@@ -622,7 +617,6 @@ class FineTuning(train.Plan):
         values = torch.empty(views, n, self.net.get_submodule(self.stages[0][0]).weight.shape[1])
         for rank, theirs in enumerate(world.gather(mine)):
             values[:, rank::world.size] = theirs
-        self.net.train()
         if world.rank == 0:
             buffer = io.BytesIO()
             torch.save({**known, key.hexdigest(): values}, buffer)
@@ -815,8 +809,7 @@ def logits_of(model, files, args, world):
     numbered.labels = np.arange(len(files), dtype=np.int32)
     images = data.Images(numbered, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
     batches = data.eval_batches(len(files), 32, world.rank, world.size)
-    fast = isinstance(model, ResNet50) and not model.config.get("adapter") and world.device.type == "cpu"
-    net, mine = fuse(model) if fast else model, []
+    net, mine = fuse(model) if plain_resnet(model) and world.device.type == "cpu" else model, []
     for pixels, at, bad in data.make_loader(images, batches, args.workers, world.device):
         train.check_corrupt(bad, args.on_corrupt)
         if len(at):
@@ -1475,7 +1468,7 @@ def detect(args, world, stop, most=16):
     else:
         train.open_run(args, world)
         model, _, source = load_source(args)
-        if not isinstance(model, ResNet50) or model.config.get("adapter"):
+        if not plain_resnet(model):
             raise UserError(f"{source}: --task detect builds on a plain ResNet-50")
         sets = open_boxes(args.data, args)
         plan = Detection(args, world, model, sets, [f"backbone: {source}"])
