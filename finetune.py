@@ -392,10 +392,11 @@ def some(items, most=3):
 
 def leave_out(files, val, args):
     """Training and validation Files -> the same without what does not decode (an error unless --on-corrupt skip) and
-    without training images that are validation images too; notes; [(path, format, digest, label)] of both before"""
+    without training images that are validation images too; notes; [(position, path, format, digest)] of what decodes
+    of either"""
     if len(files) + len(val) > CHECKED and not (args.search or args.strategy in ("head", "gradual")):
         return files, val, [f"data check: more than {CHECKED} files are not read beforehand"], ((), ())
-    notes, kept, found = [], [], []
+    notes, found = [], []
     for name, part in (("training", files), ("validation", val)):
         paths = [part.path(i) for i in range(len(part))]
         with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
@@ -405,33 +406,32 @@ def leave_out(files, val, args):
         train.check_corrupt(bad, args.on_corrupt)
         if bad:
             notes.append(f"data check: {len(bad)} {name} files are left out, as they do not decode: {some(bad)}")
-        kept.append(np.array([bool(kind) for kind, _ in seen], dtype=bool))
-        found.append([(path, kind, digest, label) for path, (kind, digest), label in zip(paths, seen, part.labels)])
-    held = {digest: path for path, kind, digest, _ in found[1] if kind}
-    twice = [i for i, (_, kind, digest, _) in enumerate(found[0]) if kind and digest in held]
+        found.append([(i, path, kind, digest) for i, (path, (kind, digest)) in enumerate(zip(paths, seen)) if kind])
+    held = {digest: path for _, path, _, digest in found[1]}
+    twice = [f"{path} is {held[digest]}" for _, path, _, digest in found[0] if digest in held]
     if twice:
         notes.append(f"data check: {len(twice)} training images are validation images too and left out of training: "
-                     + some([f"{found[0][i][0]} is {held[found[0][i][2]]}" for i in twice]))
-        kept[0][twice] = False
-    files, val = (part.select(np.flatnonzero(keep)) for part, keep in zip((files, val), kept))
-    for name, part in (("training", files), ("validation", val)):
-        if not len(part):
+                     + some(twice))
+    kept = [i for i, _, _, digest in found[0] if digest not in held], [i for i, *_ in found[1]]
+    for name, keep in zip(("training", "validation"), kept):
+        if not keep:
             raise UserError(f"{args.data}: no {name} image is left")
-    return files, val, notes, found
+    return files.select(np.array(kept[0])), val.select(np.array(kept[1])), notes, found
 
 
 def check_data(sets, args):
     """(train Files, val Files, classes, wnids, notes) -> the same as leave_out() leaves it; the notes say what a person
     should look at before training."""
-    files, val, classes, wnids, notes = sets
-    files, val, more, found = leave_out(files, val, args)
-    notes, first = list(notes) + more, {}
-    for path, kind, digest, label in found[0]:
-        if kind and first.setdefault(digest, (label, path))[0] != label:
-            notes.append(f"data check: {path} and {first[digest][1]} are the same image in two classes")
-    formats = collections.Counter(kind for part in found for _, kind, _, _ in part if kind)
-    odd = [f"{path} is the only {kind}" for part in found for path, kind, _, _ in part
-           if kind and formats[kind] == 1 and len(formats) > 1]
+    every, val, classes, wnids, notes = sets
+    files, val, more, found = leave_out(every, val, args)
+    notes, first = notes + more, {}
+    for i, path, _, digest in found[0]:
+        label, other = first.setdefault(digest, (every.labels[i], path))
+        if label != every.labels[i]:
+            notes.append(f"data check: {path} and {other} are the same image in two classes")
+    formats = collections.Counter(kind for part in found for _, _, kind, _ in part)
+    odd = [f"{path} is the only {kind}" for part in found for _, path, kind, _ in part
+           if formats[kind] == 1 and len(formats) > 1]
     notes += [f"data check: {some(odd)}, see whether it belongs there"] if odd else []
     counts = [np.bincount(part.labels, minlength=len(classes)) for part in (files, val)]
     if missing := [c for c, n in zip(classes, counts[0]) if not n]:
