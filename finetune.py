@@ -924,42 +924,40 @@ class Boxes(NamedTuple):
     ignored: np.ndarray
 
 
-class Found(NamedTuple):
-    """One box as an annotation file has it"""
-    name: str
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-    area: float
-    crowd: bool = False
-    difficult: bool = False
+def find_image(names, folders):
+    """-> path of the first of these names that one of the folders holds; ValueError where none does"""
+    for path in (os.path.join(f, n) for n in names for f in folders):
+        if os.path.isfile(path):
+            return path
+    raise ValueError(f"its image {names[0]} is not in {' or '.join(folders)}")
 
 
-def read_voc(path, folders):
-    """Pascal-VOC xml -> its image's path and [Found]. The image is looked for under the name in the file, then under
-    the file's own; its coordinates count from 1 and include the last pixel."""
-    try:
-        root = xml.etree.ElementTree.parse(path).getroot()
-        named = os.path.basename((root.findtext("filename") or "").replace("\\", "/"))
-        stem = os.path.splitext(os.path.basename(path))[0]
-        names = [named] * bool(named) + [stem + e for ext in data.EXTENSIONS for e in (ext, ext.upper())]
-        image = next((os.path.join(f, n) for n in names for f in folders if os.path.isfile(os.path.join(f, n))), None)
-        if image is None:
-            raise ValueError(f"its image {named or stem} is not in {' or '.join(folders)}")
-        found = []
-        for item in root.iter("object"):
-            box = item.find("bndbox")
-            x1, y1, x2, y2 = (float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
-            found.append(Found(item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, (x2 - x1 + 1) * (y2 - y1 + 1),
-                               difficult=(item.findtext("difficult") or "0").strip() == "1"))
-        return image, found
-    except (xml.etree.ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+def read_voc(paths, folders):
+    """Pascal-VOC xml files -> [(image's path, [(class, x1, y1, x2, y2, area, crowd, ignored)])], and the complaints
+    about single files. An image is looked for under the name in its file, then under the file's own; coordinates count
+    from 1 and include the last pixel."""
+    entries, complaints = [], []
+    for path in paths:
+        try:
+            root, found = xml.etree.ElementTree.parse(path).getroot(), []
+            named = os.path.basename((root.findtext("filename") or "").replace("\\", "/"))
+            stem = os.path.splitext(os.path.basename(path))[0]
+            names = [named] * bool(named) + [stem + e for ext in data.EXTENSIONS for e in (ext, ext.upper())]
+            image = find_image(names, folders)
+            for item in root.iter("object"):
+                box = item.find("bndbox")
+                x1, y1, x2, y2 = (float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+                difficult = (item.findtext("difficult") or "0").strip() == "1"
+                found.append((item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, (x2 - x1 + 1) * (y2 - y1 + 1),
+                              False, difficult))
+            entries.append((image, found))
+        except (xml.etree.ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
+            complaints.append(f"{path}: {error}")
+    return entries, complaints
 
 
 def read_coco(path, folders):
-    """COCO json -> [(image's path, [Found])], and the complaints about single images and boxes"""
+    """COCO json -> the same, and the complaints about single images and boxes"""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
@@ -968,36 +966,25 @@ def read_coco(path, folders):
         for a in content["annotations"]:
             try:
                 x, y, w, h = map(float, a["bbox"])
-                by_image[a["image_id"]].append(Found(names[a["category_id"]], x, y, x + w, y + h,
-                                                     float(a.get("area", w * h)), bool(a.get("iscrowd"))))
+                by_image[a["image_id"]].append((names[a["category_id"]], x, y, x + w, y + h,
+                                                float(a.get("area", w * h)), bool(a.get("iscrowd")), False))
             except (KeyError, ValueError, TypeError) as error:
                 complaints.append(f"{path}: annotation {a.get('id')}: {type(error).__name__}: {error}")
         for item in content["images"]:
-            tries = [os.path.join(folder, item["file_name"]) for folder in folders]
-            image = next((t for t in tries if os.path.isfile(t)), None)
-            if image is None:
-                complaints.append(f"{path}: its image {item['file_name']} is not in {' or '.join(folders)}")
-            else:
-                entries.append((image, by_image[item["id"]]))
+            try:
+                entries.append((find_image([item["file_name"]], folders), by_image[item["id"]]))
+            except ValueError as error:
+                complaints.append(f"{path}: {error}")
         return entries, complaints
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from error
 
 
 def annotations(root, eval_only):
-    """-> {split: ([(image's path, [Found])], complaints)} of the layouts in the README; only "train" where
-    there is no validation set, and only that one where it is all that is scored"""
+    """-> {split: what read_voc() returns} of the layouts in the README; only "train" where there is no validation set,
+    and only that one where it is all that is scored"""
     def inside(folder, *names):
         return [os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))]
-
-    def voc(files, folders):
-        entries, complaints = [], []
-        for path in files:
-            try:
-                entries.append(read_voc(path, folders))
-            except ValueError as error:
-                complaints.append(str(error))
-        return entries, complaints
 
     def xmls(folder):
         return [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if n.lower().endswith(".xml")]
@@ -1009,7 +996,7 @@ def annotations(root, eval_only):
             if os.path.isfile(os.path.join(folder, "_annotations.coco.json")):
                 found[split] = read_coco(os.path.join(folder, "_annotations.coco.json"), [folder])
             elif files := [x for sub in [*inside(folder, "annotations", "Annotations"), folder] for x in xmls(sub)]:
-                found[split] = voc(files, [*inside(folder, "images", "JPEGImages"), folder])
+                found[split] = read_voc(files, [*inside(folder, "images", "JPEGImages"), folder])
     notes = inside(root, "annotations", "Annotations")
     if not found and notes:
         lists = os.path.join(root, "ImageSets", "Main")
@@ -1025,9 +1012,9 @@ def annotations(root, eval_only):
                     lines = [line.strip() for line in f if line.strip()]
                 # a class's own list has 1 or -1 behind each name, and a name may have blanks
                 stems = [n if os.path.isfile(os.path.join(notes[0], n + ".xml")) else n.split()[0] for n in lines]
-                found[split] = voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
+                found[split] = read_voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
         if not found and xmls(notes[0]):
-            found["train"] = voc(xmls(notes[0]), pictures)
+            found["train"] = read_voc(xmls(notes[0]), pictures)
     if eval_only and "val" in found:
         return dict(val=found["val"])
     if "train" not in found:
@@ -1044,7 +1031,7 @@ def open_boxes(root, args, classes=None):
     if "val" in found and args.val_split is not None:
         raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
     train.check_corrupt([c for _, complaints in found.values() for c in complaints], args.on_corrupt)
-    classes = classes or sorted({box.name for _, boxes in found["train"][0] for box in boxes})
+    classes = classes or sorted({box[0] for _, boxes in found["train"][0] for box in boxes})
     if not classes:
         raise UserError(f"{root}: not one box in the training annotations")
     index, files, empty, beyond = {name: i + 1 for i, name in enumerate(classes)}, {}, [], []
@@ -1062,7 +1049,7 @@ def open_boxes(root, args, classes=None):
                 train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
                 notes.append(f"{path} is left out: {error}")
                 continue
-            strange = sorted({b.name for b in boxes} - set(index))
+            strange = sorted({b[0] for b in boxes} - set(index))
             if strange:
                 raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
             corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
@@ -1071,7 +1058,7 @@ def open_boxes(root, args, classes=None):
             corners = np.clip(corners, 0, [width, height, width, height])
             good = (corners[:, 2:] - corners[:, :2] > 0).all(1)
             empty += [path] * int((~good).sum())
-            rows = [(index[b.name], b.area, b.crowd, b.difficult) for b, use in zip(boxes, good) if use]
+            rows = [(index[b[0]], *b[5:]) for b, use in zip(boxes, good) if use]
             known[path] = Boxes(corners[good], *(np.array([r[i] for r in rows], dtype=kind)
                                                  for i, kind in enumerate((int, float, bool, bool))))
             kept.append(name)
