@@ -1259,22 +1259,25 @@ def load_detector(path):
 
 
 @torch.no_grad()
-def find_boxes(model, loader, world, poll=lambda: False, rounds=None, on_corrupt="error"):
-    """-> {index: (boxes float64 (M, 4) in the original image, labels, scores)} of all processes' images, and the number
-    of damaged files; None if poll() said stop"""
-    training, mine, complaints, batches = model.training, {}, 0, iter(loader)
+def find_boxes(model, images, batch, world, *, workers=0, loader=None, poll=lambda: False, on_corrupt="error"):
+    """train.evaluate() for a Detector and BoxImages -> mean_average_precision()'s dict with the numbers of `images` and
+    of damaged files; and {index: (boxes float64 (M, 4) in the original image, labels, scores)}. None, None if poll()
+    said stop."""
+    n = len(images.files)
+    training, mine, complaints, batches = model.training, {}, 0, iter(loader or data.make_loader(
+        images, data.eval_batches(n, batch, world.rank, world.size), workers, world.device))
     model.eval()
     try:
-        for _ in range(rounds if rounds is not None else len(loader)):
+        for _ in range(len(data.eval_batches(n, batch, 0, world.size))):  # as often everywhere: polling is collective
             if poll():
-                return None
+                return None, None
             pixels, rows, bad = next(batches, (None, None, ()))
             train.check_corrupt(bad, on_corrupt)
             complaints += len(bad)
             if pixels is None or not len(rows):
                 continue
-            images = normalize(pixels, model.preprocess)
-            for image, (h, w, height, width, index) in zip(images, rows[:, 0].tolist()):
+            pixels = normalize(pixels, model.preprocess)
+            for image, (h, w, height, width, index) in zip(pixels, rows[:, 0].tolist()):
                 # alone: what the largest image of a batch adds to the others' borders would change their scores
                 image = image[None, :, :-(-int(h) // 32) * 32, :-(-int(w) // 32) * 32]
                 one, = model(image.contiguous(memory_format=torch.channels_last),
@@ -1284,10 +1287,10 @@ def find_boxes(model, loader, world, poll=lambda: False, rounds=None, on_corrupt
                                     one["scores"].double().cpu().numpy())
     finally:
         model.train(training)
-    everyone = {}
-    for theirs in world.gather(mine):
-        everyone.update(theirs)
-    return everyone, int(world.sum(complaints)[0])
+    found = {i: boxes for theirs in world.gather(mine) for i, boxes in theirs.items()}
+    score = mean_average_precision(found, {i: images.known[images.files.path(i)] for i in found},
+                                   model.config["num_classes"])
+    return dict(score, images=len(found), corrupt=int(world.sum(complaints)[0])), found
 
 
 def overlaps(found, truth, crowd):
@@ -1372,26 +1375,19 @@ def mean_average_precision(found, known, classes, most=100):
                 per_class=[percent(p[:, :, c]) for c in range(classes)])
 
 
-def score_boxes(found, files, known, classes):
-    """What find_boxes() has found in the files -> mean_average_precision(), without what did not decode"""
-    return mean_average_precision(found, {i: known[files.path(i)] for i in found}, classes)
-
-
 class Detection(train.Plan):
     """A run on annotated images"""
     measures = {"map50": "mAP@0.5", "map": "mAP"}
 
-    def __init__(self, args, world, source, sets, notes):
-        self.args, self.world, self.source, self.sets, self.notes = args, world, source, sets, notes
+    def __init__(self, args, world, source, sets):
+        self.args, self.world, self.source, self.sets = args, world, source, sets
 
     def open(self, args, world):
-        files, val, classes, _, notes = self.sets
-        return files, val, classes, None, notes + self.notes
+        return *self.sets[:3], None, self.sets[4]
 
     def model(self, args, classes):
         torch.manual_seed(args.seed)
         sizes, ratios = anchors_of(self.sets[0], self.sets[3], args.image_size, args.max_size)
-        self.notes.append(f"anchors of {sizes} pixels on the five levels, height / width {ratios}")
         model = Detector("detect", {**self.source.config, "dropout": 0.0}, len(classes), sizes, ratios, args.image_size,
                          args.max_size, args.nms_threshold or 0.5, args.detections or 100)
         model.backbone.body.load_state_dict({k: v for k, v in self.source.state_dict().items()
@@ -1415,16 +1411,13 @@ class Detection(train.Plan):
         images = normalize(pixels, model.preprocess).contiguous(memory_format=torch.channels_last)
         return net(images, rows), torch.zeros((), device=pixels.device)
 
-    def evaluate(self, model, images, batch, world, *, loader, poll, on_corrupt, **_):
-        rounds = len(data.eval_batches(len(images.files), batch, 0, world.size))
-        found = find_boxes(model, loader, world, poll, rounds, on_corrupt)
-        if found is None:
-            return None
-        score = score_boxes(found[0], images.files, self.sets[3], len(self.sets[2]))
-        return dict(score, loss=None, images=len(found[0]), corrupt=found[1])
+    def evaluate(self, model, images, batch, world, *, amp, tta, **options):
+        score, _ = find_boxes(model, images, batch, world, **options)
+        return score and dict(score, loss=None)
 
     def describe(self, args, model):
-        return [trained_share(model)]
+        return ["anchors of {sizes} pixels on the five levels, height / width {ratios}".format(**model.config),
+                trained_share(model)]
 
 
 def draw_boxes(image, found, truth, classes, threshold):
@@ -1458,18 +1451,15 @@ def detect(args, world, stop, most=16):
         if not plain_resnet(model):
             raise UserError(f"{source}: --task detect builds on a plain ResNet-50")
         sets = open_boxes(args.data, args)
-        plan = Detection(args, world, model, sets, [f"backbone: {source}"])
+        sets[4].append(f"backbone: {source}")
         args.overwrite = True  # open_run has looked
-        result = train.train(args, world, stop, plan)
+        result = train.train(args, world, stop, Detection(args, world, model, sets))
         world.barrier()
         model, _ = load_detector(result["checkpoint"])
     val, classes, known = sets[1], sets[2], sets[3]
     model.to(world.device)
-    images = BoxImages(val, known, args, replace=False)
-    batches = data.eval_batches(len(val), args.batch_size, world.rank, world.size)
-    loader = data.make_loader(images, batches, args.workers, world.device)
-    found, corrupt = find_boxes(model, loader, world, on_corrupt=args.on_corrupt)
-    score = score_boxes(found, val, known, len(classes))
+    score, found = find_boxes(model, BoxImages(val, known, args, replace=False), args.batch_size, world,
+                              workers=args.workers, on_corrupt=args.on_corrupt)
     if world.rank == 0 and not args.eval_only:
         tiles = []
         for i in sorted(found)[:most]:
@@ -1477,8 +1467,8 @@ def detect(args, world, stop, most=16):
             tiles.append((draw_boxes(picture, found[i], known[val.path(i)], classes, args.score_threshold),
                           os.path.basename(val.path(i))))
         write_atomic(os.path.join(args.out, "predictions.png"), contact_sheet(tiles))
-    return dict(result, **dict(score, per_class=dict(zip(classes, score["per_class"]))), images=len(found),
-                corrupt=corrupt, seconds=round(time.perf_counter() - begin, 1))
+    score["per_class"] = dict(zip(classes, score["per_class"]))
+    return {**result, **score, "seconds": round(time.perf_counter() - begin, 1)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -345,7 +345,7 @@ def test_the_backbone_carries_the_weights_over_and_sees_what_it_did(source, fold
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64)
     model, _, _ = finetune.load_source(args)
     torch.nn.init.constant_(model.bn1.bias, -1.0)  # so that the first ReLU has something to do
-    detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES)
+    detector = finetune.Detection(args, train.World(), model, opened(folder)).model(args, CLASSES)
     body, x = detector.backbone.body, torch.randn(2, 3, 64, 96)
     for key, value in model.state_dict().items():
         assert key.startswith("fc.") or torch.equal(value, body.state_dict()[key])
@@ -408,7 +408,7 @@ def test_the_parts_work_together_as_in_torchvision_s_faster_rcnn():
 def test_the_hardest_proposals_remain(source, folder):
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64, "--ohem", 10 / finetune.PROPOSALS)
     model = finetune.load_source(args)[0]
-    detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES)
+    detector = finetune.Detection(args, train.World(), model, opened(folder)).model(args, CLASSES)
     heads = detector.roi_heads.train()
     torch.manual_seed(3)
     features = {str(i): torch.randn(1, 16, 16 >> i, 16 >> i) for i in range(4)}
@@ -441,7 +441,7 @@ def test_a_detector_in_training_can_be_copied_as_saving_does(source, folder):
     import copy
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64, "--ohem", 0.5)
     model = finetune.load_source(args)[0]
-    detector = finetune.Detection(args, train.World(), model, opened(folder), []).model(args, CLASSES).train()
+    detector = finetune.Detection(args, train.World(), model, opened(folder)).model(args, CLASSES).train()
     detector(torch.randn(1, 3, 64, 64)).backward()
     twin = copy.deepcopy(detector)
     assert all(torch.equal(a, b) for a, b in zip(twin.state_dict().values(), detector.state_dict().values()))
@@ -517,8 +517,8 @@ def test_an_image_is_scored_alike_in_any_batch_and_order(folder):
         torch.manual_seed(0)
         model = finetune.Detector("detect", ResNet50(num_classes=5, widths=WIDTHS).config, 2, [8, 16, 32, 64, 128],
                                   [0.5, 1.0, 2.0], 64, 128, 0.5, 10)
-        return finetune.find_boxes(model, torch.utils.data.DataLoader(images, batch_sampler=batches,
-                                                                      collate_fn=images.collate), train.World())[0]
+        loader = torch.utils.data.DataLoader(images, batch_sampler=batches, collate_fn=images.collate)
+        return finetune.find_boxes(model, images, len(batches[0]), train.World(), loader=loader)[1]
     alone = find(data.eval_batches(5, 1))
     for other in (find(data.eval_batches(5, 5)), find(data.eval_batches(5, 1)[::-1])):
         assert alone.keys() == other.keys() == set(range(5)) and len(alone[0][0])
@@ -553,9 +553,10 @@ def test_difficult_boxes_are_neither_right_nor_wrong():
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
-def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, monkeypatch):
+def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, monkeypatch, capsys):
     flags = ["--epochs", 3, "--model-ema-decay", 0.9, "--ohem", 0.5, "--lr", 5e-4]
     result = tune(*flags, out="straight")
+    assert "anchors of [" in capsys.readouterr().err
     step, calls = train.train_step, itertools.count(1)
 
     def signalled(*args, **options):
