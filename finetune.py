@@ -27,6 +27,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import csv
 import glob
 import hashlib
 import html
@@ -828,13 +829,9 @@ def accuracy(logits, labels):
     return round(100 * float(right.mean()), 4) if len(right) else None
 
 
-def confusion(labels, predicted, n):
-    """-> int (n, n): images of class row that were taken for class column"""
-    return np.bincount(np.asarray(labels) * n + np.asarray(predicted), minlength=n * n).reshape(n, n)
-
-
 def confusion_svg(matrix, classes):
-    """The matrix by its rows' shares; with numbers and names as long as they can be read"""
+    """int (n, n), images of class row that were taken for class column -> a picture of the rows' shares; with numbers
+    and names as long as they can be read"""
     n, named = len(classes), len(classes) <= 60
     cell = max(4, min(48, 900 // n))
     left = 12 + (min(max(map(len, classes)), 24) * 7 if named else 0)
@@ -881,19 +878,18 @@ def contact_sheet(tiles, columns=4, side=220):
 def report(model, val, classes, args, world, most=24):
     """Scores the finished network on `val`; the first process writes confusion.csv, confusion.svg and, of up to `most`
     mistakes, the worst first, mistakes.png. -> dict(top1, per_class, mistakes)"""
-    logits, labels = logits_of(model, val, args, world), torch.from_numpy(val.labels).long()
+    logits, labels, n = logits_of(model, val, args, world), torch.from_numpy(val.labels).long(), len(classes)
     predicted, seen = logits.argmax(1), ~logits[:, 0].isnan()
-    matrix = confusion(labels[seen], predicted[seen], len(classes))
+    matrix = (labels * n + predicted)[seen].bincount(minlength=n * n).view(n, n).numpy()
     counts = matrix.sum(1)
     per_class = {c: round(100 * matrix[i, i] / counts[i], 3) if counts[i] else None for i, c in enumerate(classes)}
     loss = F.cross_entropy(logits, labels, reduction="none")
     wrong = [i for i in loss.argsort(descending=True, stable=True).tolist() if seen[i] and predicted[i] != labels[i]]
     if world.rank == 0:
-        quoted = ['"' + c.replace('"', '""') + '"' for c in classes]
-        lines = [",".join(["true \\ predicted", *quoted, "accuracy"])] + [
-            ",".join([quoted[i], *map(str, matrix[i]), "" if per_class[c] is None else str(per_class[c])])
-            for i, c in enumerate(classes)]
-        write_atomic(os.path.join(args.out, "confusion.csv"), ("\n".join(lines) + "\n").encode())
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([["true \\ predicted", *classes, "accuracy"]] + [
+            [c, *row, per_class[c]] for c, row in zip(classes, matrix)])
+        write_atomic(os.path.join(args.out, "confusion.csv"), table.getvalue().encode())
         write_atomic(os.path.join(args.out, "confusion.svg"), confusion_svg(matrix, classes).encode())
         tiles = []
         for i in wrong[:most]:
