@@ -79,14 +79,14 @@ RECIPES = dict(  # by --task
                   label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
     detect=dict(epochs=6, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
                 lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
+AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
 DETECTS = ("trainable_stages", "max_size", "nms_threshold", "detections", "score_threshold")  # --task detect's flags
 CLASSIFIES = (  # and those that it has no use for
     "unfreeze_every", "views", "lora_rank", "lora_alpha", "adapter_channels", "align", "align_weight", "interpolation",
     "focal_gamma", "model", "strategy", "search", "lr_find", "then", "target_domain", "l2_sp", "layer_decay",
-    "mixup_alpha", "cutmix_alpha", "tta", "compile", "sync_bn", "fused_bn", "balanced", "class_weights",
-    "random_erase", "auto_augment", "color_jitter", "rotation", "elastic", "progressive", "val_size", "val_resize",
-    "exif", "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
-    "drop_path", "dropout", "repeated_aug", "crop_scale", "shuffle_chunk", "ra_magnitude", "ra_std")
+    "tta", "compile", "sync_bn", "fused_bn", "class_weights", "progressive", "val_size", "val_resize", "exif",
+    "grad_checkpointing", "best_by", "label_smoothing", "loss", "classes", "num_classes", "swa_start", "fused",
+    "drop_path", "dropout", "shuffle_chunk", *(k for k in AUGMENTATION if k != "hflip"))
 # What a strategy sets where the command line does not
 STRATEGIES = {kind: dict(epochs=20 if kind == "head" else 8, layer_decay=0.5 if kind == "layers" else 1.0)
               for kind in ("head", "gradual", "layers", "full", "lora", "adapter")}
@@ -95,7 +95,6 @@ STAGES = 5  # that a network is divided into below its head, at most
 FEW, MANY = 1000, 20000  # images: below, --strategy auto trains the head; from there on everything
 TINY = 5  # images of a class, below which it is named
 CHECKED = 50000  # files; larger sets are not decoded beforehand, but for a head, whose features are of all images
-AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
 PROPOSALS = 128  # of an image that the box head learns from; torchvision's 512 take most of a step at small sizes
 SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times --lr
 # What a head on features that are computed once cannot have, as it is without
