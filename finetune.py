@@ -321,13 +321,11 @@ class LowRank(nn.Module):
 
 
 def add_lora(model, rank, alpha, seed):
-    """A LowRank on every convolution but grouped ones; all else but the head is frozen"""
+    """A LowRank on every convolution but grouped ones"""
     torch.manual_seed(seed)
-    train.freeze(model)
     for module in list(model.modules()):
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank, alpha))
-    train.freeze(model.get_submodule(head_of(model)), False)
 
 
 def merged(model):
@@ -489,7 +487,7 @@ class FineTuning(train.Plan):
 
     def __init__(self, args, world, stop, source, sets, notes, new_head, cache):
         self.args, self.world, self.stop, self.sets, self.cache = args, world, stop, sets, cache
-        self.source, self.notes, self.new_head, self.opened = source, notes, new_head, None
+        self.source, self.notes, self.new_head = source, notes, new_head
         self.kind, _, number = args.strategy.partition(":")
         self.number = int(number or 0)
         self.amp = train.amp_dtype(args, world.device)
@@ -511,7 +509,7 @@ class FineTuning(train.Plan):
         model = rebuilt(self.source, args.seed, self.new_head, num_classes=len(classes), **changes)
         model.preprocess = dict(self.source.preprocess, **{
             k: train.preprocess_of(args)[k] for k in ("crop", "resize", "interpolation")})
-        self.net, self.stages = train.prepare(model, args), stages_of(model)
+        self.net, self.stages, self.opened = train.prepare(model, args), stages_of(model), None
         sizes = {train.size_at(0, args): "--progressive", model.preprocess["crop"]: "--val-size",
                  args.image_size: "--image-size"}
         for size, flag in sizes.items():
@@ -526,20 +524,17 @@ class FineTuning(train.Plan):
             train.flatten_1x1(model)  # before LoRA, which makes classes of its own of these
         if self.kind == "lora":
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
-        elif self.kind == "adapter":
-            train.freeze(model)
-            for name, p in model.named_parameters():
-                p.requires_grad_(not self.depth(name))  # adapters and the head
+        if self.kind in ("lora", "adapter"):
+            self.begin(model, 0)  # so that the optimizer has no state of what they never train
         if self.target is not None and self.kind != "head":
             model.get_submodule(self.stages[0][0]).register_forward_pre_hook(
                 lambda _, inputs: setattr(self, "seen", means(inputs[0])))  # no method: copies would copy the plan
-        self.start = {n: p.detach().clone() for n, p in model.named_parameters() if self.depth(n)} if args.l2_sp else {}
         return model
 
     def depth(self, name):
-        """Of a parameter: 0 in the head, then the stage's number from the top; None for what LoRA and adapters train"""
+        """Of a parameter: 0 in the head and in what LoRA and adapters add, then the stage's number from the top"""
         if "parametrizations.weight.0" in name or self.kind == "adapter" and ".adapter." in name:
-            return None
+            return 0
         return next((i for i, stage in enumerate(self.stages) if any(name.startswith(part + ".") for part in stage)),
                     len(self.stages) - 1)  # a vision transformer has parameters beside its parts
 
@@ -548,11 +543,9 @@ class FineTuning(train.Plan):
         return self.args.layer_decay ** (depth - 1) if depth else self.args.head_lr_mult
 
     def begin(self, model, epoch):
-        """The stages that an epoch trains; LoRA and adapters have chosen"""
-        if self.kind in ("lora", "adapter"):
-            return False
-        count = {"head": 1, "layers": 1 + self.number, "full": len(self.stages),
-                 "gradual": 2 - self.new_head + epoch // self.args.unfreeze_every}[self.kind]
+        """The stages that an epoch trains"""
+        count = {"layers": 1 + self.number, "full": len(self.stages),
+                 "gradual": 2 - self.new_head + epoch // self.args.unfreeze_every}.get(self.kind, 1)
         count = min(count, len(self.stages))
         if count == self.opened:
             return False
@@ -626,7 +619,7 @@ class FineTuning(train.Plan):
 
     def teach(self, loss_fn):
         args, aligns = self.args, self.target is not None and self.kind != "head"
-        start = {name: value.to(self.world.device) for name, value in self.start.items()}
+        start = {n: p.detach().clone() for n, p in self.net.named_parameters() if args.l2_sp and self.depth(n)}
         if aligns:
             images = data.Images(
                 self.target, lambda _: data.train_transform(args.image_size, self.net.preprocess, args),
@@ -637,9 +630,8 @@ class FineTuning(train.Plan):
             if args.ohem < 1:
                 hardness = F.cross_entropy(logits.detach(), target, reduction="none")
                 hard = hardness.topk(max(1, round(args.ohem * len(target)))).indices
-                total = loss_fn(logits[hard], target[hard], pixels)
-            else:
-                total = loss_fn(logits, target, pixels)
+                logits, target = logits[hard], target[hard]
+            total = loss_fn(logits, target, pixels)
             if start:
                 pull = sum(((p - start[n]) ** 2).sum() for n, p in self.net.named_parameters()
                            if n in start and p.requires_grad)
@@ -647,11 +639,10 @@ class FineTuning(train.Plan):
             if aligns:
                 source = self.seen
                 # the step's generator: a resumed run draws the same images
-                draws, index = (torch.randint(n, (len(target),)).tolist() for n in (2 ** 31, len(self.target)))
+                draws, index = (torch.randint(n, (len(source),)).tolist() for n in (2 ** 31, len(self.target)))
                 batch, _, bad = images.batch([(0, i, draw) for i, draw in zip(index, draws)])
                 train.check_corrupt(bad, args.on_corrupt)
-                amp = dict(dtype=self.amp or torch.bfloat16, enabled=self.amp is not None)
-                with torch.autocast(self.world.device.type, **amp):
+                with torch.autocast(self.world.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
                     self.net(normalize(batch.to(self.world.device), self.net.preprocess))
                 total = total + args.align_weight * match(source.float(), self.seen.float())
             return total
@@ -743,7 +734,6 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
             break
     if not losses:
         raise UserError("--lr-find: training diverged at once", code=4)
-    plan.opened = None
     # Over a factor of ten: from one step to the next the batches' noise is greater than the fall. What comes after the
     # lowest loss is on the way up.
     half, upto = steps // 10, int(np.argmin(losses)) + 1
