@@ -68,7 +68,6 @@ from resnet50 import (
     normalize,
     positive,
     predict,
-    read_classes,
     run_script,
     torchvision_model,
     write_atomic,
@@ -161,6 +160,11 @@ def get_args_parser():
     return p
 
 
+def changed(args, **values):
+    """-> a copy of the flags in which some have other values"""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
 def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
@@ -221,8 +225,7 @@ def head_alone(args, model):
 def load_source(args):
     """-> model in eval mode, its checkpoint dict, where it came from. --classes and --num-classes speak of the data."""
     if not args.model:
-        own = argparse.Namespace(**{**vars(args), "classes": None, "num_classes": None})
-        return load_some_model(own, DEFAULTS, trains=True)
+        return load_some_model(changed(args, classes=None, num_classes=None), DEFAULTS, trains=True)
     torchvision_model(args.model)  # refuses the name
     if args.checkpoint:
         checkpoint, source = load_checkpoint(args.checkpoint), args.checkpoint
@@ -495,7 +498,7 @@ class FineTuning(train.Plan):
         self.knows = not new_head and self.target is None  # what is not aligned yet does not compete
 
     def open(self, args, world):
-        return self.sets[:4] + (self.sets[4] + self.notes,)
+        return *self.sets, self.notes
 
     def model(self, args, classes):
         changes = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
@@ -777,9 +780,8 @@ def search(args, run, kinds):
         scores = []
         for setting in alive:
             name = f"{setting['strategy']}-{setting['lr']:.2g}-{epochs}".replace(":", "")
-            result = run(argparse.Namespace(**{**vars(args), **setting, "epochs": epochs, "patience": 0,
-                                               "resume": args.resume and "auto", "overwrite": True,
-                                               "out": os.path.join(args.out, "search", name)}))
+            result = run(changed(args, **setting, epochs=epochs, patience=0, resume=args.resume and "auto",
+                                 overwrite=True, out=os.path.join(args.out, "search", name)))
             rows.append(dict(setting, epochs=epochs, **{k: result[k] for k in ("top1", "loss", "seconds")}))
             scores.append((-result["top1"], result["loss"]))
         ranked = sorted(range(len(alive)), key=scores.__getitem__)
@@ -1466,26 +1468,24 @@ def classify(args, world, stop, asked=None):
             for path in glob.glob(os.path.join(glob.escape(args.out), part)):
                 os.unlink(path)
     model, checkpoint, source = load_source(args)
-    names = read_classes(args.classes) if args.classes else (None, None)
-    sets = check_data(train.open_data(args, world, *names), args)
+    *sets, notes = check_data(train.Plan().open(args, world), args)
     classes = list(sets[2])
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
     known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
-    notes = [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
-             f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
+    notes += [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
+              f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
 
     def run(args):
         note = resolve(args, model, len(sets[0]))
         if args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear):
             # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
-            first = argparse.Namespace(**{
-                **vars(args), **BEYOND_HEAD, "strategy": "head", "epochs": STRATEGIES["head"]["epochs"],
-                "target_domain": None, "out": os.path.join(args.out, "head"), "resume": args.resume and "auto"})
+            first = changed(args, **BEYOND_HEAD, strategy="head", epochs=STRATEGIES["head"]["epochs"],
+                            target_domain=None, out=os.path.join(args.out, "head"), resume=args.resume and "auto")
             plan = FineTuning(first, world, stop, model, sets, notes + [f"{note}: the head alone"], True, cache)
             path = train.train(first, world, stop, plan)["checkpoint"]
             world.barrier()
-            plan = FineTuning(args, world, stop, build_model(load_checkpoint(path), path), (*sets[:4], []),
+            plan = FineTuning(args, world, stop, build_model(load_checkpoint(path), path), sets,
                               [f"network: {path}", note], False, cache)
         else:
             plan = FineTuning(args, world, stop, model, sets, notes + [note], not known, cache)
@@ -1555,16 +1555,14 @@ def fine_tune(args, world, stop):
         return train.eval_only(args, world)
     if not args.then:
         return classify(args, world, stop)
-    final, step = args.out, os.path.join(args.out, "step")
-    asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
     train.open_run(args, world)
-    names = read_classes(args.classes) if args.classes else (None, None)
-    data.open_folder(args.then, *names, args.val_split)  # what is wrong with it is better said before the first step
-    first = classify(argparse.Namespace(**{**vars(args), "out": step, "then": None, "resume": args.resume and "auto"}),
-                     world, stop)
-    args.overwrite, args.data, args.then, args.out = True, args.then, None, final
-    args.checkpoint, args.weights, args.model = first["checkpoint"], None, None
-    return dict(classify(args, world, stop, asked), step=first["top1"])
+    step = changed(args, out=os.path.join(args.out, "step"), then=None, resume=args.resume and "auto")
+    final = changed(args, data=args.then, then=None, overwrite=True)
+    train.Plan().open(final, world)  # what is wrong with it is better said before the first step
+    first = classify(step, world, stop)
+    asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
+    final = changed(final, checkpoint=first["checkpoint"], weights=None, model=None)
+    return dict(classify(final, world, stop, asked), step=first["top1"])
 
 
 if __name__ == "__main__":

@@ -88,10 +88,10 @@ def plan_of(source, shapes, *flags, new_head=True):
                  *flags)
     model, _, _ = finetune.load_source(args)
     finetune.resolve(args, model, 15)
-    sets = data.open_folder(shapes)
+    *sets, notes = data.open_folder(shapes)
     if not new_head:
         model = finetune.rebuilt(model, 0, True, num_classes=len(sets[2]))
-    plan = finetune.FineTuning(args, train.World(), None, model, sets, [], new_head, "none")
+    plan = finetune.FineTuning(args, train.World(), None, model, sets, notes, new_head, "none")
     return plan, plan.model(args, sets[2]), args
 
 
@@ -927,11 +927,13 @@ def test_averaging_leaves_frozen_statistics_alone(strategy, moves, source, tune,
     assert again["loss"] == pytest.approx(result["loss"], rel=1e-4)  # best.pt is the network that was scored
 
 
-def test_a_head_that_knows_the_classes_is_kept(tune, tmp_path):
+def test_a_head_that_knows_the_classes_is_kept_and_said(tune, capsys):
     first = tune("--strategy", "full", "--epochs", 1, "--lr", 1e-3)
     second = tune("--strategy", "head", "--epochs", 1, "--lr", 1e-12, "--views", 1, checkpoint=first["checkpoint"],
                   out="second")
     assert second["per_class"] == first["per_class"]
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("its head is kept: it knows these 3 classes", "disk: 5 and 3", "a new head"))
 
 
 def test_target_domain_is_scored(tune, shapes, tmp_path):
