@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ import finetune
 import train
 from resnet50 import ResNet50, UserError, load_checkpoint, load_model, save_checkpoint
 from tests.conftest import equal_state
-from tests.test_finetune import WIDTHS, new_network
+from tests.test_finetune import WIDTHS, interrupted, new_network
 
 CLASSES = ["bar", "disk"]
 
@@ -557,18 +556,7 @@ def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, mo
     flags = ["--epochs", 3, "--model-ema-decay", 0.9, "--ohem", 0.5, "--lr", 5e-4]
     result = tune(*flags, out="straight")
     assert "anchors of [" in capsys.readouterr().err
-    step, calls = train.train_step, itertools.count(1)
-
-    def signalled(*args, **options):
-        done = step(*args, **options)
-        if next(calls) in (2, 6):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return done
-    monkeypatch.setattr(train, "train_step", signalled)
-    for _ in range(2):
-        with pytest.raises(UserError, match="stopped by SIGUSR1"):
-            tune(*flags, "--resume", out="stopped")
-    resumed = tune(*flags, "--resume", out="stopped")
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), 2, 6)
     assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
     assert resumed["map50"] == result["map50"] and set(result["per_class"]) == set(CLASSES)
     records = [json.loads(line) for line in open(tmp_path / "straight" / "metrics.jsonl")]

@@ -83,6 +83,23 @@ def tune(source, shapes, tmp_path):
     return call
 
 
+def interrupted(monkeypatch, work, *numbers, of="train_step"):
+    """Does work(), which a signal stops in the calls of train.py's function with these numbers, anew after each of them
+    -> the last one's result, and how many calls there were"""
+    real, count = getattr(train, of), itertools.count(1)
+
+    def call(*args, **options):
+        if next(count) in numbers:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(*args, **options)
+    monkeypatch.setattr(train, of, call)
+    for _ in numbers:
+        with pytest.raises(UserError, match="stopped by SIGUSR1") as caught:
+            work()
+        assert caught.value.code == 75
+    return work(), next(count) - 1
+
+
 def plan_of(source, shapes, *flags, new_head=True):
     args = parse("--data", shapes, "--checkpoint", source, "--batch-size", 4, "--workers", 0, "--amp-dtype", "float32",
                  *flags)
@@ -438,22 +455,9 @@ RUNS = {"head": ["--strategy", "head", "--epochs", 3, "--views", 2, "--opt", "ne
 def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, monkeypatch):
     flags = [shapes if f == "SHAPES" else f for f in RUNS[name]]
     monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 2)  # that gradual begins with
-    step, count, stops = train.train_step, itertools.count(1), ()
-
-    def signalled(*args, **options):
-        done = step(*args, **options)
-        if next(count) in stops:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return done
-    monkeypatch.setattr(train, "train_step", signalled)
-    result = tune(*flags, out="straight")
-    total, count = next(count) - 1, itertools.count(1)
+    result, total = interrupted(monkeypatch, lambda: tune(*flags, out="straight"))
     stops = [2, 5] + [total - 1] * ("gradual" in flags)  # in mid-epoch, here in the second part
-    for _ in stops:
-        with pytest.raises(UserError, match="stopped by SIGUSR1") as caught:
-            tune(*flags, "--resume", out="stopped")
-        assert caught.value.code == 75
-    resumed = tune(*flags, "--resume", out="stopped")
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), *stops)
     assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
     for key in ("top1", "loss", "per_class", "best_epoch"):
         assert resumed[key] == result[key]
@@ -556,16 +560,8 @@ def test_averaged_weights_are_the_mean_over_epochs_with_statistics_of_their_own(
 def test_a_run_stopped_while_it_evaluates_does_not_average_an_epoch_twice(tune, tmp_path, monkeypatch):
     flags = ["--strategy", "layers:1", "--epochs", 3, "--lr", 1e-3, "--swa-start", 0.3]
     tune(*flags, out="straight")
-    evaluate, calls = train.evaluate, itertools.count(1)
-
-    def signalled(*args, **options):
-        if next(calls) == 3:  # the first epoch that is averaged with another
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return evaluate(*args, **options)
-    monkeypatch.setattr(train, "evaluate", signalled)
-    with pytest.raises(UserError, match="stopped by SIGUSR1"):
-        tune(*flags, out="stopped")
-    tune(*flags, "--resume", out="stopped")
+    # in the first epoch that is averaged with another
+    interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), 3, of="evaluate")
     assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
 
 
@@ -729,12 +725,7 @@ def test_a_network_without_batch_norm_is_saved_and_resumed(tune, tmp_path, monke
     torch.save(torchvision_model("squeezenet1_1", 4).state_dict(), path)
     flags = ["--model", "squeezenet1_1", "--strategy", "layers:1", "--epochs", 2, "--image-size", 64]
     tune(*flags, checkpoint=path, out="straight")
-    step, calls = train.train_step, itertools.count(1)
-    monkeypatch.setattr(train, "train_step", lambda *a, **k: (
-        next(calls) == 2 and os.kill(os.getpid(), signal.SIGUSR1), step(*a, **k))[1])
-    with pytest.raises(UserError, match="stopped by SIGUSR1"):
-        tune(*flags, checkpoint=path, out="stopped")
-    tune(*flags, "--resume", checkpoint=path, out="stopped")
+    interrupted(monkeypatch, lambda: tune(*flags, "--resume", checkpoint=path, out="stopped"), 2)
     assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
 
 
@@ -818,22 +809,12 @@ def test_range_test_goes_by_the_first_process_s_losses(source, shapes, tmp_path,
 
 
 def test_a_rate_that_was_found_stays_in_both_steps_where_they_are_resumed(tune, tiny, shapes, tmp_path, monkeypatch):
-    rates, step, calls = iter([3e-3, 2e-3, 3e-3, 2e-3]), train.train_step, itertools.count(1)
+    rates = iter([3e-3, 2e-3, 3e-3, 2e-3])
     monkeypatch.setattr(finetune, "find_lr", lambda *a: next(rates))
     flags = ["--then", shapes, "--strategy", "layers:1", "--epochs", 2, "--lr-find"]
-    result = tune(*flags, root=tiny, out="straight")
-    total = 2 * (50 // 4) + 2 * (15 // 4)
-
-    def signalled(*args, **options):
-        done = step(*args, **options)
-        if next(calls) in (2, total - 2):
-            os.kill(os.getpid(), signal.SIGUSR1)
-        return done
-    monkeypatch.setattr(train, "train_step", signalled)
-    for _ in range(2):
-        with pytest.raises(UserError, match="stopped by SIGUSR1"):
-            tune(*flags, "--resume", root=tiny, out="stopped")
-    assert tune(*flags, "--resume", root=tiny, out="stopped")["loss"] == result["loss"]
+    result, total = interrupted(monkeypatch, lambda: tune(*flags, root=tiny, out="straight"))
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", root=tiny, out="stopped"), 2, total - 2)
+    assert resumed["loss"] == result["loss"]
     for part in ("step/last.pt", "last.pt"):
         assert not equal_state(tmp_path / "straight" / part, tmp_path / "stopped" / part)
 
@@ -876,12 +857,8 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
     flags = ["--search", 2, "--strategy", "head", "--views", 1, "--epochs", 1]
     tune(*flags)
     expected = tune(*flags, "--seed", 7, out="straight")
-    step, calls = train.train_step, itertools.count(1)
-    monkeypatch.setattr(train, "train_step", lambda *a, **k: (
-        next(calls) == 2 and os.kill(os.getpid(), signal.SIGUSR1), step(*a, **k))[1])
-    with pytest.raises(UserError, match="stopped by SIGUSR1"):
-        tune(*flags, "--seed", 7, "--overwrite")
-    resumed = tune(*flags, "--seed", 7, "--resume")
+    how = iter(["--overwrite", "--resume"])
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--seed", 7, next(how)), 2)
     for found, wanted in zip(resumed["search"], expected["search"], strict=True):
         assert found["loss"] == wanted["loss"]
 
