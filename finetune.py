@@ -1162,12 +1162,10 @@ class Pyramid(nn.Module):
         return self.fpn(maps)
 
 
-def hard_heads(base):
-    """torchvision's RoIHeads made to learn from the hardest proposals instead of a random sample: all of them are
-    scored first, without gradients, and the `keep` of an image with the highest loss remain (arXiv 1604.03540)"""
-    class HardRoIHeads(type(base)):
-        keep = PROPOSALS
-
+def harden(heads, keep):
+    """Makes torchvision's RoIHeads, in place, learn from the hardest proposals instead of a random sample: all of them
+    are scored first, without gradients, and the `keep` of an image with the highest loss remain (arXiv 1604.03540)"""
+    class HardRoIHeads(type(heads)):
         def forward(self, features, proposals, image_shapes, targets=None):
             self.seen = features, image_shapes
             try:
@@ -1184,11 +1182,10 @@ def hard_heads(base):
                 own = deltas.view(len(deltas), -1, 4)[torch.arange(len(deltas)), target]
                 loss = F.cross_entropy(logits, target, reduction="none") \
                     + F.smooth_l1_loss(own, goal, beta=1 / 9, reduction="none").sum(1) * (target > 0)
-            hard = [part.topk(min(self.keep, len(part))).indices for part in loss.split([len(p) for p in proposals])]
+            hard = [part.topk(min(keep, len(part))).indices for part in loss.split([len(p) for p in proposals])]
             return tuple([x[h] for x, h in zip(parts, hard)] for parts in (proposals, matched, labels, regression))
-    base.__class__ = HardRoIHeads
-    base.fg_bg_sampler.batch_size_per_image, base.fg_bg_sampler.positive_fraction = 10 ** 6, 1.0  # everything
-    return base
+    heads.__class__ = HardRoIHeads
+    heads.fg_bg_sampler.batch_size_per_image, heads.fg_bg_sampler.positive_fraction = 10 ** 6, 1.0  # everything
 
 
 class Detector(nn.Module):
@@ -1213,7 +1210,7 @@ class Detector(nn.Module):
         pool, side = self.roi_heads.box_roi_pool, 1024 if backbone.get("stem") == "small" else 256
         pool({name: torch.zeros(1, 1, side >> i, side >> i) for i, name in enumerate(pool.featmap_names)},
              [torch.zeros(1, 4)], [(1024, 1024)])
-        self.preprocess, self.grad_checkpointing, self.amp = dict(PREPROCESS), False, None
+        self.preprocess, self.amp = dict(PREPROCESS), None
 
     def forward(self, images, rows=None):
         from torchvision.models.detection.image_list import ImageList
@@ -1350,7 +1347,7 @@ def mean_average_precision(found, known, classes, most=100):
             reached, value = hits[t] / total, hits[t] / np.maximum(hits[t] + misses[t], np.spacing(1))
             value = np.maximum.accumulate(value[::-1])[::-1]
             at = np.searchsorted(reached, np.linspace(0, 1, 101), side="left")
-            precision[name][t, :, c] = [value[i] if i < len(value) else 0.0 for i in at]
+            precision[name][t, :, c] = np.append(value, 0.0)[at]
             if name == "all":
                 recall[t, c] = reached[-1] if len(reached) else 0.0
 
@@ -1382,11 +1379,11 @@ class Detection(train.Plan):
         model.preprocess, model.amp = dict(self.source.preprocess), train.amp_dtype(args, self.world.device)
         train.freeze(model.backbone.body)
         for i in range(5 - args.trainable_stages, 5):
-            for name, p in getattr(model.backbone.body, f"layer{i}").named_parameters():
+            for p in getattr(model.backbone.body, f"layer{i}").parameters():
                 p.requires_grad_(p.ndim > 1)  # batch-norm stays as it is everywhere: batches are small
         if args.ohem < 1:
-            hard_heads(model.roi_heads).keep = max(1, round(PROPOSALS * args.ohem))
-        return train.prepare(model, args)
+            harden(model.roi_heads, max(1, round(PROPOSALS * args.ohem)))
+        return model
 
     def share(self, name):
         return 1.0 if name.startswith("backbone.body.") else self.args.head_lr_mult
@@ -1416,8 +1413,8 @@ def draw_boxes(image, found, truth, classes, threshold):
     for box, label, score in zip(*found):
         if score >= threshold:
             pen.rectangle(tuple(box), outline=(230, 40, 40), width=pen_width)
-            pen.text((box[0] + 4, box[1] + 4), f"{classes[label - 1]} {score:.2f}".encode("latin-1", "replace")
-                     .decode("latin-1"), fill=(230, 40, 40), font_size=max(12, min(image.size) // 20))
+            pen.text((box[0] + 4, box[1] + 4), f"{classes[label - 1]} {score:.2f}", fill=(230, 40, 40),
+                     font_size=max(12, min(image.size) // 20))
     return image
 
 

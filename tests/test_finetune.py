@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 import xml.dom.minidom
 
 import numpy as np
@@ -108,7 +109,8 @@ def plan_of(source, shapes, *flags, new_head=True):
     *sets, notes = data.open_folder(shapes)
     if not new_head:
         model = finetune.rebuilt(model, 0, True, num_classes=len(sets[2]))
-    plan = finetune.FineTuning(args, train.World(), None, model, sets, notes, new_head, "none")
+    unstopped = types.SimpleNamespace(poll=lambda: False)
+    plan = finetune.FineTuning(args, train.World(), unstopped, model, sets, notes, new_head, "none")
     return plan, plan.model(args, sets[2]), args
 
 
@@ -257,7 +259,6 @@ def test_a_head_without_a_bias_and_a_stage_of_more_than_norms():
     model = torchvision_model("convnext_tiny", 4)
     top = finetune.stages_of(model)[1]  # the norm before the head is no stage by itself
     assert sum(p.numel() for part in top for p in model.get_submodule(part).parameters()) > 1e6
-
 
 
 def trained_stages(plan, model):
@@ -732,23 +733,16 @@ def test_a_network_without_batch_norm_is_saved_and_resumed(tune, tmp_path, monke
 def test_parameters_beside_the_parts_belong_to_the_lowest_stage(shapes, tmp_path):
     path = str(tmp_path / "vit.pth")
     torch.save(torchvision_model("vit_b_16", 4).state_dict(), path)
-    flags = ("--model", "vit_b_16", "--data", shapes, "--checkpoint", path, "--image-size", 224)
-    args = parse(*flags, "--strategy", "gradual")
-    sets, model = data.open_folder(shapes), finetune.load_source(args)[0]
-    finetune.resolve(args, model, 15)
-    plan = finetune.FineTuning(args, train.World(), None, model, sets, [], True, "none")
-    model = plan.model(args, sets[2])
+    flags = ("--model", "vit_b_16", "--image-size", 224, "--strategy", "gradual")
+    plan, model, _ = plan_of(path, shapes, *flags)
     for epoch, trained in ((0, False), (4, False), (5, True)):
         plan.begin(model, epoch)
         assert model.class_token.requires_grad == model.conv_proj.weight.requires_grad == trained
         assert model.heads.head.weight.requires_grad
     for more, wrong in ((("--image-size", 64), "--image-size 64"), (("--val-size", 256), "--val-size 256"),
                         (("--progressive", 160, 0.1, 0.5), "--progressive 160")):
-        args = parse(*flags, "--strategy", "gradual", *more)
-        finetune.resolve(args, plan.source, 15)
         with pytest.raises(UserError, match=wrong) as caught:
-            plan.args = args
-            plan.model(args, "abc")
+            plan_of(path, shapes, *flags, *more)
         assert caught.value.code == 2
 
 
@@ -776,7 +770,6 @@ def test_range_test_sees_the_fall_through_the_noise(source, shapes, tmp_path, mo
             + float(rng.normal(0, 0.2)))
     monkeypatch.setattr(finetune, "rates_svg", lambda rates, losses, chosen: drawn.append((rates, losses)) or "")
     plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
-    plan.stop = type("Stop", (), dict(poll=lambda self: False))()
     assert 2e-5 < finetune.find_lr(plan, args, train.World()) < 1e-3  # the smoothed loss is some steps late
     (rates, losses), = drawn
     assert len(rates) == len(losses) > 50
@@ -784,7 +777,6 @@ def test_range_test_sees_the_fall_through_the_noise(source, shapes, tmp_path, mo
 
 def test_range_test_takes_no_rate_at_which_training_diverges(source, shapes, tmp_path, monkeypatch):
     plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
-    plan.stop = type("Stop", (), dict(poll=lambda self: False))()
     falling(monkeypatch, lambda i, rate: float("nan") if i == 60 else 2 - 1.5 / (1 + (1e-5 / rate) ** 2))
     assert 5e-6 < finetune.find_lr(plan, args, train.World()) < 1e-4
     falling(monkeypatch, lambda i, rate: float("nan"))
@@ -796,9 +788,8 @@ def test_range_test_takes_no_rate_at_which_training_diverges(source, shapes, tmp
 def test_range_test_goes_by_the_first_process_s_losses(source, shapes, tmp_path, monkeypatch):
     """On GPUs the others' differ in their last bits: they must end at the same step, with the same rate"""
     plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
-    plan.stop, found = type("Stop", (), dict(poll=lambda self: False))(), []
     curve = lambda i, rate: 2 - 1.5 / (1 + (1e-5 / rate) ** 2) + 10 * (i > 60)  # noqa: E731
-    rates = [1e-6 * 1e5 ** (i / 79) for i in range(80)]
+    found, rates = [], [1e-6 * 1e5 ** (i / 79) for i in range(80)]
     for rank, mine in enumerate((curve, lambda i, rate: 1.0)):
         falling(monkeypatch, mine)
         world, steps = train.World(), itertools.count()
