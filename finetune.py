@@ -294,7 +294,7 @@ def stages_of(model):
     while True:
         largest = max(parts, key=size)
         inner = inside(model.get_submodule(largest), largest + ".")
-        if not inner or size(largest) <= 0.8 * sum(map(size, parts)) or largest == head:
+        if not inner or size(largest) <= 0.8 * sum(map(size, parts)):
             break
         at = parts.index(largest)
         parts[at:at + 1] = inner
@@ -491,8 +491,7 @@ class FineTuning(train.Plan):
     def __init__(self, args, world, stop, source, sets, notes, new_head, cache):
         self.args, self.world, self.stop, self.sets, self.cache = args, world, stop, sets, cache
         self.source, self.notes, self.new_head = source, notes, new_head
-        self.kind, _, number = args.strategy.partition(":")
-        self.number = int(number or 0)
+        self.kind, _, self.number = args.strategy.partition(":")
         self.amp = train.amp_dtype(args, world.device)
         self.target = data.scan_unlabelled(args.target_domain) if args.target_domain and args.align != "none" else None
         self.knows = not new_head and self.target is None  # what is not aligned yet does not compete
@@ -547,7 +546,7 @@ class FineTuning(train.Plan):
 
     def begin(self, model, epoch):
         """The stages that an epoch trains"""
-        count = {"layers": 1 + self.number, "full": len(self.stages),
+        count = {"layers": 1 + int(self.number or 0), "full": len(self.stages),
                  "gradual": 2 - self.new_head + epoch // self.args.unfreeze_every}.get(self.kind, 1)
         count = min(count, len(self.stages))
         if count == self.opened:
@@ -1475,6 +1474,7 @@ def classify(args, world, stop, asked=None):
 
     def run(args):
         note = resolve(args, model, len(sets[0]))
+        begun, said, new_head = model, notes + [note], not known
         if args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear):
             # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
             first = changed(args, **BEYOND_HEAD, strategy="head", epochs=STRATEGIES["head"]["epochs"],
@@ -1482,10 +1482,8 @@ def classify(args, world, stop, asked=None):
             plan = FineTuning(first, world, stop, model, sets, notes + [f"{note}: the head alone"], True, cache)
             path = train.train(first, world, stop, plan)["checkpoint"]
             world.barrier()
-            plan = FineTuning(args, world, stop, build_model(load_checkpoint(path), path), sets,
-                              [f"network: {path}", note], False, cache)
-        else:
-            plan = FineTuning(args, world, stop, model, sets, notes + [note], not known, cache)
+            begun, said, new_head = build_model(load_checkpoint(path), path), [f"network: {path}", note], False
+        plan = FineTuning(args, world, stop, begun, sets, said, new_head, cache)
         if args.lr_find and resume:  # a part's args.json is not read again
             args.lr = load_checkpoint(resume)["args"]["lr"]
         elif args.lr_find:
