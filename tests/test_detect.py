@@ -170,8 +170,7 @@ def test_without_a_validation_set_a_hash_of_the_names_makes_one(folder, tmp_path
     ("missing image", "train3.xml: its image gone.jpg is not in"), ("no xml", "train3.xml: "),
     ("no box", "train3.xml: "), ("not a number", "train3.xml: "), ("not an image", "train3.jpg: ")])
 def test_a_bad_annotation_is_named_or_left_out(fault, complaint, folder, tmp_path):
-    root = tmp_path / "bad"
-    shutil.copytree(folder, root)
+    root = shutil.copytree(folder, tmp_path / "bad")
     note, image = root / "train" / "annotations" / "train3.xml", root / "train" / "images" / "train3.jpg"
     if fault == "missing image":
         image.unlink()
@@ -192,16 +191,14 @@ def test_a_bad_annotation_is_named_or_left_out(fault, complaint, folder, tmp_pat
 
 
 def test_a_validation_image_is_left_out_of_training(folder, tmp_path):
-    root = tmp_path / "twice"
-    shutil.copytree(folder, root)
+    root = shutil.copytree(folder, tmp_path / "twice")
     shutil.copy(root / "val" / "images" / "val2.jpg", root / "train" / "images" / "train5.jpg")
     files, val, _, _, notes = opened(root)
     assert (len(files), len(val)) == (11, 5) and any("train5.jpg is" in n and "val2.jpg" in n for n in notes)
 
 
 def test_odd_boxes(folder, tmp_path):
-    root = tmp_path / "odd"
-    shutil.copytree(folder, root)
+    root = shutil.copytree(folder, tmp_path / "odd")
     note = root / "train" / "annotations" / "train0.xml"
     image = scene([False, 0])[0]
     note.write_text(voc("other/name.jpg".replace("other/", ""), [
