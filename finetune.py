@@ -589,12 +589,11 @@ class FineTuning(train.Plan):
         key = hashlib.blake2b(repr(about).encode())
         for value in (images.files.blob, *(v.numpy() for v in self.source.state_dict().values())):
             key.update(np.ascontiguousarray(value))
-        known = {}
-        if os.path.exists(path):
-            with contextlib.suppress(Exception):  # a cache: whatever is wrong with it, it is computed again
-                known = torch.load(path, weights_only=True)
-        if key.hexdigest() in known:
-            return known[key.hexdigest()]
+        key, known = key.hexdigest(), {}
+        with contextlib.suppress(Exception):  # a cache: missing, or whatever is wrong with it, it is computed again
+            known = torch.load(path, weights_only=True)
+        if key in known:
+            return known[key]
         read, parts, n = reader(self.net, self.amp), [], len(images.files)
         batches = [[(epoch, i, 0) for _, i, _ in batch] for epoch in range(views)
                    for batch in data.eval_batches(n, 32, world.rank, world.size)]
@@ -614,7 +613,7 @@ class FineTuning(train.Plan):
             values[:, rank::world.size] = theirs
         if world.rank == 0:
             buffer = io.BytesIO()
-            torch.save({**known, key.hexdigest(): values}, buffer)
+            torch.save({**known, key: values}, buffer)
             write_atomic(path, buffer.getbuffer())
         world.barrier()
         return values
@@ -776,15 +775,13 @@ def search(args, run, kinds):
         raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {len(settings)} settings", code=2)
     rows, alive, epochs = [], settings[:args.search], 1
     while True:
-        scores = []
         for setting in alive:
             name = f"{setting['strategy']}-{setting['lr']:.2g}-{epochs}".replace(":", "")
             result = run(changed(args, **setting, epochs=epochs, patience=0, resume=args.resume and "auto",
                                  overwrite=True, out=os.path.join(args.out, "search", name)))
             rows.append(dict(setting, epochs=epochs, **{k: result[k] for k in ("top1", "loss", "seconds")}))
-            scores.append((-result["top1"], result["loss"]))
-        ranked = sorted(range(len(alive)), key=scores.__getitem__)
-        alive = [alive[i] for i in ranked[:max(1, len(alive) // 2)]]
+        ranked = sorted(zip(rows[-len(alive):], alive), key=lambda pair: (-pair[0]["top1"], pair[0]["loss"]))
+        alive = [setting for _, setting in ranked[:max(1, len(alive) // 2)]]
         if len(alive) == 1:
             return rows, alive[0]
         epochs *= 2
@@ -1155,7 +1152,7 @@ class Pyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, self.out_channels, LastLevelMaxPool())
 
     def forward(self, x):
-        x, maps = self.body.maxpool(norm_relu(self.body.bn1, self.body.conv1(x))), collections.OrderedDict()
+        x, maps = self.body.maxpool(norm_relu(self.body.bn1, self.body.conv1(x))), {}
         for i in range(4):
             x = maps[str(i)] = getattr(self.body, f"layer{i + 1}")(x)
         return self.fpn(maps)
@@ -1218,7 +1215,7 @@ class Detector(nn.Module):
             rows = rows.float().expand(len(images), 2, 5)
         with torch.autocast(images.device.type, self.amp or torch.bfloat16, enabled=self.amp is not None):
             features = self.backbone(images)
-        features = collections.OrderedDict((k, v.float()) for k, v in features.items())
+        features = {k: v.float() for k, v in features.items()}
         shapes = [(int(h), int(w)) for h, w in rows[:, 0, :2].tolist()]
         targets = [dict(boxes=r[r[:, 4] > 0, :4], labels=r[r[:, 4] > 0, 4].long()) for r in rows[:, 1:]]
         targets = targets if self.training else None
