@@ -178,6 +178,7 @@ def check_args(args):
             (kind == "gradual" or any_kind, "--strategy gradual", ("unfreeze_every",)),
             (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
             (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
+            (kind == "full", "--strategy full", ("fused_bn", "sync_bn")),  # a frozen batch-norm computes no statistics
             (kind not in ("head", "lora", "adapter") or args.resume, "a --strategy that trains the network's weights",
              ("l2_sp",) + ("layer_decay",) * (args.layer_decay != 1)),
             (args.target_domain, "--target-domain", ("align", "align_weight"))):
@@ -189,8 +190,6 @@ def check_args(args):
         if args.batch_size == "auto":
             refuse("--batch-size auto: not with --task detect")
         return
-    if (args.fused_bn or args.sync_bn) and kind != "full":  # of a frozen batch-norm there are no statistics to compute
-        refuse(f"--{'fused' if args.fused_bn else 'sync'}-bn goes with --strategy full")
     if args.lr_find and args.batch_size == "auto":
         refuse("--batch-size auto: --lr-find needs a number")
     if args.model and (args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"):
