@@ -375,15 +375,16 @@ def reader(model, amp):
 
 # ---------------------------------------------------------------------------------------------------- before training
 
-def examine(path, raw):
-    """-> (format, digest of the file) or (None, complaint). `raw` pixels may begin as some format's files do."""
+def examine(files, i):
+    """-> (i, path, format, digest of the file), or (i, complaint, None, None)"""
+    path, raw = files.path(i), files.pack is not None and files.pack.head["mode"] == "raw"
     try:
         data.load(path)
         content = data.read(path)
-        kind = "pixels" if raw else Image.open(io.BytesIO(content)).format
-        return kind, hashlib.blake2b(content, digest_size=16).digest()
+        kind = "pixels" if raw else Image.open(io.BytesIO(content)).format  # pixels may begin as a format's files do
+        return i, path, kind, hashlib.blake2b(content, digest_size=16).digest()
     except (OSError, ValueError) as error:
-        return None, f"{path}: {error}"
+        return i, f"{path}: {error}", None, None
 
 
 def some(items, most=3):
@@ -392,21 +393,18 @@ def some(items, most=3):
 
 def leave_out(files, val, args):
     """Training and validation Files -> the same without what does not decode (an error unless --on-corrupt skip) and
-    without training images that are validation images too; notes; [(position, path, format, digest)] of what decodes
-    of either"""
+    without training images that are validation images too; notes; examine()'s of what decodes of either"""
     if len(files) + len(val) > CHECKED and not (args.search or args.strategy in ("head", "gradual")):
         return files, val, [f"data check: more than {CHECKED} files are not read beforehand"], ((), ())
     notes, found = [], []
     for name, part in (("training", files), ("validation", val)):
-        paths = [part.path(i) for i in range(len(part))]
         with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
-            raw = part.pack is not None and part.pack.head["mode"] == "raw"
-            seen = list(pool.map(examine, paths, itertools.repeat(raw)))
-        bad = [complaint for kind, complaint in seen if not kind]
+            seen = list(pool.map(examine, itertools.repeat(part), range(len(part))))
+        bad = [complaint for _, complaint, kind, _ in seen if not kind]
         train.check_corrupt(bad, args.on_corrupt)
         if bad:
             notes.append(f"data check: {len(bad)} {name} files are left out, as they do not decode: {some(bad)}")
-        found.append([(i, path, kind, digest) for i, (path, (kind, digest)) in enumerate(zip(paths, seen)) if kind])
+        found.append([row for row in seen if row[2]])
     held = {digest: path for _, path, _, digest in found[1]}
     twice = [f"{path} is {held[digest]}" for _, path, _, digest in found[0] if digest in held]
     if twice:
