@@ -19,6 +19,7 @@ import copy
 import functools
 import glob
 import html
+import itertools
 import json
 import math
 import os
@@ -83,6 +84,7 @@ from resnet50 import (
 
 DEFAULTS = ["runs/finetune/best.pt", "runs/train/best.pt"]
 TARGETS = ("macs", "params", "latency")
+GOALS = ("prune", "sparsity", "sparsity_2_4", *(f"target_{kind}" for kind in TARGETS))  # flags that say what shall go
 STAGES = ("distill", "prune", "finetune", "qat", "quantize")
 IMPORTANCE = ("l1", "l2", "bn", "taylor", "activation", "random")
 
@@ -1101,7 +1103,7 @@ class Pipeline:
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
             if self.args.resume and os.path.exists(path):
                 self.model = build_model(load_checkpoint(path), path).to(self.world.device)
-                if self.args.sparsity is not None or self.args.sparsity_2_4:
+                if self.args.sparsity or self.args.sparsity_2_4:
                     self.masks = {k: p.detach() != 0 for k, p in self.model.named_parameters() if p.ndim > 1}
             else:
                 getattr(self, stage)()
@@ -1161,7 +1163,7 @@ class Pipeline:
 
     def prune(self):
         args, model = self.args, self.model
-        if args.sparsity is not None or args.sparsity_2_4:
+        if args.sparsity or args.sparsity_2_4:
             self.masks = masks_2_4(model) if args.sparsity_2_4 else masks_global(model, args.sparsity)
             with torch.no_grad():
                 for name, mask in self.masks.items():
@@ -1346,6 +1348,7 @@ def widths_line(before, after):
 # -------------------------------------------------------------------------------------------------------- main
 
 def get_args_parser():
+    above = between(0.0, kind=float, above=True)
     p = argparse.ArgumentParser(prog="compress.py", description="Prune, distil and quantize a trained network.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     g = p.add_argument_group("run")
@@ -1355,7 +1358,7 @@ def get_args_parser():
     g.add_argument("--resume", nargs="?", const="auto", choices=("auto",),
                    help="go on where a stopped run of the same flags was")
     g.add_argument("--stages", nargs="+", choices=STAGES, help="another order than the usual one")
-    g.add_argument("--workers", type=int, default=max(1, min(8, os.cpu_count() or 1)), metavar="N")
+    g.add_argument("--workers", type=between(0), default=max(1, min(8, os.cpu_count() or 1)), metavar="N")
     g.add_argument("--eval-batch-size", type=positive, default=32, metavar="N")
     g.add_argument("--val-split", type=float, metavar="F", help="share held out where there is no val/")
     g.add_argument("--on-corrupt", choices=("error", "skip"), default="error", help="for files that do not decode")
@@ -1365,9 +1368,9 @@ def get_args_parser():
     add_model_args(p)
     g = p.add_argument_group("pruning")
     g.add_argument("--prune", type=below_one, metavar="RATIO", help="share of the channels that goes")
-    g.add_argument("--target-macs", type=float, metavar="N", help="multiply-accumulates per image to get down to")
-    g.add_argument("--target-params", type=float, metavar="N", help="parameters to get down to")
-    g.add_argument("--target-latency", type=float, metavar="MS", help="milliseconds per image, on this machine")
+    g.add_argument("--target-macs", type=above, metavar="N", help="multiply-accumulates per image to get down to")
+    g.add_argument("--target-params", type=above, metavar="N", help="parameters to get down to")
+    g.add_argument("--target-latency", type=above, metavar="MS", help="milliseconds per image, on this machine")
     g.add_argument("--importance", choices=IMPORTANCE, default="l2", help="what tells which channels matter")
     g.add_argument("--ranking", choices=("layer", "global"), default="layer",
                    help="the same share of every layer, or the least important of all")
@@ -1376,7 +1379,7 @@ def get_args_parser():
     g.add_argument("--rounds", type=positive, default=1, metavar="N", help="prune and fine-tune by and by")
     g.add_argument("--recalibrate", action=argparse.BooleanOptionalAction, default=True,
                    help="batch-norm statistics anew after pruning")
-    g.add_argument("--sparsity", type=below_one, metavar="RATIO",
+    g.add_argument("--sparsity", type=between(0.0, 1.0, float, above=True, below=True), metavar="RATIO",
                    help="share of single weights set to zero: a smaller file, not a faster network")
     g.add_argument("--sparsity-2-4", action="store_true", help="two of every four weights: the same")
     g = p.add_argument_group("several networks")
@@ -1384,7 +1387,7 @@ def get_args_parser():
     g.add_argument("--cascade", nargs=2, metavar=("SMALL", "BIG"),
                    help="one network of two checkpoints, that asks BIG when SMALL is unsure")
     g = p.add_argument_group("training")
-    g.add_argument("--epochs", type=int, default=5, metavar="N", help="after pruning, or of a student")
+    g.add_argument("--epochs", type=between(0), default=5, metavar="N", help="after pruning, or of a student")
     g.add_argument("--lr", type=amount,
                    help="peak rate, scaled with the batch as in train.py; default: a share of the recipe's")
     g.add_argument("--batch-size", type=positive, metavar="N")
@@ -1397,7 +1400,7 @@ def get_args_parser():
     g.add_argument("--distill", metavar="TEACHER", help="a checkpoint, a torchvision model's name, or self")
     g.add_argument("--student", metavar="WHAT", help="torchvision's name, or a share of ResNet-50's channels")
     g.add_argument("--kd-loss", choices=("kl", "dkd", "dist"), default="kl")
-    g.add_argument("--kd-temperature", type=between(0.0, kind=float, above=True), default=4.0)
+    g.add_argument("--kd-temperature", type=above, default=4.0)
     g.add_argument("--kd-alpha", type=fraction, default=0.5, help="weight of the teacher's outputs against the labels'")
     g.add_argument("--kd-features", type=amount, default=0.0, metavar="BETA", help="weight of intermediate maps")
     g = p.add_argument_group("quantization")
@@ -1433,13 +1436,18 @@ CASCADES = ("cascade", "data", "val_split", "on_corrupt", "seed", "stride_on", "
             "classes", "max_drop", "calib_images", *ANY_TIME)  # what --cascade reads
 
 
+def given(args):
+    """-> {name: value} of the flags that are not at their defaults"""
+    defaults = vars(get_args_parser().parse_args([]))
+    return {k: value for k, value in vars(args).items() if value != defaults[k]}
+
+
 def stage_list(args):
     """-> the stages that the flags ask for, in order; gradual pruning repeats two of them"""
-    pruned = args.prune is not None or args.sparsity is not None or args.sparsity_2_4 or any(
-        getattr(args, f"target_{k}") is not None for k in TARGETS)
-    taught = args.distill is not None and args.student is None and not args.qat  # which is training by itself
-    wanted = dict(distill=args.student is not None, prune=pruned, finetune=args.epochs > 0 and (pruned or taught),
-                  qat=args.qat, quantize=bool(args.int8 and not args.qat or args.int4_weights or args.dynamic))
+    pruned = any(k in GOALS for k in given(args))
+    taught = args.distill and not args.student and not args.qat  # which is training by itself
+    wanted = dict(distill=args.student, prune=pruned, finetune=args.epochs and (pruned or taught), qat=args.qat,
+                  quantize=args.int8 and not args.qat or args.int4_weights or args.dynamic)
     stages = [stage for stage in args.stages or STAGES if wanted[stage]]
     if args.rounds > 1:
         at = stages.index("prune")
@@ -1483,75 +1491,58 @@ def prepare_out(args, world, inputs):
 def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
-    goals = [f"--{k.replace('_', '-')}" for k in ("prune", "sparsity", *(f"target_{k}" for k in TARGETS))
-             if getattr(args, k) is not None] + ["--sparsity-2-4"] * args.sparsity_2_4
+    flags = {k: f"--{'no-' * (value is False)}{k.replace('_', '-')}" for k, value in given(args).items()}
+    goals = [k for k in GOALS if k in flags]
     if len(goals) > 1:
-        refuse(f"{' and '.join(goals)} exclude each other")
-    for name in TARGETS:
-        value = getattr(args, f"target_{name}")
-        if value is not None and not value > 0:
-            refuse(f"--target-{name} {value:g}: must be positive")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        refuse(f"--device {args.device}: PyTorch sees no CUDA device here")
-    if args.epochs < 0 or args.workers < 0:
-        refuse("--epochs and --workers must not be negative")
-    if args.rounds > 1 and (not goals or goals[0].startswith("--sparsity") or not args.epochs):
-        refuse("--rounds goes with --prune or a --target-..., and --epochs")
-    defaults, channels = vars(get_args_parser().parse_args([])), [g for g in goals if "sparsity" not in g]
-    for given, partners, names in (
-            (args.distill, "--distill", ("kd_loss", "kd_temperature", "kd_alpha", "kd_features")),
-            (args.qat, "--qat", ("qat_epochs", "qat_ranges", "freeze_bn_epochs")),
-            (args.int8 or args.qat or args.auto, "--int8, --qat or --auto",
-             ("observer", "equalise", "weight_bits", "per_tensor")),
-            (args.int8 or args.auto, "--int8 or --auto", ("correction",)),
-            (channels or args.student or args.auto, "--prune, --target-..., --student or --auto", ("round_to",)),
-            (channels or args.auto, "--prune, --target-... or --auto",
-             ("importance", "ranking", "sensitivity", "recalibrate"))):
-        for name in names:
-            if vars(args)[name] != defaults[name] and not given:
-                refuse(f"--{'no-' * (vars(args)[name] is False)}{name.replace('_', '-')} goes with {partners}")
-    if args.dynamic and (args.int8 or args.qat or args.int4_weights):
-        refuse("--dynamic excludes --int8, --qat and --int4-weights")
-    if args.int4_weights and (args.int8 or args.qat or goals[:1] == ["--sparsity"] or args.sparsity_2_4):
-        refuse("--int4-weights excludes --int8, --qat and sparsity")
-    if args.sparsity == 0:
-        refuse("--sparsity 0: nothing would be set to zero")
-    if args.float_layers and not (args.int8 or args.auto) or args.float_layers and args.qat:
-        refuse("--float-layers goes with --int8 or --auto, and not with --qat")
-    if args.max_drop is not None and (args.qat or not (args.int8 or args.auto or args.cascade)):
-        refuse("--max-drop goes with --int8, --auto or --cascade, and not with --qat")
-    if args.student is not None:
-        share = share_of(args.student)
-        if share is not None and not 0 < share <= 1:
-            refuse(f"--student {args.student}: a share of the channels lies in (0, 1]")
-        if share is None and (goals or args.int8 or args.dynamic or args.qat or args.int4_weights):
-            refuse(f"--student {args.student}: only ResNet-50s are pruned and quantized")
-        if not args.epochs:
-            refuse("--student needs --epochs")
+        refuse(f"{' and '.join(flags[k] for k in goals)} exclude each other")
+    channels, share = goals and "sparsity" not in goals[0], args.student and share_of(args.student)
+    int8, changed = args.int8 or args.auto, args.int8 or args.qat or args.dynamic or args.int4_weights
     trains = args.auto or args.qat or args.student or args.epochs and (goals or args.distill)
-    if args.distill and not trains:
-        refuse("--distill teaches in training: give it --epochs or --qat")
-    if args.kd_features and args.qat:
-        refuse("--kd-features: not with --qat, whose network computes without the modules that make these maps")
-    for name in ("lr", "opt", "weight_decay", "batch_size", "amp_dtype", "save_every"):
-        if vars(args)[name] != defaults[name] and not trains:
-            refuse(f"--{name.replace('_', '-')}: nothing is trained")
-    if args.cascade and (unused := [k for k in vars(args) if vars(args)[k] != defaults[k] and k not in CASCADES]):
-        refuse(f"--{unused[0].replace('_', '-')}: --cascade decides by itself and has no use for it")
-    if args.qat and args.epochs not in (0, defaults["epochs"]) and not (goals or args.student):
-        refuse("--epochs: --qat trains for --qat-epochs")
-    alone = "--cascade" if args.cascade else "--auto" if args.auto else None
-    if alone and (goals or args.int8 or args.qat or args.student or args.int4_weights or args.dynamic):
-        refuse(f"{alone} decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it")
+    for names, fits, text in (  # a flag, what it goes with, and what is said where that is not so
+            ([k for k in flags if k not in CASCADES], not args.cascade,
+             ": --cascade decides by itself and has no use for it"),
+            (["auto"], not (goals or changed or args.student),
+             " decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it"),
+            (["rounds"], channels and args.epochs, " goes with --prune or a --target-..., and --epochs"),
+            (["kd_loss", "kd_temperature", "kd_alpha", "kd_features"], args.distill, " goes with --distill"),
+            (["kd_features"], not args.qat,
+             ": not with --qat, whose network computes without the modules that make these maps"),
+            (["qat_epochs", "qat_ranges", "freeze_bn_epochs"], args.qat, " goes with --qat"),
+            (["observer", "equalise", "weight_bits", "per_tensor"], int8 or args.qat,
+             " goes with --int8, --qat or --auto"),
+            (["correction"], int8, " goes with --int8 or --auto"),
+            (["float_layers"], int8 and not args.qat, " goes with --int8 or --auto, and not with --qat"),
+            (["max_drop"], (int8 or args.cascade) and not args.qat,
+             " goes with --int8, --auto or --cascade, and not with --qat"),
+            (["round_to"], channels or args.student or args.auto,
+             " goes with --prune, --target-..., --student or --auto"),
+            (["importance", "ranking", "sensitivity", "recalibrate"], channels or args.auto,
+             " goes with --prune, --target-... or --auto"),
+            (["dynamic"], not (args.int8 or args.qat or args.int4_weights),
+             " excludes --int8, --qat and --int4-weights"),
+            (["int4_weights"], not (args.int8 or args.qat or args.sparsity or args.sparsity_2_4),
+             " excludes --int8, --qat and sparsity"),
+            (["student"], share is None or 0 < share <= 1,
+             f" {args.student}: a share of the channels lies in (0, 1]"),
+            (["student"], share is not None or not (goals or changed),
+             f" {args.student}: only ResNet-50s are pruned and quantized"),
+            (["student"], args.epochs, " needs --epochs"),
+            (["distill"], trains, " teaches in training: give it --epochs or --qat"),
+            (["lr", "opt", "weight_decay", "batch_size", "amp_dtype", "save_every"], trains, ": nothing is trained"),
+            (["epochs"], not (args.qat and args.epochs) or goals or args.student,
+             ": --qat trains for --qat-epochs")):
+        for name in names:
+            if name in flags and not fits:
+                refuse(flags[name] + text)
     wanted = stage_list(argparse.Namespace(**{**vars(args), "stages": None, "rounds": 1}))
     if args.stages and sorted(args.stages) != sorted(wanted):
         refuse(f"--stages {' '.join(args.stages)}: the flags ask for {' '.join(wanted) or 'none'}")
-    for stage, then in zip(args.stages or (), (args.stages or ())[1:]):
+    for stage, then in itertools.pairwise(args.stages or ()):
         if stage in ("qat", "quantize"):
             refuse(f"--stages: {then} cannot follow {stage}, whose network is not trained any more")
     if args.rounds > 1 and "prune finetune" not in " ".join(args.stages or STAGES):
         refuse("--rounds prunes and fine-tunes by turns: --stages must have finetune right after prune")
-    if not alone and not stage_list(args):
+    if not (wanted or args.cascade or args.auto):
         refuse("nothing to do: --prune, --int8, --dynamic, --qat, --distill, --sparsity ... say what (--help)")
 
 
