@@ -391,72 +391,66 @@ def greedy(model, importance, cost, ends, budget, round_to):
 
 # ------------------------------------------------------------------------------------------------ distillation
 
-class Teacher:
-    """Wraps a loss so that the student also follows a teacher on the same augmented images:
+def taught(loss_fn, teacher, student, kind, temperature, alpha, beta):
+    """-> (loss_fn with which the student also follows a teacher on the same augmented images, hooks on both networks
+    that the caller removes after training):
 
-      (1 - alpha) * loss + alpha * soft + beta * features
+      (1 - alpha) * loss + alpha * soft_loss + beta * features
 
-    kl    T^2 * KL(teacher || student) of the softened outputs (Hinton et al., arXiv 1503.02531)
-    dkd   the same split into the target's share and the others', the latter eight times as heavy (arXiv 2203.08679)
-    dist  1 - Pearson correlation of the softened outputs, between classes and between images (arXiv 2205.10536)
     Features: attention transfer (arXiv 1612.03928), the mean squared difference of normalised maps of channel energy,
-    wherever both networks have a map of the same size; widths and depths may differ."""
+    wherever both networks have a map of the same size, below half the images'; widths and depths may differ."""
+    mine, theirs = {}, {}
+    hooks = [hook for model, maps in ((student, mine), (teacher, theirs)) if beta for hook in keep_maps(model, maps)]
 
-    def __init__(self, teacher, student, kind, temperature, alpha, beta, size):
-        self.teacher, self.student = teacher.eval().requires_grad_(False), student
-        self.kind, self.temperature, self.alpha, self.beta = kind, temperature, alpha, beta
-        self.pairs, self.hooks = [], []
-        if beta:
-            mine, theirs = taps(student, size), taps(teacher, size)
-            common = [s for s in mine if s in theirs]
-            if not common:
-                raise UserError("--kd-features: teacher and student have no feature maps of the same size", code=2)
-            self.pairs = [(self.keep(student.get_submodule(mine[s])), self.keep(teacher.get_submodule(theirs[s])))
-                          for s in common]
+    def loss(logits, target, images):
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            other = teacher(renormalize(images, student.preprocess, teacher.preprocess)).float()
+        common = [size for size in theirs if size in mine and 1 < size[0] < images.shape[2] // 2]
+        if beta and not common:
+            raise UserError("--kd-features: teacher and student have no feature maps of the same size", code=2)
+        features = sum((energy(mine[size]) - energy(theirs[size])).square().mean() for size in common)
+        mine.clear()
+        theirs.clear()
+        soft = soft_loss(kind, temperature, logits, other, target)
+        return (1 - alpha) * loss_fn(logits, target) + alpha * soft + beta * features
+    return loss, hooks
 
-    def keep(self, module):
-        """-> a list whose only element is the module's last output"""
-        box = [None]
 
-        def hook(module, _, output):
-            box[0] = output
-        self.hooks.append(module.register_forward_hook(hook))
-        return box
+def keep_maps(model, maps):
+    """-> hooks that put into maps, {(H, W): (N, C, H, W)}, the last result of each size of modules two levels deep"""
+    def hook(module, _, y):
+        if isinstance(y, torch.Tensor) and y.ndim == 4:
+            maps[y.shape[2:]] = y
+    return [module.register_forward_hook(hook) for name, module in model.named_modules()
+            if name and name.count(".") < 2]
 
-    def close(self):
-        for hook in self.hooks:
-            hook.remove()
 
-    def __call__(self, loss_fn):
-        def loss(logits, target, images):
-            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-                other = self.teacher(self.renormalize(images)).float()
-            soft = self.soft(logits, other, target)
-            features = sum((energy(a[0]) - energy(b[0])).square().mean() for a, b in self.pairs)
-            return (1 - self.alpha) * loss_fn(logits, target) + self.alpha * soft + self.beta * features
-        return loss
+def renormalize(images, mine, theirs):
+    """Images normalised by the student's preprocessing -> as the teacher was trained to see them"""
+    if all(list(mine[k]) == list(theirs[k]) for k in ("mean", "std")):
+        return images
+    mean, std, to_mean, to_std = (torch.tensor(preprocess[k], device=images.device).view(3, 1, 1)
+                                  for preprocess in (mine, theirs) for k in ("mean", "std"))
+    return (images * std + mean - to_mean) / to_std
 
-    def renormalize(self, images):
-        """The student's normalised images as the teacher was trained to see them."""
-        mine, theirs = ({k: torch.tensor(m.preprocess[k], device=images.device).view(3, 1, 1)
-                         for k in ("mean", "std")} for m in (self.student, self.teacher))
-        if all(torch.equal(mine[k], theirs[k]) for k in mine):
-            return images
-        return (images * mine["std"] + mine["mean"] - theirs["mean"]) / theirs["std"]
 
-    def soft(self, logits, other, target):
-        t = self.temperature
-        if self.kind == "kl":
-            return F.kl_div((logits / t).log_softmax(1), (other / t).log_softmax(1), log_target=True,
-                            reduction="batchmean") * t * t
-        p, q = (logits / t).softmax(1), (other / t).softmax(1)
-        if self.kind == "dist":
-            return (2 - correlation(p, q) - correlation(p.T, q.T)) * t * t
-        truth = F.one_hot(target if target.ndim == 1 else target.argmax(1), logits.shape[1]).bool()
-        hit = [torch.stack([x[truth], 1 - x[truth]], 1).clamp(min=1e-8) for x in (p, q)]
-        rest = [(x / t).masked_fill(truth, -1e4).log_softmax(1) for x in (logits, other)]
-        target_part = F.kl_div(hit[0].log(), hit[1], reduction="batchmean")
-        return (target_part + 8 * F.kl_div(rest[0], rest[1], log_target=True, reduction="batchmean")) * t * t
+def soft_loss(kind, t, logits, other, target):
+    """Between the student's logits and the teacher's, softened by the temperature t:
+
+    kl    T^2 * KL(teacher || student) (Hinton et al., arXiv 1503.02531)
+    dkd   the same split into the target's share and the others', the latter eight times as heavy (arXiv 2203.08679)
+    dist  1 - Pearson correlation, between classes and between images (arXiv 2205.10536)"""
+    if kind == "kl":
+        return F.kl_div((logits / t).log_softmax(1), (other / t).log_softmax(1), log_target=True,
+                        reduction="batchmean") * t * t
+    p, q = (logits / t).softmax(1), (other / t).softmax(1)
+    if kind == "dist":
+        return (2 - correlation(p, q) - correlation(p.T, q.T)) * t * t
+    truth = F.one_hot(target if target.ndim == 1 else target.argmax(1), logits.shape[1]).bool()
+    hit = [torch.stack([x[truth], 1 - x[truth]], 1).clamp(min=1e-8) for x in (p, q)]
+    rest = [(x / t).masked_fill(truth, -1e4).log_softmax(1) for x in (logits, other)]
+    target_part = F.kl_div(hit[0].log(), hit[1], reduction="batchmean")
+    return (target_part + 8 * F.kl_div(rest[0], rest[1], log_target=True, reduction="batchmean")) * t * t
 
 
 def correlation(p, q):
@@ -467,24 +461,6 @@ def correlation(p, q):
 def energy(x):
     """(N, C, H, W) -> (N, H * W): mean square over channels, scaled to norm 1"""
     return F.normalize(x.float().square().mean(1).flatten(1))
-
-
-@torch.no_grad()
-def taps(model, size):
-    """-> {(H, W): name of the last module, two levels deep, whose output has that size}, for maps under size / 2"""
-    found, handles = {}, []
-    for name, module in model.named_modules():
-        if name and name.count(".") < 2:
-            def hook(module, _, y, name=name):
-                if isinstance(y, torch.Tensor) and y.ndim == 4 and 1 < y.shape[2] < size // 2:
-                    found[tuple(y.shape[2:])] = name
-            handles.append(module.register_forward_hook(hook))
-    training = model.training
-    model.eval()(example(model, 1, size))
-    model.train(training)
-    for handle in handles:
-        handle.remove()
-    return found
 
 
 def load_teacher(name, model, classes, device, stride_on=None):
@@ -966,8 +942,8 @@ def read_pixels(sets, model, args):
 class Report:
     """Every stage's network on the same images; the first is the network as it came."""
 
-    def __init__(self, args, sets, world, stop):
-        self.args, self.sets, self.world, self.stop = args, sets, world, stop
+    def __init__(self, args, sets, world, stop, checkpoint):
+        self.args, self.sets, self.world, self.stop, self.checkpoint = args, sets, world, stop, checkpoint
         self.rows, self.models, self.original, self.extra = [], [], None, {}
 
     def score(self, model):
@@ -1002,6 +978,13 @@ class Report:
         self.models.append(model)
         accuracy = f"top-1 {row['top1']:.2f}, " if self.sets.labelled else ""
         say(f"{stage}: {accuracy}agreement {row['agreement']:.2f} % on {row['images']} images")
+
+    def save(self, path, model, encode=None):
+        """The checkpoint of a network with the first one's classes and training, for all processes to read"""
+        if self.world.rank == 0:
+            save_checkpoint(path, model, classes=self.checkpoint["classes"], wnids=self.checkpoint["wnids"],
+                            args=self.checkpoint["args"], encode=encode)
+        self.world.barrier()
 
     @torch.no_grad()
     def time(self):
@@ -1042,28 +1025,9 @@ class Report:
 KEPT = ("opt", "momentum", "weight_decay", "loss", "label_smoothing", "focal_gamma", "class_weights", "clip_grad_norm",
         "crop_scale", "hflip", "color_jitter", "rotation", "elastic", "auto_augment", "ra_magnitude", "ra_std",
         "random_erase", "mixup_alpha", "cutmix_alpha", "image_size", "batch_size", "exif", "lr_base_size",
-        "model_ema_decay", "model_ema_steps")  # what training after pruning takes over from the training before
-
-
-def training_args(args, checkpoint, root, out, epochs, lr_share):
-    """-> a namespace for train.train: the checkpoint's own recipe, for `epochs` at `lr_share` of its peak rate"""
-    saved = checkpoint["args"]
-    recipe = saved.get("recipe") or ("demo" if os.path.abspath(root) == os.path.abspath(data.DEMO) else "v1")
-    run = train.get_args_parser().parse_args(["--recipe", recipe, "--data", root, "--out", out])
-    for key in KEPT:
-        setattr(run, key, saved.get(key, getattr(run, key)))
-    peak = args.lr if args.lr is not None else saved.get("lr", run.lr) * lr_share
-    for key, value in dict(epochs=epochs, lr=peak, lr_warmup_epochs=min(1.0, epochs / 4), lr_scheduler="cosine",
-                           device=args.device, seed=args.seed, workers=args.workers, on_corrupt=args.on_corrupt,
-                           val_split=args.val_split, resume="auto" if args.resume else None, progressive=None,
-                           overwrite=args.overwrite, amp_dtype=args.amp_dtype, save_every=args.save_every).items():
-        setattr(run, key, value)
-    for key in ("batch_size", "weight_decay", "image_size", "opt"):
-        if getattr(args, key) is not None:
-            setattr(run, key, getattr(args, key))
-    if not isinstance(run.batch_size, int):
-        run.batch_size = 32
-    return run
+        "model_ema_decay", "model_ema_steps")  # what training after pruning takes over from the training before,
+SHARED = ("device", "seed", "workers", "on_corrupt", "val_split", "overwrite", "amp_dtype", "save_every")  # from here
+CHOSEN = ("batch_size", "weight_decay", "image_size", "opt")  # and from here where they are given
 
 
 def share_of(student):
@@ -1072,29 +1036,29 @@ def share_of(student):
         return float(student)
 
 
-class Training(train.Plan):
-    """Of a pipeline's network, which knows its classes and may have a teacher"""
+class Pipeline(train.Plan):
+    """The network between stages, and what stages share. A stage is a method that replaces `network`; what trains in
+    it is this network, which knows its classes and may have a teacher."""
 
-    def __init__(self, pipeline, teacher):
-        self.pipeline, self.teacher = pipeline, teacher
+    def __init__(self, args, report, network, teacher=None):
+        self.args, self.report, self.teacher, self.network = args, report, teacher, network.to(report.world.device)
+        self.world, self.sets, self.checkpoint = report.world, report.sets, report.checkpoint
+        self.masks, self.pixels, self.encode, self.hooks, self.at = {}, None, {}, [], 0
 
     def open(self, args, world):
-        return train.open_data(args, world, *(self.pipeline.checkpoint[k] for k in ("classes", "wnids")))
+        return train.open_data(args, world, self.checkpoint["classes"], self.checkpoint["wnids"])
 
     def model(self, args, classes):
-        return self.pipeline.model
+        return self.network
 
     def teach(self, loss_fn):
-        return self.teacher(loss_fn) if self.teacher else loss_fn
-
-
-class Pipeline:
-    """The network between stages, and what stages share. A stage is a method that replaces `model`."""
-
-    def __init__(self, args, world, stop, model, checkpoint, sets, report, teacher=None):
-        self.args, self.world, self.stop, self.checkpoint, self.sets = args, world, stop, checkpoint, sets
-        self.model, self.report, self.teacher = model.to(world.device), report, teacher
-        self.masks, self.pixels, self.encode, self.at = {}, None, {}, 0
+        if self.teacher is None:
+            return loss_fn
+        args = self.args
+        loss, hooks = taught(loss_fn, self.teacher, self.network, args.kd_loss, args.kd_temperature, args.kd_alpha,
+                             args.kd_features)
+        self.hooks += hooks
+        return loss
 
     def run(self, stages):
         """Each stage, its checkpoint and its row; with --resume a finished stage is read from its checkpoint."""
@@ -1102,55 +1066,63 @@ class Pipeline:
             self.rounds_left = stages[self.at - 1:].count("prune")
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
             if self.args.resume and os.path.exists(path):
-                self.model = build_model(load_checkpoint(path), path).to(self.world.device)
+                self.network = build_model(load_checkpoint(path), path).to(self.world.device)
                 if self.args.sparsity or self.args.sparsity_2_4:
-                    self.masks = {k: p.detach() != 0 for k, p in self.model.named_parameters() if p.ndim > 1}
+                    self.masks = {k: p.detach() != 0 for k, p in self.network.named_parameters() if p.ndim > 1}
             else:
                 getattr(self, stage)()
                 self.save(path)
-            self.report.add(stage, self.model, path)
+            self.report.add(stage, self.network, path)
 
     def path(self, name):
         return os.path.join(self.args.out, name if name == "best" else f"{self.at}-{name}")
 
     def save(self, path):
-        encode = self.encode or {key: "sparse" for key, value in self.model.state_dict().items()
+        encode = self.encode or {key: "sparse" for key, value in self.network.state_dict().items()
                                  if self.masks and value.ndim > 1 and (value == 0).float().mean() > 0.3}
-        if self.world.rank == 0:
-            save_checkpoint(path, self.model, classes=self.checkpoint["classes"], wnids=self.checkpoint["wnids"],
-                            args=self.checkpoint["args"], encode=encode)
-        self.world.barrier()
+        self.report.save(path, self.network, encode)
 
     def calibration(self):
         """-> pixels (N, 3, H, W), labels (N) of the calibration images, on the device, decoded once"""
         if self.pixels is None:
-            self.pixels = [t.to(self.world.device) for t in read_pixels(self.sets, self.model, self.args)]
+            self.pixels = [t.to(self.world.device) for t in read_pixels(self.sets, self.network, self.args)]
         return self.pixels
+
+    def training_args(self, stage, epochs, lr_share):
+        """-> a namespace for train.train: the checkpoint's own recipe, for `epochs` at `lr_share` of its peak rate"""
+        args, root, saved = self.args, self.sets.root, self.checkpoint["args"]
+        recipe = saved.get("recipe") or ("demo" if os.path.abspath(root) == os.path.abspath(data.DEMO) else "v1")
+        run = vars(train.get_args_parser().parse_args(["--recipe", recipe, "--data", root, "--out", self.path(stage)]))
+        run.update((k, saved[k]) for k in KEPT if k in saved)
+        run.update((k, vars(args)[k]) for k in SHARED)
+        run.update((k, vars(args)[k]) for k in CHOSEN if vars(args)[k] is not None)
+        run.update(epochs=epochs, lr=args.lr if args.lr is not None else saved.get("lr", run["lr"]) * lr_share,
+                   lr_warmup_epochs=min(1.0, epochs / 4), lr_scheduler="cosine", progressive=None,
+                   resume="auto" if args.resume else None)
+        if run["batch_size"] == "auto":
+            run["batch_size"] = 32
+        return argparse.Namespace(**run)
 
     def fit(self, stage, epochs, lr_share):
         """Trains the network in OUT/<n>-<stage>, by --distill's teacher where there is one, and leaves it with the best
         epoch's weights."""
-        args, model, teacher = self.args, self.model, self.teacher
-        run = training_args(args, self.checkpoint, self.sets.root, self.path(stage), epochs, lr_share)
-        teach = teacher and Teacher(teacher, model, args.kd_loss, args.kd_temperature, args.kd_alpha, args.kd_features,
-                                    run.image_size)
-        for name, parameter in model.named_parameters():
+        for name, parameter in self.network.named_parameters():
             if name in self.masks:  # a weight that is zero and has no gradient stays zero under every optimizer here
-                parameter.register_hook(lambda gradient, mask=self.masks[name]: gradient * mask)
-        result = train.train(run, self.world, self.stop, Training(self, teach))
-        if teach:
-            teach.close()
+                self.hooks.append(parameter.register_hook(lambda gradient, mask=self.masks[name]: gradient * mask))
+        result = train.train(self.training_args(stage, epochs, lr_share), self.world, self.report.stop, self)
+        while self.hooks:
+            self.hooks.pop().remove()
         self.world.barrier()
-        load_weights(model, load_checkpoint(result["checkpoint"])["model"], result["checkpoint"])
-        model.eval()
+        load_weights(self.network, load_checkpoint(result["checkpoint"])["model"], result["checkpoint"])
+        self.network.eval()
 
     def distill(self):
-        self.model = self.student().to(self.world.device)
+        self.network = self.student().to(self.world.device)
         self.fit("distill", self.args.epochs, 1.0)
 
     def student(self):
         """--student: a share of ResNet-50's channels, or torchvision's network of that name; new weights"""
-        share, config = share_of(self.args.student), {**self.model.config, "widths": {}}
+        share, config = share_of(self.args.student), {**self.network.config, "widths": {}}
         torch.manual_seed(self.args.seed)
         if share is None:
             student = torchvision_model(self.args.student, config["num_classes"])
@@ -1158,11 +1130,11 @@ class Pipeline:
             full = ResNet50(**config)
             keep = uniform(full, rank(full, "random", None, None), 1 - share, self.args.round_to)
             student = ResNet50(**prune(full, keep).config)
-        student.preprocess = dict(self.model.preprocess)
+        student.preprocess = dict(self.network.preprocess)
         return student
 
     def prune(self):
-        args, model = self.args, self.model
+        args, model = self.args, self.network
         if args.sparsity or args.sparsity_2_4:
             self.masks = masks_2_4(model) if args.sparsity_2_4 else masks_global(model, args.sparsity)
             with torch.no_grad():
@@ -1184,15 +1156,15 @@ class Pipeline:
             keep = self.reach_target(importance, 1 / self.rounds_left)
         # what the first process found: times, and a GPU's sums, are not the same in all
         keep = self.world.gather(keep)[0]
-        self.model = prune(model, keep)
+        self.network = prune(model, keep)
         if args.sensitivity:
             self.say_sensitivity(model, importance)
         if args.recalibrate:
             pixels = self.calibration()[0]
             if len(pixels) == 1:
                 raise UserError("one calibration image has no batch-norm statistics: more, or --no-recalibrate", 2)
-            train.recalibrate(self.model, pixels.split(32))
-        say(widths_line(model, self.model))
+            train.recalibrate(self.network, pixels.split(32))
+        say(widths_line(model, self.network))
 
     def say_sensitivity(self, model, importance):
         """Of the network as it came to this stage, each space alone pruned by half -> into the report, {space: (KL of
@@ -1211,7 +1183,7 @@ class Pipeline:
     def reach_target(self, importance, part):
         """-> what prune keeps to go `part` of the way, in logarithms, to --target-macs, --target-params or
         --target-latency"""
-        args, model, size = self.args, self.model, self.model.preprocess["crop"]
+        args, model, size = self.args, self.network, self.network.preprocess["crop"]
         kind = next(k for k in TARGETS if getattr(args, "target_" + k) is not None)
         goal, ends, int8 = getattr(args, "target_" + kind), layers(model), args.int8 or args.qat
         cost = cost_of(kind, model, size, int8)
@@ -1241,15 +1213,15 @@ class Pipeline:
 
     def qat(self):
         args, (float_model, batches) = self.args, self.equalised()
-        run = training_args(args, self.checkpoint, self.sets.root, self.path("qat"), args.qat_epochs, 1.0)
+        run = self.training_args("qat", args.qat_epochs, 1.0)
         images = len(data.open_folder(self.sets.root, val_split=args.val_split)[0])
         steps = args.freeze_bn_epochs * (images // (run.batch_size * self.world.size))
-        fake = self.model = FakeQuantResNet50(float_model, ranges_of(gather(float_model, batches), args.observer),
+        fake = self.network = FakeQuantResNet50(float_model, ranges_of(gather(float_model, batches), args.observer),
                                               args.qat_ranges == "learned", steps, **self.grid())
         self.fit("qat", args.qat_epochs, 0.1)
-        self.model = quantize(fake.cpu(), ranges=fake.ranges(), **self.grid())
+        self.network = quantize(fake.cpu(), ranges=fake.ranges(), **self.grid())
         pixels = self.calibration()[0].cpu()
-        same = (logits_of(fake, pixels).argmax(1) == logits_of(self.model, pixels).argmax(1)).float().mean().item()
+        same = (logits_of(fake, pixels).argmax(1) == logits_of(self.network, pixels).argmax(1)).float().mean().item()
         say(f"fake-quantized network and int8 program agree on {100 * same:.2f} % of {len(pixels)} images")
 
     def grid(self):
@@ -1257,20 +1229,20 @@ class Pipeline:
 
     def equalised(self):
         """-> the float network on the CPU, its channels equalised if --equalise says so, and batches of pixels"""
-        batches, model = self.calibration()[0].cpu().split(32), copy.deepcopy(self.model).cpu()  # the report times it
+        batches, model = self.calibration()[0].cpu().split(32), copy.deepcopy(self.network).cpu()  # the report times it
         return equalise(model, batches) if self.args.equalise else model, batches
 
     def quantize(self):
         args = self.args
         if args.int4_weights:
-            self.encode = {key: f"int4:{args.int4_weights}" for key, p in self.model.named_parameters() if p.ndim > 1}
+            self.encode = {key: f"int4:{args.int4_weights}" for key, p in self.network.named_parameters() if p.ndim > 1}
             with torch.no_grad():
                 for key, encoding in self.encode.items():
-                    weight = self.model.get_parameter(key)
+                    weight = self.network.get_parameter(key)
                     weight.copy_(decode_tensor(encode_tensor(weight, encoding)))
             return
         if args.dynamic:
-            self.model = quantize_classifier(self.model)
+            self.network = quantize_classifier(self.network)
             return
         float_model, batches = self.equalised()
         found = gather(float_model, batches)
@@ -1278,26 +1250,26 @@ class Pipeline:
         def to_int8(float_layers):
             return post_training(float_model, batches, args.observer, args.correction, found,
                                  float_layers=float_layers, **self.grid())
-        self.model = to_int8(args.float_layers)
-        table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.model, batches[:2])
+        self.network = to_int8(args.float_layers)
+        table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.network, batches[:2])
         say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
-        if args.max_drop is not None and self.report.drop(self.report.score(self.model)) > args.max_drop:
+        if args.max_drop is not None and self.report.drop(self.report.score(self.network)) > args.max_drop:
             self.back_to_float(float_model, to_int8)
 
     def back_to_float(self, float_model, to_int8):
         """Layers return to float, those first whose return brings the logits of the calibration images nearest to the
         float network's, until the drop is within --max-drop."""
         pixels, chosen = self.calibration()[0][:64].cpu(), list(self.args.float_layers)
-        names = [step.name for step in self.model.steps if step.kind in ("conv", "linear") and step.name not in chosen]
+        names = [s.name for s in self.network.steps if s.kind in ("conv", "linear") and s.name not in chosen]
         gains = {name: divergence(float_model, to_int8(chosen + [name]), pixels) for name in names}
         names.sort(key=gains.get)
-        base = divergence(float_model, self.model.cpu(), pixels)
+        base = divergence(float_model, self.network.cpu(), pixels)
         say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {base:.3e})")
         say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
         count = 1
         while True:
-            self.model = to_int8(chosen + names[:count])
-            drop = self.report.drop(self.report.score(self.model))
+            self.network = to_int8(chosen + names[:count])
+            drop = self.report.drop(self.report.score(self.network))
             say(f"{count} layers in float: {drop:.2f} points lost")
             if drop <= self.args.max_drop or count == len(names):
                 return
@@ -1576,15 +1548,15 @@ def compress(args, world, stop):
                                            args.stride_on)
     prepare_out(args, world, [source, args.distill])
     say("\n".join([f"{source}: {', '.join(stages)}"] + sets.notes))
-    report = Report(args, sets, world, stop)
+    report = Report(args, sets, world, stop, checkpoint)
     report.add("original", copy.deepcopy(model), source if os.path.exists(source) else None)
     if args.auto:
-        return auto(args, world, stop, model, checkpoint, sets, report, teacher)
-    Pipeline(args, world, stop, model, checkpoint, sets, report, teacher).run(stages)
+        return auto(args, report, model, teacher)
+    Pipeline(args, report, model, teacher).run(stages)
     return finish(report)
 
 
-def auto(args, world, stop, model, checkpoint, sets, report, teacher):
+def auto(args, report, model, teacher):
     """Prune ratio x precision: quarters first, then twice the middle between the last ratio that keeps within
     --max-drop (default 1) and the first that does not. The fastest network within it becomes best.pt."""
     allowed, tried = 1.0 if args.max_drop is None else args.max_drop, {}
@@ -1593,7 +1565,7 @@ def auto(args, world, stop, model, checkpoint, sets, report, teacher):
         run = argparse.Namespace(**{**vars(args), "prune": ratio or None, "int8": True, "max_drop": None,
                                     "out": os.path.join(args.out, f"prune-{ratio:g}")})
         first = len(report.rows)
-        Pipeline(run, world, stop, copy.deepcopy(model), checkpoint, sets, report, teacher).run(stage_list(run))
+        Pipeline(run, report, copy.deepcopy(model), teacher).run(stage_list(run))
         for row in report.rows[first:]:
             row["stage"] = f"{ratio:g} {row['stage']}"
         tried[ratio] = report.drop(report.rows[-1]) <= allowed
@@ -1608,12 +1580,9 @@ def auto(args, world, stop, model, checkpoint, sets, report, teacher):
         raise UserError(f"--max-drop {allowed:g}: no network that was tried gains so much; they are in {args.out}", 2)
     chosen = min(within, key=lambda r: r["latency_ms_bs1"])
     path = os.path.join(args.out, "best.pt")
-    if world.rank == 0:
-        chosen_model = report.models[report.rows.index(chosen)]
-        save_checkpoint(path, chosen_model, classes=checkpoint["classes"], wnids=checkpoint["wnids"],
-                        args=checkpoint["args"])
+    report.save(path, report.models[report.rows.index(chosen)])
+    if report.world.rank == 0:
         write_atomic(os.path.join(args.out, "pareto.svg"), pareto_svg(report.rows, chosen, report.accuracy).encode())
-    world.barrier()
     report.rows.append({**chosen, "checkpoint": path, "bytes": os.path.getsize(path)})
     return finish(report, timed=True, max_drop=allowed)
 
@@ -1676,12 +1645,11 @@ def cascade(args, world, stop):
     if not count and (sure == 1).any():  # which no threshold sends on
         raise UserError(f"{args.cascade[0]}: gives wrong answers a probability of 1, more than --max-drop allows")
     say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")
-    report, path = Report(args, sets, world, stop), os.path.join(args.out, "best.pt")
+    saved = dict(checkpoint, classes=checkpoint["classes"] or sets.classes, args={})
+    report, path = Report(args, sets, world, stop, saved), os.path.join(args.out, "best.pt")
     report.add("big", big, args.cascade[1])
     report.add("small", small, args.cascade[0])
-    if world.rank == 0:
-        save_checkpoint(path, model, classes=checkpoint["classes"] or sets.classes, wnids=checkpoint["wnids"])
-    world.barrier()
+    report.save(path, model)
     report.add("cascade", model, path)
     return finish(report, threshold=model.threshold)
 

@@ -209,14 +209,28 @@ def test_nothing_left_and_values_that_are_not_finite():
 
 def test_a_pipeline_s_network_goes_to_its_device_and_stays_there(monkeypatch):
     """Stages on the CPU work on copies: the report times the networks where they were."""
-    pipeline = compress.Pipeline(SimpleNamespace(equalise=False), SimpleNamespace(device="meta"), None, build("plain"),
-                                 {}, None, None)
-    assert {p.device.type for p in pipeline.model.parameters()} == {"meta"}
-    pipeline.model, pipeline.pixels, moved = build("plain"), [photographs(2, 32, 32), None], []
+    report = SimpleNamespace(world=SimpleNamespace(device="meta"), sets=None, checkpoint={})
+    pipeline = compress.Pipeline(SimpleNamespace(equalise=False), report, build("plain"))
+    assert {p.device.type for p in pipeline.network.parameters()} == {"meta"}
+    pipeline.network, pipeline.pixels, moved = build("plain"), [photographs(2, 32, 32), None], []
     monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self) or self)
-    resnet50.quantize_classifier(pipeline.model)
+    resnet50.quantize_classifier(pipeline.network)
     pipeline.equalised()
-    assert len(moved) == 2 and not set(moved) & set(pipeline.model.modules())
+    assert len(moved) == 2 and not set(moved) & set(pipeline.network.modules())
+
+
+def test_training_takes_over_the_recipe_and_flags_win():
+    saved = dict(recipe="v1", lr=0.8, mixup_alpha=0.3, batch_size="auto", opt="lars", image_size=48, workers=3)
+    report = SimpleNamespace(world=SimpleNamespace(device="cpu"), checkpoint=dict(args=saved),
+                             sets=SimpleNamespace(root="images"))
+    flags = "--seed 7 --workers 0 --amp-dtype float32 --image-size 64 --weight-decay 0.25 --out there".split()
+    for more, peak in (["--resume"], 0.4), (["--lr", "0.1"], 0.1):
+        args = compress.get_args_parser().parse_args(flags + more)
+        run = compress.Pipeline(args, report, build("plain")).training_args("finetune", 2, 0.5)
+        assert (run.recipe, run.mixup_alpha, run.batch_size, run.opt) == ("v1", 0.3, 32, "lars")
+        assert (run.seed, run.workers, run.amp_dtype, run.image_size, run.weight_decay) == (7, 0, "float32", 64, 0.25)
+        assert (run.lr, run.epochs, run.lr_warmup_epochs, run.lr_scheduler) == (peak, 2, 0.5, "cosine")
+        assert run.resume == ("auto" if args.resume else None) and run.out == os.path.join("there", "0-finetune")
 
 
 def test_masks():
@@ -329,8 +343,7 @@ def test_losses_against_formulas():
     p, q = (F.softmax(v / t, 1).numpy() for v in (a, b))
 
     def soft(kind):
-        teacher = compress.Teacher(nn.Identity(), nn.Identity(), kind, t, 0.5, 0.0, 32)
-        return teacher.soft(a, b, y).item()
+        return compress.soft_loss(kind, t, a, b, y).item()
     assert np.isclose(soft("kl"), t * t * (q * np.log(q / p)).sum() / 6)
     between = np.mean([np.corrcoef(p[i], q[i])[0, 1] for i in range(6)])
     within = np.mean([np.corrcoef(p[:, j], q[:, j])[0, 1] for j in range(5)])
@@ -347,12 +360,11 @@ def test_losses_against_formulas():
 def test_teacher_sees_the_student_s_images_in_its_own_normalization():
     student, teacher, pixels = build("plain"), build("se", 1), photographs(3, 64, 64)
     teacher.preprocess = dict(teacher.preprocess, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.4])
-    wrap = compress.Teacher(teacher, student, "kl", 2.0, 0.3, 2.0, 64)
-    assert len(wrap.pairs) == 4  # maps of 16, 8, 4 and 2 pixels
+    taught, hooks = compress.taught(train.make_loss("ce"), teacher, student, "kl", 2.0, 0.3, 2.0)
     images, y = resnet50.normalize(pixels, student.preprocess), torch.tensor([1, 2, 3])
     student.train().requires_grad_(True)
     logits = student(images)
-    loss = wrap(train.make_loss("ce"))(logits, y, images)
+    loss = taught(logits, y, images)
     with torch.no_grad():
         other = teacher(resnet50.normalize(pixels, teacher.preprocess))
         kl = 4 * F.kl_div((logits / 2).log_softmax(1), (other / 2).softmax(1), reduction="batchmean")
@@ -368,6 +380,12 @@ def test_teacher_sees_the_student_s_images_in_its_own_normalization():
     assert torch.allclose(loss, plain + 2 * features, rtol=1e-3)
     loss.backward()
     assert student.conv1.weight.grad.abs().sum() > 0 and all(p.grad is None for p in teacher.parameters())
+    student(images[..., :5, :5])
+    with pytest.raises(UserError, match="no feature maps of the same size"):
+        taught(logits, y, images[..., :5, :5])  # 3, 2 and 1 pixels wide
+    for hook in hooks:
+        hook.remove()
+    assert not any(m._forward_hooks for net in (student, teacher) for m in net.modules())
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -541,11 +559,14 @@ def test_qat(call, tmp_path):
 
 
 @pytest.mark.parametrize("student", ("mobilenet_v2", "0.125"))
-def test_student(call, trained, student):
+def test_student(call, trained, student, monkeypatch):
+    networks, inner = [], compress.load_weights
+    monkeypatch.setattr(compress, "load_weights", lambda model, *rest: networks.append(model) or inner(model, *rest))
     result = call("--distill", trained, "--student", student, "--epochs", 1, "--kd-features", 1, "--calib-images", 20)
     assert [r["stage"] for r in result["stages"]] == ["original", "distill"]
     config = resnet50.load_checkpoint(result["checkpoint"])["config"]
     assert config["arch"] == "mobilenet_v2" if student[0] == "m" else config["widths"]["layer4"] == 256
+    assert not any(m._forward_hooks for m in networks[0].modules())  # later stages make no maps for the teacher
 
 
 def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call):
@@ -594,7 +615,7 @@ def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, train
 
 
 def test_auto_says_where_no_network_gains_as_much_as_is_asked(call, monkeypatch):
-    monkeypatch.setattr(compress.Pipeline, "run", lambda self, stages: self.report.add("same", self.model, None))
+    monkeypatch.setattr(compress.Pipeline, "run", lambda self, stages: self.report.add("same", self.network, None))
     with pytest.raises(UserError, match="--max-drop -100: no network") as caught:
         call("--auto", "--max-drop", -100)
     assert caught.value.code == 2
