@@ -191,7 +191,6 @@ def rank(model, kind, pixels, labels, seed=0):
     found, generator = spaces(model), torch.Generator().manual_seed(seed)
     score = {name: torch.zeros(space.size, dtype=torch.float64) for name, space in found.items() if not follows(name)}
     where = {key: (name, repeat) for name, space in found.items() for key, dim, repeat in space.members if dim == 0}
-    state = dict(model.named_parameters())
 
     def add(key, values):
         name, repeat = where[key]
@@ -200,9 +199,9 @@ def rank(model, kind, pixels, labels, seed=0):
 
     norms = [step.bn for step in flatten(model) if step.bn]
     if kind in ("l1", "l2"):
-        for key in where:
-            if key in state and state[key].ndim == 4:
-                add(key, state[key].flatten(1).norm(p=int(kind[1]), dim=1))
+        for key, weight in model.named_parameters():
+            if weight.ndim == 4:
+                add(key, weight.flatten(1).norm(p=int(kind[1]), dim=1))
     elif kind == "bn":
         for bn in norms:
             add(bn + ".weight", model.get_submodule(bn).weight.abs())
@@ -235,39 +234,34 @@ def run_float(fused, batches, watch):
         fused.run(normalize(pixels, fused.preprocess).contiguous(memory_format=torch.channels_last), watch=watch)
 
 
-def layers(model):
-    """-> {layer: (space that it reads, space that it makes)}; None for the pixels and the classes."""
-    ends = {}
+def ends(model):
+    """-> {key in the state dict: (space that it reads, space that it makes)}; None for the pixels, the classes, and
+    what tensors of one dimension read"""
+    found = {key: [None, None] for key in model.state_dict()}
     for name, space in spaces(model).items():
         for key, dim, _ in space.members:
-            if key.endswith("weight") and model.state_dict()[key].ndim > 1:
-                ends.setdefault(key[:-len(".weight")], [None, None])[1 - dim] = name
-    return ends
+            found[key][1 - dim] = name
+    return found
 
 
-# What a layer costs is a + b * i * o + c * i + d * o, where i and o are the shares of the channels it reads and makes
-# that are left. Multiply-accumulates and parameters are of that form exactly, milliseconds nearly.
+# What a tensor's share in the network costs is a + b * i * o + c * i + d * o, where i and o are the shares of the
+# channels it reads and makes that are left. Multiply-accumulates and parameters are of that form exactly, milliseconds
+# nearly.
 
 def cost_of(kind, model, size, int8=False):
-    """-> {layer: (a, b, c, d)} for kind "macs", "params" or "latency" (milliseconds for one image, measured here)."""
-    if kind == "macs":
-        return {name: (0, macs, 0, 0) for name, macs in count_macs(model, size).items()}
-    if kind == "latency":
-        return latency_table(model, size, int8)
-    costs = {name: [0, 0, 0, 0] for name in layers(model)}
-    norms = {step.bn: step.name for step in flatten(model) if step.bn}
-    for key, parameter in model.named_parameters():
-        name, kind = key.rsplit(".", 1)
-        name = norms.get(name, name if name in costs else name.replace(".bn1", ".fc1"))
-        at = 1 if parameter.ndim > 1 else 0 if name == "fc" else 3
-        costs[name][at] += parameter.numel()
-    return costs
+    """-> {key in the state dict: (a, b, c, d)} for kind "macs", "params" or "latency" (milliseconds for one image,
+    measured here), of which the last two know layers, and so their weights, alone."""
+    if kind == "params":
+        return {key: (0, parameter.numel(), 0, 0) for key, parameter in model.named_parameters()}
+    table = latency_table(model, size, int8) if kind == "latency" else {
+        layer: (0, macs, 0, 0) for layer, macs in count_macs(model, size).items()}
+    return {f"{layer}.weight": cost for layer, cost in table.items()}
 
 
 def latency_table(model, size, int8, probes=10, seed=0):
     """Milliseconds of each layer in its place: `probes` networks with random widths run whole, step by step timed, and
     each layer's times are fitted (least squares, no negative terms). int8: in the int8 network of this machine."""
-    generator, ends = torch.Generator().manual_seed(seed), layers(model)
+    generator, known = torch.Generator().manual_seed(seed), ends(model)
     sizes = {name: space.size for name, space in spaces(model).items() if not follows(name)}
     samples, times = [], []
     for probe in range(probes):
@@ -276,10 +270,11 @@ def latency_table(model, size, int8, probes=10, seed=0):
         samples.append({name: left[name] / n for name, n in sizes.items()})
         times.append(step_times(prune(model, {name: torch.arange(n) for name, n in left.items()}), size, int8))
     table = {}
-    for layer, (reads, makes) in ends.items():
-        if layer not in times[0]:
+    for layer in times[0]:
+        if f"{layer}.weight" not in known:
             continue
-        i, o = (torch.tensor([s.get(name, 1.0) for s in samples], dtype=torch.float64) for name in (reads, makes))
+        i, o = (torch.tensor([s.get(name, 1.0) for s in samples], dtype=torch.float64)
+                for name in known[f"{layer}.weight"])
         rows = torch.stack([torch.ones_like(i), i * o, i, o], 1)
         table[layer] = fit(rows, torch.tensor([t[layer] for t in times], dtype=torch.float64))
     return table
@@ -316,24 +311,22 @@ def milliseconds(model, size, int8):
 @torch.no_grad()
 def step_times(model, size, int8, repeats=5):
     """-> {layer: least milliseconds of `repeats` runs}; a folded downsampling convolution's are in its sum's."""
-    net, best = stand_in(model) if int8 else fuse(model), {}
-    pixels = example(net, 1, size)
+    net = stand_in(model) if int8 else fuse(model)
+    pixels, times = example(net, 1, size), []  # a run's milliseconds, step by step
     for _ in range(repeats + 1):
-        last = [time.perf_counter()]
+        if int8 and pixels.device.type == "cpu" and net.one_call and csrc.available():
+            profile = torch.ops.resnet50.network_profile(pixels, net.plan(), net.config["num_classes"])
+            times.append(profile.tolist()[-len(net.steps):])
+            continue
+        ends = [time.perf_counter()]
 
         def watch(step, y):
             if y.is_cuda:
                 torch.cuda.synchronize()
-            now = time.perf_counter()
-            best[step.name] = min(best.get(step.name, math.inf), (now - last[0]) * 1e3)
-            last[0] = time.perf_counter()
-        if int8 and pixels.device.type == "cpu" and net.one_call and csrc.available():
-            profile = torch.ops.resnet50.network_profile(pixels, net.plan(), net.config["num_classes"])
-            for step, ms in zip(net.steps, profile.tolist()[-len(net.steps):]):
-                best[step.name] = min(best.get(step.name, math.inf), ms)
-        else:
-            net.run(pixels, watch=watch)
-    return best
+            ends.append(time.perf_counter())
+        net.run(pixels, watch=watch)
+        times.append([(end - begin) * 1e3 for begin, end in itertools.pairwise(ends)])
+    return {step.name: min(column) for step, column in zip(net.steps, zip(*times))}
 
 
 def uniform(model, importance, ratio, round_to):
@@ -350,42 +343,41 @@ def uniform(model, importance, ratio, round_to):
 
 
 def greedy(model, importance, cost, ends, budget, round_to):
-    """Takes `round_to` channels at a time where the importance lost per cost saved is least, until the summed cost of
-    all layers is within the budget; `ends` says which spaces a layer reads and makes. No space loses more than nine
-    tenths. -> keep"""
+    """Takes `round_to` channels at a time where the importance lost per cost saved is least, until the sum of `cost`
+    is within the budget; `ends` says which spaces its keys read and make. No space loses more than nine tenths.
+    -> keep"""
     found = spaces(model)
-    touching = {name: [layer for layer in cost if name in ends[layer]] for name in importance}
+    touching = {name: [key for key in cost if name in ends[key]] for name in importance}
     left = {name: found[name].size for name in found}
     order = {name: score.sort(descending=True) for name, score in importance.items()}
     total_of = {name: torch.cat([s.values.new_zeros(1), s.values.cumsum(0)]) for name, s in order.items()}
 
-    def price(layer):
-        i, o = (left[name] / found[name].size if name else 1.0 for name in ends[layer])
-        a, b, c, d = cost[layer]
+    def price(key):
+        i, o = (left[name] / found[name].size if name else 1.0 for name in ends[key])
+        a, b, c, d = cost[key]
         return a + b * i * o + c * i + d * o
 
     def attempt(name):
-        """-> (importance lost per cost saved, cost saved, channels left)"""
+        """-> (importance lost per cost saved, cost saved, name, channels left)"""
         step = max(1, round_to // found[name].width)
         count = left[name] - (left[name] % step or step)
         if count < max(step, found[name].size / 10):
-            return math.inf, 0.0, left[name]
+            return math.inf, 0.0, name, left[name]
         before, now = sum(map(price, touching[name])), left[name]
         lost = (total_of[name][now] - total_of[name][count]).item()
         left[name] = count
         saved = before - sum(map(price, touching[name]))
         left[name] = now
-        return lost / saved if saved > 0 else math.inf, saved, count
+        return lost / saved if saved > 0 else math.inf, saved, name, count
 
     total = sum(map(price, cost))
     while total > budget:
-        offers = {name: attempt(name) for name in importance}
-        name = min(offers, key=lambda name: offers[name][0])
-        if offers[name][0] == math.inf:
+        loss, saved, name, count = min(map(attempt, importance), key=lambda offer: offer[0])
+        if loss == math.inf:
             raise UserError(f"the target cannot be reached: with a tenth of every layer {total:.4g} are left, "
                             f"{budget:.4g} were asked for", code=2)
-        total -= offers[name][1]
-        left[name] = offers[name][2]
+        total -= saved
+        left[name] = count
     return {name: order[name].indices[:left[name]].sort().values for name in importance}
 
 
@@ -672,7 +664,6 @@ class Correction(Flat):
 
     def __init__(self, net, model, means, limit=None):
         self.net, self.steps, self.model, self.means, self.limit = net, net.steps, model, means, limit
-        self.scales = scales_of(net)
         net.packed = None  # it holds the integers of before
 
     def call(self, step, x, **more):
@@ -696,8 +687,10 @@ class Correction(Flat):
         parts = [(step, x, module.weight, module.stride, module.padding)]
         if step.folded:
             parts.append((step.folded, x2, module.weight2, module.stride2, 0))
-        exact = torch.cat([fold_norm(self.model, part)[0].flatten(1) * (self.scales[part.x][0] / unit[:, None])
-                           for part, *_ in parts], 1)
+        scales = [1.0 if part.x == "pixels" else self.net.get_submodule(self.net.grids[part.x]).scale.item()
+                  for part, *_ in parts]
+        exact = torch.cat([fold_norm(self.model, part)[0].flatten(1) * (scale / unit[:, None])
+                           for (part, *_), scale in zip(parts, scales)], 1)
         pad = 0 if module.pad_value is None else module.pad_value.double().mean().item()
         inputs = [(self.net.converted(part.x, z, False), weight.shape[2:], stride, padding, pad)
                   for part, z, weight, stride, padding in parts]
@@ -705,16 +698,6 @@ class Correction(Flat):
                 zip(exact.chunk(module.groups), covariance(inputs, module.groups))]
         for stored, new in zip((p[2] for p in parts), torch.cat(ints).split([p[2][0].numel() for p in parts], 1)):
             stored.copy_(new.view(stored.shape))
-
-
-def scales_of(net):
-    """Int8ResNet50 -> {buffer: (scale, zero)}: a value stands for scale * (value - zero)"""
-    scales = {"pixels": (1.0, 0)}
-    for step in net.steps:
-        module = net.get_submodule(step.name)
-        scales[step.name] = ((1.0, 0) if step.kind == "linear" else scales[step.x] if step.kind in ("maxpool", "pool")
-                             else (module.scale.item(), int(getattr(module, "zero", 0))))
-    return scales
 
 
 @torch.no_grad()
@@ -737,15 +720,14 @@ def post_training(model, batches, observer="lp", correction="weights", found=Non
 def signal_to_noise(model, net, batches):
     """float ResNet50, its Int8ResNet50, iterable of uint8 pixels -> {step name: dB}: the power of a float result over
     that of what its int8 counterpart, scaled back, differs by. `model` is what quantize() was given."""
-    fused, power, noise, scales = fuse(model), {}, {}, scales_of(net)
+    fused, power, noise = fuse(model), {}, {}
     for pixels in batches:
         ints = {}
         net.run(pixels.contiguous(memory_format=torch.channels_last), watch=lambda s, y: ints.update({s.name: y}))
 
         def watch(step, y):
             if step.name in ints:  # a downsampling convolution is no step of its own there
-                got, (scale, zero) = ints.pop(step.name), scales[step.name]
-                error = (got if got.is_floating_point() else (got.float() - zero) * scale) - y
+                error = net.converted(step.name, ints.pop(step.name), floating=True) - y
                 power[step.name] = power.get(step.name, 0.0) + y.square().sum(dtype=torch.float64).item()
                 noise[step.name] = noise.get(step.name, 0.0) + error.square().sum(dtype=torch.float64).item()
         run_float(fused, [pixels], watch)
@@ -800,26 +782,23 @@ class FakeQuantResNet50(Flat, ResNet50):
             unit = unit[:, 0].double()
             return F.linear(F.dropout(x, self.config["dropout"], self.training), straight(module.weight, rounded),
                             straight(module.bias, (bias / unit).round() * unit))
+        zero, (low, high) = 0.0, self.range_of[step.name]
         if step.kind == "maxpool":
-            return self.note(step, module(x), scale, self.zero_of[step.x])
-        if step.kind == "pool":
-            return self.note(step, fake_quantize(module(x), scale, 0.0), scale, 0.0)
-        learned = self.learned_scale(step, x)
-        low, high = self.range_of[step.name]
-        if step.kind == "conv":
-            y, scale, zero = self.conv(step, x, residual, x2, low, high)
-        elif step.kind == "avgpool":
-            y, scale, zero = x.mean((2, 3)), max(high / 255, scale / 256), 0.0
+            y, zero = module(x), self.zero_of[step.x]
+        elif step.kind == "pool":
+            y = fake_quantize(module(x), scale, zero)
         else:
-            both = scale + self.scale_of[step.residual or step.x]
-            for norm in module.children():  # split attention has one of its own
-                norm.train(self.live)
-            y = module.mix(x) if residual is None else F.relu(module(x) + residual)
-            scale, zero = max(high / 255, both / 15), 0.0
-        y = fake_quantize(y, learned * (scale / learned.detach().double()).to(learned.dtype), zero)
-        return self.note(step, y, scale, zero)
-
-    def note(self, step, y, scale, zero):
+            learned = self.learned_scale(step, x)
+            if step.kind == "conv":
+                y, scale, zero = self.conv(step, x, residual, x2, low, high)
+            elif step.kind == "avgpool":
+                y, scale = x.mean((2, 3)), max(high / 255, scale / 256)
+            else:
+                for norm in module.children():  # split attention has one of its own
+                    norm.train(self.live)
+                y = module.mix(x) if residual is None else F.relu(module(x) + residual)
+                scale = max(high / 255, (scale + self.scale_of[step.residual or step.x]) / 15)
+            y = fake_quantize(y, learned * (scale / learned.detach().double()).to(learned.dtype), zero)
         self.scale_of[step.name], self.zero_of[step.name] = scale, zero
         return y
 
@@ -886,14 +865,6 @@ class Sets(NamedTuple):
         return data.Images(files, lambda _: data.eval_transform(model.preprocess), exif=self.exif)
 
 
-def class_folders(root):
-    """-> names of the class folders of a data set as data.open_folder takes it; none if there is nothing like that"""
-    for name in ("train",) + data.VAL_NAMES + ("",):
-        if data.is_folder(os.path.join(root, name)):
-            return data.list_classes(os.path.join(root, name))[0]
-    raise UserError(f"{root}: no such folder")
-
-
 def open_sets(args, checkpoint, model, world, trains):
     """Images from --data, else from where the checkpoint was trained, else the demo set. Calibration images are spread
     evenly over the training images; in a folder without train/ and val/ they are then not evaluated. Where the folders
@@ -902,18 +873,20 @@ def open_sets(args, checkpoint, model, world, trains):
     root = args.data or (recorded if recorded and data.is_folder(recorded) else None)
     origin = "--data" if args.data else "the checkpoint's record" if root else "the demo set"
     root, classes, wnids = train.data_root(root, world), checkpoint["classes"], checkpoint["wnids"]
-    folders = class_folders(root)
+    part = next((p for p in ("train", *data.VAL_NAMES, "") if data.is_folder(os.path.join(root, p))), None)
+    if part is None:
+        raise UserError(f"{root}: no such folder")
+    folders = data.list_classes(os.path.join(root, part))[0]
     index = data.class_index(classes or folders, wnids)
     labelled = bool(folders) and all(index.get(name) is not None for name in folders) \
         and len(classes or folders) == model.config["num_classes"]
     if trains and not labelled:
         raise UserError(f"{root}: its folders are not this network's classes; --classes FILE must say which is which")
-    apart = any(data.is_folder(os.path.join(root, name)) for name in ("train",) + data.VAL_NAMES)
     if not labelled:
         first = last = data.scan_unlabelled(root)
         notes = [f"{root}: has no folders of this network's classes: agreement with it stands for accuracy"]
     else:
-        first, last, _, _, notes = data.open_folder(root, classes, wnids, args.val_split, not (trains or apart))
+        first, last, _, _, notes = data.open_folder(root, classes, wnids, args.val_split, not (trains or part))
         first = last if first is None else first
     count = min(args.calib_images, len(first) // 2 if first is last else len(first))
     chosen = np.arange(count) * len(first) // max(count, 1)  # evenly through the folders: every class in its share
@@ -1164,7 +1137,7 @@ class Pipeline(train.Plan):
             if len(pixels) == 1:
                 raise UserError("one calibration image has no batch-norm statistics: more, or --no-recalibrate", 2)
             train.recalibrate(self.network, pixels.split(32))
-        say(widths_line(model, self.network))
+        say(widths_line(model, keep))
 
     def say_sensitivity(self, model, importance):
         """Of the network as it came to this stage, each space alone pruned by half -> into the report, {space: (KL of
@@ -1185,7 +1158,7 @@ class Pipeline(train.Plan):
         --target-latency"""
         args, model, size = self.args, self.network, self.network.preprocess["crop"]
         kind = next(k for k in TARGETS if getattr(args, "target_" + k) is not None)
-        goal, ends, int8 = getattr(args, "target_" + kind), layers(model), args.int8 or args.qat
+        goal, int8 = getattr(args, "target_" + kind), args.int8 or args.qat
         cost = cost_of(kind, model, size, int8)
         total = sum(map(sum, cost.values()))
         now = milliseconds(model, size, int8) if kind == "latency" else total
@@ -1195,7 +1168,7 @@ class Pipeline(train.Plan):
         target = now * (goal / now) ** part
         budget, tried = total * target / now, []
         for _ in range(6):  # what the table of latencies says is corrected by what the pruned network takes
-            keep = greedy(model, importance, cost, ends, budget, args.round_to)
+            keep = greedy(model, importance, cost, ends(model), budget, args.round_to)
             if kind != "latency":
                 return keep
             reached = milliseconds(prune(model, keep), size, int8)
@@ -1306,14 +1279,13 @@ def masks_2_4(model):
     return masks
 
 
-def widths_line(before, after):
+def widths_line(model, keep):
     """How many channels are left, by stage"""
-    old, new = ({k: s for k, s in spaces(m).items() if not follows(k)} for m in (before, after))
-    parts = {}
-    for name in old:
+    found, parts = spaces(model), {}
+    for name, index in keep.items():
         part = parts.setdefault(name.split(".")[0], [0, 0])
-        part[0] += new[name].size
-        part[1] += old[name].size
+        part[0] += len(index)
+        part[1] += found[name].size
     return "channels left: " + ", ".join(f"{name} {a}/{b}" for name, (a, b) in parts.items())
 
 
@@ -1553,6 +1525,7 @@ def compress(args, world, stop):
     if args.auto:
         return auto(args, report, model, teacher)
     Pipeline(args, report, model, teacher).run(stages)
+    report.time()
     return finish(report)
 
 
@@ -1584,7 +1557,7 @@ def auto(args, report, model, teacher):
     if report.world.rank == 0:
         write_atomic(os.path.join(args.out, "pareto.svg"), pareto_svg(report.rows, chosen, report.accuracy).encode())
     report.rows.append({**chosen, "checkpoint": path, "bytes": os.path.getsize(path)})
-    return finish(report, timed=True, max_drop=allowed)
+    return finish(report, max_drop=allowed)
 
 
 def front(rows, accuracy):
@@ -1651,13 +1624,12 @@ def cascade(args, world, stop):
     report.add("small", small, args.cascade[0])
     report.save(path, model)
     report.add("cascade", model, path)
+    report.time()
     return finish(report, threshold=model.threshold)
 
 
-def finish(report, timed=False, **more):
-    """Times the networks, prints the table, writes report.json. -> the dict on the last line"""
-    if not timed:
-        report.time()
+def finish(report, **more):
+    """Prints the table of the networks, which are timed, and writes report.json. -> the dict on the last line"""
     say(report.table())
     before, after = report.rows[0], report.rows[-1]
     result = dict(top1=after["top1"], top5=after["top5"], agreement=after["agreement"], before=before, after=after,
