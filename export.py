@@ -44,6 +44,7 @@ from resnet50 import (
     UserError,
     add_model_args,
     atomic_file,
+    example,
     fuse,
     load_some_model,
     measure,
@@ -126,6 +127,10 @@ class Exported(nn.Module):
         y = y.softmax(1) if self.softmax else y
         return tuple(y.topk(self.top_k, 1)) if self.top_k else y  # torch.export saves no named ones
 
+    def input(self, batch, size):
+        """-> name and shape of what forward takes"""
+        return ("pixels", [batch, size, size, 3]) if self.pixels else ("input", [batch, 3, size, size])
+
     @property
     def outputs(self):
         name = "probabilities" if self.softmax else "logits"
@@ -143,17 +148,15 @@ class Graph:
     but without which onnxruntime multiplies in float32."""
 
     def __init__(self, model, size, signed=False, quantize_adds=False):
-        self.model, self.size, self.sides = model, size, sides(model, size)
+        self.model, self.size = model, size
         self.signed, self.quantize_adds = signed, quantize_adds
-        self.nodes, self.values, self.watched = [], {}, []
+        self.nodes, self.values, self.watched, self.sides = [], {}, [], {}
+        model.run(example(model, 1, size), watch=lambda step, y: self.sides.update({step.name: y.shape[-1]}))
 
     def op(self, kind, *inputs, outputs=1, **attributes):
         """Adds a node; inputs are names, or arrays, which become constants -> its output's name, or their list"""
-        number, names = len(self.nodes), []
-        for x in inputs:
-            if not isinstance(x, str):
-                x = self.constant(x)
-            names.append(x)
+        number = len(self.nodes)
+        names = [x if isinstance(x, str) else self.constant(x) for x in inputs]
         made = [f"{kind}_{number}" + f"_{i}" * (outputs > 1) for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, names, made, name=f"{kind}_{number}", **attributes))
         return made[0] if outputs == 1 else made
@@ -180,11 +183,9 @@ class Graph:
 
     def build(self, exported, batch, opset):
         """-> onnx.ModelProto; `watched` then names what is quantized: [(step, output)]"""
-        model, size = self.model, self.size
-        shape = [batch, size, size, 3] if exported.pixels else [batch, 3, size, size]
+        model, (name, shape) = self.model, exported.input(batch, self.size)
         kind = TensorProto.UINT8 if exported.pixels else TensorProto.FLOAT
-        name = "pixels" if exported.pixels else "input"
-        self.buffers = {"pixels": (self.pixels(name, exported), False)}  # name of the tensor, whether it is float
+        self.buffers = {"pixels": (self.pixels(name, exported), self.signed)}  # name of the tensor, whether it is float
         for step in model.steps:
             self.buffers[step.name] = self.add(step, model.get_submodule(step.name))
         x = self.buffers[model.steps[-1].name][0]
@@ -206,10 +207,12 @@ class Graph:
             x = self.op("Transpose", x, perm=[0, 3, 1, 2])
             return self.op("Cast", x, to=TensorProto.FLOAT) if self.signed else x
         x = self.op("Add", self.op("Mul", x, exported.std[None].numpy()), exported.mean[None].numpy())
-        return x if self.signed else self.op("QuantizeLinear", x, np.float32(1), np.uint8(0))
+        return x if self.signed else self.quantized(x)
 
     def grid(self, name):
         """-> scale and zero of the step whose integers a buffer holds"""
+        if name == "pixels":
+            return 1.0, 0
         module = self.model.get_submodule(self.model.grids[name])
         return module.scale.item(), int(getattr(module, "zero", 0))
 
@@ -220,13 +223,10 @@ class Graph:
 
     def read(self, name, real=False):
         """-> float tensor of a buffer: its integers, as int8 convolutions read it, or `real`, as FloatSteps do"""
-        if name == "pixels":
-            x = self.buffers[name][0]
-            return x if self.signed else self.op("DequantizeLinear", x, np.float32(1), np.uint8(0))
-        if not real:
-            return self.floats(self.stored(name))
         x, is_float = self.buffers[name]
-        return x if is_float else self.floats(x, *self.grid(name))
+        if is_float and (real or name == "pixels"):
+            return x
+        return self.floats(self.stored(name), *self.grid(name) if real else ())
 
     def add(self, step, module):
         """One step -> (its tensor, whether it is float)"""
@@ -273,7 +273,7 @@ class Graph:
             total = module.gain.double() * module.mult
             if (total == total[0]).all():
                 r = self.floats(self.stored(step.residual), total[0].item() / 2 ** MULT_BITS)
-            else:  # files from before conv_grid made them equal
+            else:  # a channel that conv_grid gave a unit larger than the residual's
                 r = self.read(step.residual)
                 for factor in (module.gain.numpy(), unit):
                     r = self.op("Mul", r, factor.astype(np.float32).reshape(1, -1, 1, 1))
@@ -291,17 +291,15 @@ class Graph:
             return self.op("Sub", x, colour.float().view(1, -1, 1, 1).numpy()), p, (module.bias + shift).int()
         channels = self.op("Split", self.buffers["pixels"][0], np.array([1, 1, 1]), axis=1, outputs=3)
         channels = [self.op("Pad", c, np.array([0, 0, p, p] * 2), value.numpy()) for c, value in zip(channels, colour)]
-        return self.op("DequantizeLinear", self.op("Concat", *channels, axis=1), np.float32(1), np.uint8(0)), 0, \
-            module.bias
+        return self.floats(self.op("Concat", *channels, axis=1)), 0, module.bias
 
-    def add_maxpool(self, step, module, floating):
-        return self.op("MaxPool", self.read(step.x, floating), kernel_shape=[module.kernel_size] * 2,
-                       strides=[module.stride] * 2, pads=[module.padding] * 4)
+    def add_maxpool(self, step, module, floating, kind="MaxPool", **more):
+        return self.op(kind, self.read(step.x, floating), kernel_shape=[module.kernel_size] * 2,
+                       strides=[module.stride] * 2, pads=[module.padding] * 4, **more)
 
     def add_pool(self, step, module, floating):
-        return self.op("AveragePool", self.read(step.x, floating), kernel_shape=[module.kernel_size] * 2,
-                       strides=[module.stride] * 2, pads=[module.padding] * 4, ceil_mode=int(module.ceil_mode),
-                       count_include_pad=int(module.count_include_pad))
+        return self.add_maxpool(step, module, floating, "AveragePool", ceil_mode=int(module.ceil_mode),
+                                count_include_pad=int(module.count_include_pad))
 
     def add_avgpool(self, step, module, floating):
         y = self.op("Flatten", self.op("GlobalAveragePool", self.read(step.x, floating)))
@@ -350,17 +348,6 @@ class Graph:
         return self.op("Relu", y) if floating else y
 
 
-def sides(model, size):
-    """Int8ResNet50, side of the pixels -> {buffer: side of its map}"""
-    found = {"pixels": size}
-
-    def watch(step, y):
-        found[step.name] = y.shape[-1]
-    model.run(torch.zeros(1, 3, size, size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
-              watch=watch)
-    return found
-
-
 def onnx_model(model, args, exported):
     """-> (onnx.ModelProto, what its int8 tensors are called: [(step, output)])"""
     batch = "N" if args.dynamic_batch else args.batch_size
@@ -369,7 +356,7 @@ def onnx_model(model, args, exported):
         proto = graph.build(exported, batch, args.opset)
         return proto, graph.watched
     x, buffer = feed(example_pixels(args.image_size, args.batch_size), model, args.pixels), io.BytesIO()
-    name = "pixels" if args.pixels else "input"
+    name, _ = exported.input(batch, args.image_size)
     with warnings.catch_warnings(), plain_operations():
         warnings.simplefilter("ignore")  # the tracer is deprecated, but the other exporter needs a package more
         torch.onnx.export(exported, (x,), buffer, dynamo=False, opset_version=args.opset, input_names=[name],
@@ -497,25 +484,25 @@ def identical_bytes(run, watched, model, cases):
 
 # ------------------------------------------------------------------------------------------------------ runtimes
 
-def onnxruntime_call(path, batch=None, threads=None):
+def onnxruntime_call(path, batch=None):
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.force_spinning_stop", "1")  # into the next one's time
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x.numpy()})
 
 
-def openvino_call(path, batch=None, threads=None, precision="f32"):
+def openvino_call(path, batch=None):
     import openvino
     core = openvino.Core()
     model = core.read_model(path)
     if batch:
         model.reshape([batch, *list(model.input().partial_shape)[1:]])
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
-                                                 "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                                                 "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
 
     def run(x):
@@ -541,11 +528,10 @@ def trtexec(*flags):
         raise UserError(f"trtexec: {(lines or [f'status {done.returncode}'])[-1].strip()}")
 
 
-def tensorrt_engine(content, args):
+def tensorrt_engine(content, args, exported):
     """Bytes of an ONNX file -> bytes of a strongly typed engine, which takes the batches that args asks for"""
-    name, size = "pixels" if args.pixels else "input", args.image_size
     batches = (1, min(8, args.max_batch), args.max_batch) if args.dynamic_batch else (args.batch_size,) * 3
-    shapes = [(n, size, size, 3) if args.pixels else (n, 3, size, size) for n in batches]
+    (name, *_), shapes = zip(*(exported.input(n, args.image_size) for n in batches))
     trt = installed("tensorrt")
     if not trt:
         with tempfile.TemporaryDirectory() as folder:
@@ -660,15 +646,12 @@ def geometry(model, size):
 
 def describe(model, checkpoint, args, exported):
     """What a consumer must know of a file and cannot read off its tensors"""
-    size = args.image_size
-    batch = -1 if args.dynamic_batch else args.batch_size
-    shape = [batch, size, size, 3] if args.pixels else [batch, 3, size, size]
+    name, shape = exported.input(-1 if args.dynamic_batch else args.batch_size, args.image_size)
     precision = "int8" if exported.int8 else "float16" if args.fp16 else "float32"
     return dict(format=args.format, precision=precision, opset=args.opset,
-                input=dict(name="pixels" if args.pixels else "input", dtype="uint8" if args.pixels else "float32",
-                           shape=shape, layout="NHWC" if args.pixels else "NCHW",
-                           normalized=not args.pixels),
-                outputs=exported.outputs, preprocess=geometry(model, size), classes=checkpoint["classes"],
+                input=dict(name=name, dtype="uint8" if args.pixels else "float32", shape=shape,
+                           layout="NHWC" if args.pixels else "NCHW", normalized=not args.pixels),
+                outputs=exported.outputs, preprocess=geometry(model, args.image_size), classes=checkpoint["classes"],
                 wnids=checkpoint["wnids"])
 
 
@@ -707,7 +690,7 @@ def export(model, checkpoint, args, path):
             x = feed(example_pixels(args.image_size, 2 if args.dynamic_batch else args.batch_size), model, args.pixels)
             content = torch_file(args, exported, x, {"resnet50.json": json.dumps(about)})
         if args.format == "tensorrt":
-            content = tensorrt_engine(content, args)
+            content = tensorrt_engine(content, args, exported)
         with open(temporary, "wb") as f:
             f.write(content)
         report["bytes"] = len(content)
@@ -765,10 +748,8 @@ def onnx_file(model, args, exported, about, cases, limit, report):
     """-> bytes of a checked file; `report` takes what the check found"""
     with torch.no_grad():
         proto, watched = onnx_model(model, args, exported)
-    for key, value in about.items():
-        if value is not None:
-            entry = proto.metadata_props.add()
-            entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+    helper.set_model_props(proto, {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()
+                                   if v is not None})
     proto.producer_name, proto.producer_version, proto.doc_string = "resnet50", "1", ""
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -797,25 +778,15 @@ def in_runtime(call, path, cases, images):
         return dict(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
 
 
-def clock(run, x):
-    start = time.perf_counter()
-    run(x)
-    return time.perf_counter() - start
-
-
 # ------------------------------------------------------------------------------------------------------ benchmark
 
 def contenders(model, args, exported, path):
     """-> {name: batch size -> run(x)} of what is installed here"""
-    def eager(module):
-        def make(batch):
-            return lambda x: module(x)
-        return make
-
     def ours(batch):
         fast = model if exported.int8 else fuse(model)
         return lambda x: predict(fast, x.permute(0, 3, 1, 2) if args.pixels else x)
-    found = {"pytorch": eager(exported), "torch.compile": eager(torch.compile(exported, dynamic=False))}
+    compiled = torch.compile(exported, dynamic=False)
+    found = {"pytorch": lambda batch: exported, "torch.compile": lambda batch: compiled}
     if args.pixels or not exported.int8:
         found["extension"] = ours
     for name, call in RUNTIMES.items():
@@ -845,12 +816,12 @@ def bench(model, args, exported, path):
         while time.perf_counter() < end or len(times.get("pytorch", [])) < 3:
             for name, run in runs.items():
                 with plain_operations() if name in ("pytorch", "torch.compile") else contextlib.nullcontext():
-                    times.setdefault(name, []).append(clock(run, x))
+                    times.setdefault(name, []).append(measure(lambda: run(x), x.device, 1, 0))
         for name, values in times.items():
             row, middle = table.setdefault(name, {}), statistics.median(values)
             ratio = statistics.median([a / b for a, b in zip(times["pytorch"], values)])
-            row.update({"latency_ms_bs1": round(1e3 * middle, 2)} if batch == 1 else
-                       {"images_per_second_bs32": round(batch / middle, 1)})
+            row.update({"latency_ms_bs1": round(middle, 2)} if batch == 1 else
+                       {"images_per_second_bs32": round(1e3 * batch / middle, 1)})
             row[f"over_pytorch_bs{batch}"] = round(ratio, 2)
     print(f"{'runtime':15}{'ms, batch 1':>13}{'images/s, 32':>14}{'over pytorch':>20}", file=sys.stderr)
     for name, row in table.items():
@@ -863,17 +834,14 @@ def real_images(args, model, exported):
     """The first --images of --data as Cases of one image each, or of the file's batch"""
     files = data.scan_unlabelled(args.data)
     images = data.Images(files, lambda epoch: data.eval_transform(geometry(model, args.image_size)))
-    batch, rows = 1 if args.dynamic_batch else args.batch_size, []
-    for i in range(min(args.images, len(files))):
-        pixels, _, complaint = images[(0, i, 0)]
-        if complaint:
-            raise UserError(complaint)
-        rows.append(pixels)
-    pixels = torch.stack(rows).permute(0, 3, 1, 2)
+    batch = 1 if args.dynamic_batch else args.batch_size
+    pixels, _, complaints = images.batch([(0, i, 0) for i in range(min(args.images, len(files)))])
+    if complaints:
+        raise UserError(complaints[0])
     whole = len(pixels) // batch * batch
     if not whole:
         raise UserError(f"{args.data}: fewer than {batch} images")
-    return [Case(p.contiguous(memory_format=torch.channels_last), model, exported) for p in pixels[:whole].split(batch)]
+    return [Case(p, model, exported) for p in pixels[:whole].split(batch)]
 
 
 # ----------------------------------------------------------------------------------------------------------- main
