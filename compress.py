@@ -281,17 +281,14 @@ def latency_table(model, size, int8, probes=10, seed=0):
 
 
 def fit(rows, values):
-    """Non-negative least squares by trying every subset of the four columns. -> list of 4"""
-    best, found = math.inf, [0.0] * rows.shape[1]
-    for subset in range(1, 2 ** rows.shape[1]):
-        columns = [i for i in range(rows.shape[1]) if subset >> i & 1]
-        solution = torch.linalg.lstsq(rows[:, columns], values[:, None]).solution[:, 0]
-        error = (rows[:, columns] @ solution - values).square().sum().item()
-        if (solution >= 0).all() and error < best:
-            best, found = error, [0.0] * rows.shape[1]
-            for column, x in zip(columns, solution.tolist()):
-                found[column] = x
-    return found
+    """Non-negative least squares by trying every subset of the columns. -> list"""
+    tried = []
+    for chosen in itertools.product((False, True), repeat=rows.shape[1]):
+        found, chosen = rows.new_zeros(rows.shape[1]), torch.tensor(chosen)
+        found[chosen] = torch.linalg.lstsq(rows[:, chosen], values[:, None]).solution[:, 0]
+        if (found >= 0).all():
+            tried.append(((rows @ found - values).square().sum().item(), found.tolist()))
+    return min(tried)[1]
 
 
 def stand_in(model):
@@ -516,10 +513,6 @@ def gather(model, batches):
     return found
 
 
-def minmax(found):
-    return found.low, found.high
-
-
 def percentile(found, share=0.9999):
     """As much as 1 - share of the values lies beyond either end."""
     below = found.counts.cumsum(0) / found.counts.sum()
@@ -542,13 +535,10 @@ def search(found, cost):
     return best * found.low, best * found.high
 
 
-def error_to(power):
-    """-> the error of quantization to this power, summed over the values that a histogram counts, for search(). 2.4 is
-    what the code of BRECQ takes (Li et al. 2021, arXiv 2102.05426): it spares the few values that are far off, which
-    are one image's."""
-    def cost(counts, centres, ints, zero, scale):
-        return torch.dot(counts, ((ints - zero) * scale - centres).abs_().pow_(power)).item()
-    return cost
+def error_to(power, counts, centres, ints, zero, scale):
+    """The error of quantization to this power, summed over the values that a histogram counts. 2.4 is what the code of
+    BRECQ takes (Li et al. 2021, arXiv 2102.05426): it spares the few values that are far off, which are one image's."""
+    return torch.dot(counts, ((ints - zero) * scale - centres).abs_().pow_(power)).item()
 
 
 def clipped_divergence(counts, centres, ints, zero, scale):
@@ -566,15 +556,14 @@ def clipped_divergence(counts, centres, ints, zero, scale):
     return torch.where(p > 0, p * (p / q.clamp(min=1e-12)).log(), 0).sum().item()
 
 
-OBSERVERS = {"minmax": minmax, "percentile": percentile, "mse": functools.partial(search, cost=error_to(2)),
-             "lp": functools.partial(search, cost=error_to(2.4)),
-             "entropy": functools.partial(search, cost=clipped_divergence)}
+OBSERVERS = {"minmax": lambda found: (found.low, found.high), "percentile": percentile,
+             **{name: functools.partial(search, cost=cost) for name, cost in (
+                 ("mse", functools.partial(error_to, 2)), ("lp", functools.partial(error_to, 2.4)),
+                 ("entropy", clipped_divergence))}}
 
 
 def ranges_of(found, observer):
     """{step name: Statistics} -> {step name: (low, high)}, with zero in every range"""
-    if observer not in OBSERVERS:
-        raise UserError(f"observer {observer!r} is none of {', '.join(OBSERVERS)}", 2)
     return {name: OBSERVERS[observer](s) if s.reach else (0.0, 0.0) for name, s in found.items()}
 
 
@@ -1439,45 +1428,45 @@ def check_args(args):
     goals = [k for k in GOALS if k in flags]
     if len(goals) > 1:
         refuse(f"{' and '.join(flags[k] for k in goals)} exclude each other")
+    if args.cascade and (unused := [flag for k, flag in flags.items() if k not in CASCADES]):
+        refuse(f"{unused[0]}: --cascade decides by itself and has no use for it")
     channels, share = goals and "sparsity" not in goals[0], args.student and share_of(args.student)
     int8, changed = args.int8 or args.auto, args.int8 or args.qat or args.dynamic or args.int4_weights
     trains = args.auto or args.qat or args.student or args.epochs and (goals or args.distill)
-    for names, fits, text in (  # a flag, what it goes with, and what is said where that is not so
-            ([k for k in flags if k not in CASCADES], not args.cascade,
-             ": --cascade decides by itself and has no use for it"),
-            (["auto"], not (goals or changed or args.student),
-             " decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it"),
-            (["rounds"], channels and args.epochs, " goes with --prune or a --target-..., and --epochs"),
-            (["kd_loss", "kd_temperature", "kd_alpha", "kd_features"], args.distill, " goes with --distill"),
-            (["kd_features"], not args.qat,
-             ": not with --qat, whose network computes without the modules that make these maps"),
-            (["qat_epochs", "qat_ranges", "freeze_bn_epochs"], args.qat, " goes with --qat"),
-            (["observer", "equalise", "weight_bits", "per_tensor"], int8 or args.qat,
-             " goes with --int8, --qat or --auto"),
-            (["correction"], int8, " goes with --int8 or --auto"),
-            (["float_layers"], int8 and not args.qat, " goes with --int8 or --auto, and not with --qat"),
-            (["max_drop"], (int8 or args.cascade) and not args.qat,
-             " goes with --int8, --auto or --cascade, and not with --qat"),
-            (["round_to"], channels or args.student or args.auto,
-             " goes with --prune, --target-..., --student or --auto"),
-            (["importance", "ranking", "sensitivity", "recalibrate"], channels or args.auto,
-             " goes with --prune, --target-... or --auto"),
-            (["dynamic"], not (args.int8 or args.qat or args.int4_weights),
-             " excludes --int8, --qat and --int4-weights"),
-            (["int4_weights"], not (args.int8 or args.qat or args.sparsity or args.sparsity_2_4),
-             " excludes --int8, --qat and sparsity"),
-            (["student"], share is None or 0 < share <= 1,
-             f" {args.student}: a share of the channels lies in (0, 1]"),
-            (["student"], share is not None or not (goals or changed),
-             f" {args.student}: only ResNet-50s are pruned and quantized"),
-            (["student"], args.epochs, " needs --epochs"),
-            (["distill"], trains, " teaches in training: give it --epochs or --qat"),
-            (["lr", "opt", "weight_decay", "batch_size", "amp_dtype", "save_every"], trains, ": nothing is trained"),
-            (["epochs"], not (args.qat and args.epochs) or goals or args.student,
-             ": --qat trains for --qat-epochs")):
-        for name in names:
-            if name in flags and not fits:
-                refuse(flags[name] + text)
+    for fits, partner, *names in (
+            (args.distill, "--distill", "kd_loss", "kd_temperature", "kd_alpha", "kd_features"),
+            (args.qat, "--qat", "qat_epochs", "qat_ranges", "freeze_bn_epochs"),
+            (int8 or args.qat, "--int8, --qat or --auto", "observer", "equalise", "weight_bits", "per_tensor"),
+            (int8, "--int8 or --auto", "correction"),
+            (int8 and not args.qat, "--int8 or --auto, and not with --qat", "float_layers"),
+            ((int8 or args.cascade) and not args.qat, "--int8, --auto or --cascade, and not with --qat", "max_drop"),
+            (channels and args.epochs, "--prune or a --target-..., and --epochs", "rounds"),
+            (channels or args.student or args.auto, "--prune, --target-..., --student or --auto", "round_to"),
+            (channels or args.auto, "--prune, --target-... or --auto", "importance", "ranking", "sensitivity",
+             "recalibrate"),
+            (trains, "training, and nothing is trained", "lr", "opt", "weight_decay", "batch_size", "amp_dtype",
+             "save_every")):
+        if not fits and (found := [flags[name] for name in names if name in flags]):
+            refuse(f"{found[0]} goes with {partner}")
+    for wrong, text in (
+            (args.auto and (goals or changed or args.student),
+             "--auto decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it"),
+            (args.dynamic and (args.int8 or args.qat or args.int4_weights),
+             "--dynamic excludes --int8, --qat and --int4-weights"),
+            (args.int4_weights and (args.int8 or args.qat or args.sparsity or args.sparsity_2_4),
+             "--int4-weights excludes --int8, --qat and sparsity"),
+            (share is not None and not 0 < share <= 1,
+             f"--student {args.student}: a share of the channels lies in (0, 1]"),
+            (args.student and share is None and (goals or changed),
+             f"--student {args.student}: only ResNet-50s are pruned and quantized"),
+            (args.student and not args.epochs, "--student needs --epochs"),
+            (args.distill and not trains, "--distill teaches in training: give it --epochs or --qat"),
+            (args.qat and args.kd_features,
+             "--kd-features: not with --qat, whose network computes without the modules that make these maps"),
+            (args.qat and "epochs" in flags and args.epochs and not (goals or args.student),
+             "--epochs: --qat trains for --qat-epochs")):
+        if wrong:
+            refuse(text)
     wanted = stage_list(argparse.Namespace(**{**vars(args), "stages": None, "rounds": 1}))
     if args.stages and sorted(args.stages) != sorted(wanted):
         refuse(f"--stages {' '.join(args.stages)}: the flags ask for {' '.join(wanted) or 'none'}")
