@@ -777,7 +777,8 @@ class FakeQuantResNet50(Flat, ResNet50):
         elif step.kind == "pool":
             y = fake_quantize(module(x), scale, zero)
         else:
-            learned = self.learned_scale(step, x)
+            learned, share = self.log_scale[self.at[step.name]].exp(), (x[0].numel() * 255) ** -0.5
+            learned = learned * share + (learned * (1 - share)).detach()  # LSQ divides gradients by sqrt(values * 255)
             if step.kind == "conv":
                 y, scale, zero = self.conv(step, x, residual, x2, low, high)
             elif step.kind == "avgpool":
@@ -790,11 +791,6 @@ class FakeQuantResNet50(Flat, ResNet50):
             y = fake_quantize(y, learned * (scale / learned.detach().double()).to(learned.dtype), zero)
         self.scale_of[step.name], self.zero_of[step.name] = scale, zero
         return y
-
-    def learned_scale(self, step, x):
-        """The step's scale, its gradient divided as LSQ does, by sqrt(values * 255)"""
-        scale, share = self.log_scale[self.at[step.name]].exp(), (x[0].numel() * 255) ** -0.5
-        return scale * share + (scale * (1 - share)).detach()
 
     def conv(self, step, x, residual, x2, low, high):
         """-> (float result before rounding, scale, zero)"""
@@ -890,13 +886,12 @@ def open_sets(args, checkpoint, model, world, trains):
 def read_pixels(sets, model, args):
     """-> (uint8 pixels (N, 3, H, W) NHWC, labels (N)) of the calibration images"""
     batches = data.eval_batches(len(sets.calibration), 32)
-    parts = list(data.make_loader(sets.images(sets.calibration, model), batches, args.workers))
-    complaints = [c for part in parts for c in part[2]]
-    train.check_corrupt(complaints, args.on_corrupt)
-    pixels = [p for p, y, _ in parts if len(y)]
-    if not pixels:
+    pixels, labels, complaints = zip(*data.make_loader(sets.images(sets.calibration, model), batches, args.workers))
+    train.check_corrupt(sum(complaints, []), args.on_corrupt)
+    if not any(map(len, labels)):
         raise UserError(f"{sets.calibration.root}: no image could be decoded")
-    return torch.cat(pixels).contiguous(memory_format=torch.channels_last), torch.cat([y for _, y, _ in parts])
+    pixels = torch.cat([p for p in pixels if len(p)])
+    return pixels.contiguous(memory_format=torch.channels_last), torch.cat(labels)
 
 
 # ------------------------------------------------------------------------------------------------------ report
@@ -1005,7 +1000,8 @@ class Pipeline(train.Plan):
     def __init__(self, args, report, network, teacher=None):
         self.args, self.report, self.teacher, self.network = args, report, teacher, network.to(report.world.device)
         self.world, self.sets, self.checkpoint = report.world, report.sets, report.checkpoint
-        self.masks, self.pixels, self.encode, self.hooks, self.at = {}, None, {}, [], 0
+        self.sparse = args.sparsity or args.sparsity_2_4
+        self.pixels, self.encode, self.hooks, self.at = None, {}, [], 0
 
     def open(self, args, world):
         return train.open_data(args, world, self.checkpoint["classes"], self.checkpoint["wnids"])
@@ -1029,8 +1025,6 @@ class Pipeline(train.Plan):
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
             if self.args.resume and os.path.exists(path):
                 self.network = build_model(load_checkpoint(path), path).to(self.world.device)
-                if self.args.sparsity or self.args.sparsity_2_4:
-                    self.masks = {k: p.detach() != 0 for k, p in self.network.named_parameters() if p.ndim > 1}
             else:
                 getattr(self, stage)()
                 self.save(path)
@@ -1041,7 +1035,7 @@ class Pipeline(train.Plan):
 
     def save(self, path):
         encode = self.encode or {key: "sparse" for key, value in self.network.state_dict().items()
-                                 if self.masks and value.ndim > 1 and (value == 0).float().mean() > 0.3}
+                                 if self.sparse and value.ndim > 1 and (value == 0).float().mean() > 0.3}
         self.report.save(path, self.network, encode)
 
     def calibration(self):
@@ -1068,9 +1062,9 @@ class Pipeline(train.Plan):
     def fit(self, stage, epochs, lr_share):
         """Trains the network in OUT/<n>-<stage>, by --distill's teacher where there is one, and leaves it with the best
         epoch's weights."""
-        for name, parameter in self.network.named_parameters():
-            if name in self.masks:  # a weight that is zero and has no gradient stays zero under every optimizer here
-                self.hooks.append(parameter.register_hook(lambda gradient, mask=self.masks[name]: gradient * mask))
+        for weight in self.network.parameters():
+            if self.sparse and weight.ndim > 1:  # zero without a gradient stays zero under every optimizer here
+                self.hooks.append(weight.register_hook(lambda gradient, mask=weight.detach() != 0: gradient * mask))
         result = train.train(self.training_args(stage, epochs, lr_share), self.world, self.report.stop, self)
         while self.hooks:
             self.hooks.pop().remove()
@@ -1097,12 +1091,12 @@ class Pipeline(train.Plan):
 
     def prune(self):
         args, model = self.args, self.network
-        if args.sparsity or args.sparsity_2_4:
-            self.masks = masks_2_4(model) if args.sparsity_2_4 else masks_global(model, args.sparsity)
+        if self.sparse:
+            masks = masks_2_4(model) if args.sparsity_2_4 else masks_global(model, args.sparsity)
             with torch.no_grad():
-                for name, mask in self.masks.items():
+                for name, mask in masks.items():
                     model.get_parameter(name).mul_(mask)
-            say(f"{sum(int((~m).sum()) for m in self.masks.values()):,} weights are zero: the file gets smaller, the "
+            say(f"{sum(int((~m).sum()) for m in masks.values()):,} weights are zero: the file gets smaller, the "
                 "network not faster (no kernel here skips zeros)")
             return
         part = 1 / args.rounds
@@ -1131,12 +1125,10 @@ class Pipeline(train.Plan):
     def say_sensitivity(self, model, importance):
         """Of the network as it came to this stage, each space alone pruned by half -> into the report, {space: (KL of
         the outputs, share of arg-maxes kept, in percent)}"""
-        pixels, table = self.calibration()[0][:64], {}
-        before = logits_of(model, pixels).argmax(1)
+        table = {}
         for name, score in importance.items():
             smaller = prune(model, uniform(model, {name: score}, 0.5, self.args.round_to))
-            same = (before == logits_of(smaller, pixels).argmax(1)).float().mean().item()
-            table[name] = divergence(model, smaller, pixels), 100 * same
+            table[name] = compare(model, smaller, self.calibration()[0][:64])
         say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
         for name, (kl, same) in sorted(table.items(), key=lambda item: -item[1][0]):
             say(f"{name:24}{kl:>14.3e}{same:>10.1f}")
@@ -1183,8 +1175,8 @@ class Pipeline(train.Plan):
         self.fit("qat", args.qat_epochs, 0.1)
         self.network = quantize(fake.cpu(), ranges=fake.ranges(), **self.grid())
         pixels = self.calibration()[0].cpu()
-        same = (logits_of(fake, pixels).argmax(1) == logits_of(self.network, pixels).argmax(1)).float().mean().item()
-        say(f"fake-quantized network and int8 program agree on {100 * same:.2f} % of {len(pixels)} images")
+        _, same = compare(fake, self.network, pixels)
+        say(f"fake-quantized network and int8 program agree on {same:.2f} % of {len(pixels)} images")
 
     def grid(self):
         return dict(bits=self.args.weight_bits, per_tensor=self.args.per_tensor)
@@ -1223,9 +1215,9 @@ class Pipeline(train.Plan):
         float network's, until the drop is within --max-drop."""
         pixels, chosen = self.calibration()[0][:64].cpu(), list(self.args.float_layers)
         names = [s.name for s in self.network.steps if s.kind in ("conv", "linear") and s.name not in chosen]
-        gains = {name: divergence(float_model, to_int8(chosen + [name]), pixels) for name in names}
+        gains = {name: compare(float_model, to_int8(chosen + [name]), pixels)[0] for name in names}
         names.sort(key=gains.get)
-        base = divergence(float_model, self.network.cpu(), pixels)
+        base, _ = compare(float_model, self.network.cpu(), pixels)
         say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {base:.3e})")
         say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
         count = 1
@@ -1243,10 +1235,11 @@ def logits_of(model, pixels):
     return torch.cat([predict(model, part) for part in pixels.split(32)])
 
 
-def divergence(model, other, pixels):
-    """Mean KL(model || other) of the outputs for the pixels"""
-    p, q = (logits_of(m, pixels).log_softmax(1) for m in (model, other))
-    return F.kl_div(q, p, log_target=True, reduction="batchmean").item()
+def compare(model, other, pixels):
+    """-> mean KL(model || other) of the outputs for the pixels, percent of arg-maxes that are the same"""
+    a, b = (logits_of(m, pixels) for m in (model, other))
+    kl = F.kl_div(b.log_softmax(1), a.log_softmax(1), log_target=True, reduction="batchmean").item()
+    return kl, 100 * (a.argmax(1) == b.argmax(1)).float().mean().item()
 
 
 def masks_global(model, share):

@@ -210,7 +210,8 @@ def test_nothing_left_and_values_that_are_not_finite():
 def test_a_pipeline_s_network_goes_to_its_device_and_stays_there(monkeypatch):
     """Stages on the CPU work on copies: the report times the networks where they were."""
     report = SimpleNamespace(world=SimpleNamespace(device="meta"), sets=None, checkpoint={})
-    pipeline = compress.Pipeline(SimpleNamespace(equalise=False), report, build("plain"))
+    pipeline = compress.Pipeline(SimpleNamespace(equalise=False, sparsity=None, sparsity_2_4=False), report,
+                                 build("plain"))
     assert {p.device.type for p in pipeline.network.parameters()} == {"meta"}
     pipeline.network, pipeline.pixels, moved = build("plain"), [photographs(2, 32, 32), None], []
     monkeypatch.setattr(nn.Module, "cpu", lambda self: moved.append(self) or self)
