@@ -54,9 +54,7 @@ from resnet50 import (
     build_model,
     conv_grid,
     count_macs,
-    decode_tensor,
     device_name,
-    encode_tensor,
     example,
     fetch_weights,
     flatten,
@@ -1019,15 +1017,15 @@ class Pipeline(train.Plan):
         return loss
 
     def run(self, stages):
-        """Each stage, its checkpoint and its row; with --resume a finished stage is read from its checkpoint."""
+        """Each stage, its checkpoint and its row. What goes on is what the checkpoint holds; with --resume a finished
+        stage has one."""
         for self.at, stage in enumerate(stages, 1):
             self.rounds_left = stages[self.at - 1:].count("prune")
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
-            if self.args.resume and os.path.exists(path):
-                self.network = build_model(load_checkpoint(path), path).to(self.world.device)
-            else:
+            if not (self.args.resume and os.path.exists(path)):
                 getattr(self, stage)()
                 self.save(path)
+            self.network = build_model(load_checkpoint(path), path).to(self.world.device)
             self.report.add(stage, self.network, path)
 
     def path(self, name):
@@ -1190,21 +1188,15 @@ class Pipeline(train.Plan):
         args = self.args
         if args.int4_weights:
             self.encode = {key: f"int4:{args.int4_weights}" for key, p in self.network.named_parameters() if p.ndim > 1}
-            with torch.no_grad():
-                for key, encoding in self.encode.items():
-                    weight = self.network.get_parameter(key)
-                    weight.copy_(decode_tensor(encode_tensor(weight, encoding)))
             return
         if args.dynamic:
             self.network = quantize_classifier(self.network)
             return
         float_model, batches = self.equalised()
         found = gather(float_model, batches)
-
-        def to_int8(float_layers):
-            return post_training(float_model, batches, args.observer, args.correction, found,
-                                 float_layers=float_layers, **self.grid())
-        self.network = to_int8(args.float_layers)
+        to_int8 = functools.partial(post_training, float_model, batches, args.observer, args.correction, found,
+                                    **self.grid())
+        self.network = to_int8(float_layers=args.float_layers)
         table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.network, batches[:2])
         say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
         if args.max_drop is not None and self.report.drop(self.report.score(self.network)) > args.max_drop:
@@ -1215,14 +1207,14 @@ class Pipeline(train.Plan):
         float network's, until the drop is within --max-drop."""
         pixels, chosen = self.calibration()[0][:64].cpu(), list(self.args.float_layers)
         names = [s.name for s in self.network.steps if s.kind in ("conv", "linear") and s.name not in chosen]
-        gains = {name: compare(float_model, to_int8(chosen + [name]), pixels)[0] for name in names}
+        gains = {name: compare(float_model, to_int8(float_layers=chosen + [name]), pixels)[0] for name in names}
         names.sort(key=gains.get)
         base, _ = compare(float_model, self.network.cpu(), pixels)
         say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {base:.3e})")
         say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
         count = 1
         while True:
-            self.network = to_int8(chosen + names[:count])
+            self.network = to_int8(float_layers=chosen + names[:count])
             drop = self.report.drop(self.report.score(self.network))
             say(f"{count} layers in float: {drop:.2f} points lost")
             if drop <= self.args.max_drop or count == len(names):

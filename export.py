@@ -17,6 +17,7 @@ import importlib
 import io
 import json
 import os
+import pathlib
 import shutil
 import statistics
 import subprocess
@@ -52,6 +53,7 @@ from resnet50 import (
     positive,
     predict,
     run_script,
+    write_atomic,
 )
 
 DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
@@ -536,13 +538,11 @@ def tensorrt_engine(content, args, exported):
     if not trt:
         with tempfile.TemporaryDirectory() as folder:
             source, target = os.path.join(folder, "model.onnx"), os.path.join(folder, "model.engine")
-            with open(source, "wb") as f:
-                f.write(content)
+            pathlib.Path(source).write_bytes(content)
             ranges = [f"--{k}Shapes={name}:{'x'.join(map(str, s))}" for k, s in zip(("min", "opt", "max"), shapes)]
             trtexec(f"--onnx={source}", f"--saveEngine={target}", "--stronglyTyped", "--skipInference",
                     *ranges * args.dynamic_batch)
-            with open(target, "rb") as f:
-                return f.read()
+            return pathlib.Path(target).read_bytes()
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # from 11 on there is no other kind
@@ -569,8 +569,7 @@ def trtexec_call(path):
             name = "pixels" if x.dtype == torch.uint8 else "input"
             trtexec(f"--loadEngine={path}", f"--shapes={name}:{'x'.join(map(str, x.shape))}", "--iterations=1",
                     f"--loadInputs={name}:{inputs}", f"--exportOutput={outputs}")
-            with open(outputs) as f:
-                found = json.load(f)
+            found = json.loads(pathlib.Path(outputs).read_text())
         kinds = {"top_classes": np.int64}
         return [np.array(o["values"], kinds.get(o["name"], np.float32)).reshape(len(x), -1) for o in found]
     return run
@@ -581,8 +580,7 @@ def tensorrt_call(path):
     trt = installed("tensorrt")
     if not trt:
         return trtexec_call(path)
-    with open(path, "rb") as f:
-        engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(f.read())
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(pathlib.Path(path).read_bytes())
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     kinds = {trt.float32: torch.float32, trt.uint8: torch.uint8, trt.int64: torch.int64, trt.int32: torch.int32}
@@ -623,8 +621,7 @@ def torch_file(args, exported, x, extra):
                 torch._inductor.aoti_compile_and_package(program, package_path=path)
             except Exception as error:  # a compiler fails in as many ways as there are compilers
                 raise UserError(f"--format aot-inductor: {str(error).strip().splitlines()[-1][:200]}") from error
-            with open(path, "rb") as f:
-                return f.read()
+            return pathlib.Path(path).read_bytes()
 
 
 def scripted(exported, x):
@@ -691,8 +688,7 @@ def export(model, checkpoint, args, path):
             content = torch_file(args, exported, x, {"resnet50.json": json.dumps(about)})
         if args.format == "tensorrt":
             content = tensorrt_engine(content, args, exported)
-        with open(temporary, "wb") as f:
-            f.write(content)
+        pathlib.Path(temporary).write_bytes(content)
         report["bytes"] = len(content)
         if args.format == "tensorrt":
             found = report["runtimes"]["tensorrt"] = in_runtime(tensorrt_call, temporary, cases, images)
@@ -707,8 +703,7 @@ def export(model, checkpoint, args, path):
         else:
             report.update(compare(in_a_fresh_process(args.format, temporary, cases), cases))
             judge(report, limit, "a fresh process")
-        with atomic_file(path + ".json") as beside, open(beside, "w", encoding="utf-8") as f:
-            json.dump(about, f, indent=1)
+        write_atomic(path + ".json", json.dumps(about, indent=1).encode())
     if args.bench:
         report["bench"] = bench(model, args, exported, path)
     return report
