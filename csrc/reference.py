@@ -15,20 +15,24 @@ MAX_RESIZED = 2 ** 28  # pixels of a resized box, whole, which is what PyTorch m
 
 # ------------------------------------------------------------------------------------------------------ checks
 
-def expect(op, name, tensor, dtypes, shape, device=None, most=MAX_NUMEL):
-    """`shape` holds numbers, and names for free sizes. Memory is channels_last for 4 dimensions, else contiguous."""
+def expect(op, dtypes, shape, device=None, most=MAX_NUMEL, **tensors):
+    """Of each of the tensors; None is one that was not given. `shape` holds numbers, and names for free sizes. Memory is
+    channels_last for 4 dimensions, else contiguous."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     kind = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     sizes = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
-    fits = tensor.dtype in dtypes and tensor.dim() == len(shape) and device in (None, tensor.device) and all(
-        size > 0 if isinstance(want, str) else size == want for size, want in zip(tensor.shape, shape))
-    refuse(not fits, f"{op}: {name} must be {kind} {sizes} on {device or 'any device'} and not empty, "
-                     f"got {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}")
-    refuse(not tensor.is_contiguous(memory_format=layout),
-           f"{op}: {name} must be {str(layout).removeprefix('torch.').removesuffix('_format')}, expected {sizes}, "
-           f"got strides {tensor.stride()}")
-    refuse(tensor.numel() >= most, f"{op}: {name} must have fewer than 2^31 elements, got {tuple(tensor.shape)}")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        fits = tensor.dtype in dtypes and tensor.dim() == len(shape) and device in (None, tensor.device) and all(
+            size > 0 if isinstance(want, str) else size == want for size, want in zip(tensor.shape, shape))
+        refuse(not fits, f"{op}: {name} must be {kind} {sizes} on {device or 'any device'} and not empty, "
+                         f"got {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}")
+        refuse(not tensor.is_contiguous(memory_format=layout),
+               f"{op}: {name} must be {str(layout).removeprefix('torch.').removesuffix('_format')}, expected {sizes}, "
+               f"got strides {tensor.stride()}")
+        refuse(tensor.numel() >= most, f"{op}: {name} must have fewer than 2^31 elements, got {tuple(tensor.shape)}")
 
 
 def refuse(bad, message):
@@ -45,7 +49,7 @@ def conv_size(op, x, weight, stride, padding, groups):
            f"{op}: stride {list(stride)}, padding {list(padding)}: the stride and the padded x must fit int32")
     refuse(x.shape[1] % groups or weight.shape[0] % groups,
            f"{op}: {x.shape[1]} input and {weight.shape[0]} output channels; expected multiples of groups={groups}")
-    expect(op, "weight", weight, weight.dtype, ("O", x.shape[1] // groups, "kh", "kw"), x.device)
+    expect(op, weight.dtype, ("O", x.shape[1] // groups, "kh", "kw"), x.device, weight=weight)
     size = [(x.shape[i] + 2 * padding[i - 2] - weight.shape[i]) // stride[i - 2] + 1 for i in (2, 3)]
     refuse(min(size) < 1, f"{op}: x is {tuple(x.shape)}; expected at least {tuple(weight.shape[2:])} pixels with the "
                           f"padding {list(padding)} around them")
@@ -55,44 +59,37 @@ def conv_size(op, x, weight, stride, padding, groups):
 def check_conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None,
                     stride=(1, 1), padding=(0, 0), stride2=(1, 1), groups=1):
     op, d = "conv_int8", x.device
-    expect(op, "x", x, torch.uint8, ("N", "C", "H", "W"))
-    expect(op, "weight", weight, torch.int8, ("O", "C / groups", "kh", "kw"), d)
+    expect(op, torch.uint8, ("N", "C", "H", "W"), x=x)
+    expect(op, torch.int8, ("O", "C / groups", "kh", "kw"), d, weight=weight)
     size = conv_size(op, x, weight, stride, padding, groups)
-    n, o, h, w = size
-    expect(op, "mult", mult, torch.int32, (o,), d)
-    expect(op, "bias", bias, torch.int32, (o,), d)
     refuse((residual is None) != (gain is None), f"{op}: expected residual and gain together, or neither")
     refuse((x2 is None) != (weight2 is None), f"{op}: expected x2 and weight2 together, or neither")
     refuse(x2 is not None and groups != 1, f"{op}: x2 goes with groups 1, got {groups}")
-    if residual is not None:
-        expect(op, "residual", residual, torch.uint8, size, d)
-        expect(op, "gain", gain, torch.int32, (o,), d)
+    expect(op, torch.int32, (size[1],), d, mult=mult, bias=bias, gain=gain)
+    expect(op, torch.uint8, size, d, residual=residual)
+    expect(op, torch.uint8, (x.shape[1],), d, pad_value=pad_value)
     if x2 is not None:
-        expect(op, "x2", x2, torch.uint8, (n, "C2", "H2", "W2"), d)
-        expect(op, "weight2", weight2, torch.int8, (o, x2.shape[1], 1, 1), d)
+        expect(op, torch.uint8, (size[0], "C2", "H2", "W2"), d, x2=x2)
+        expect(op, torch.int8, (size[1], x2.shape[1], 1, 1), d, weight2=weight2)
         reached = conv_size(op, x2, weight2, stride2, (0, 0), 1)
         refuse(reached != size, f"{op}: x2 {tuple(x2.shape)} with stride2 {list(stride2)} gives {tuple(reached)}; "
                                 f"expected {tuple(size)}")
-    if pad_value is not None:
-        expect(op, "pad_value", pad_value, torch.uint8, (x.shape[1],), d)
     return size
 
 
 def check_gemm_int8(a, b, bias=None, mult=None, scale=None):
     op, d = "gemm_int8", a.device
-    expect(op, "a", a, torch.uint8, ("M", "K"))
-    expect(op, "b", b, torch.int8, ("N", a.shape[1]), d)
+    expect(op, torch.uint8, ("M", "K"), a=a)
+    expect(op, torch.int8, ("N", a.shape[1]), d, b=b)
     refuse(mult is not None and scale is not None, f"{op}: expected mult or scale or neither, not both")
-    for name, tensor, dtype in (("bias", bias, torch.int32), ("mult", mult, torch.int32),
-                                ("scale", scale, torch.float32)):
-        if tensor is not None:
-            expect(op, name, tensor, dtype, (b.shape[0],), d)
+    expect(op, torch.int32, (b.shape[0],), d, bias=bias, mult=mult)
+    expect(op, torch.float32, (b.shape[0],), d, scale=scale)
     return a.shape[0], b.shape[0]
 
 
 def check_max_pool_int8(x, kernel, stride, padding):
     op = "max_pool_int8"
-    expect(op, "x", x, torch.uint8, ("N", "C", "H", "W"))
+    expect(op, torch.uint8, ("N", "C", "H", "W"), x=x)
     refuse(kernel < 1 or stride < 1 or not 0 <= 2 * padding <= kernel,
            f"{op}: kernel {kernel}, stride {stride}, padding {padding}; expected two numbers from 1, and one from 0 to "
            "half the kernel")
@@ -102,30 +99,31 @@ def check_max_pool_int8(x, kernel, stride, padding):
 
 
 def check_avg_pool_int8(x, mult):
-    expect("avg_pool_int8", "x", x, torch.uint8, ("N", "C", "H", "W"))
-    expect("avg_pool_int8", "mult", mult, torch.int32, (1,), x.device)
+    expect("avg_pool_int8", torch.uint8, ("N", "C", "H", "W"), x=x)
+    expect("avg_pool_int8", torch.int32, (1,), x.device, mult=mult)
     return x.shape[:2]
 
 
 def check_jpeg_sizes(files, places):
     for file in files:
-        expect("jpeg_sizes", "files", file, torch.uint8, ("bytes",), most=2 ** 63)
-    expect("jpeg_sizes", "places", places, torch.int64, ("N", 3))
+        expect("jpeg_sizes", torch.uint8, ("bytes",), most=2 ** 63, files=file)
+    expect("jpeg_sizes", torch.int64, ("N", 3), places=places)
     return len(places), 2
 
 
 def check_jpeg_restart(file, pixels):
-    expect("jpeg_restart", "file", file, torch.uint8, ("bytes",))
+    expect("jpeg_restart", torch.uint8, ("bytes",), file=file)
     refuse(pixels < 1, f"jpeg_restart: pixels must be positive, got {pixels}")
 
 
 def check_crop_images(out, files, places, sizes, crops, kernel, gap):
     op, n = "crop_images", len(out)
-    expect(op, "out", out, torch.uint8, ("N", 3, "H", "W"))
+    expect(op, torch.uint8, ("N", 3, "H", "W"), out=out)
     for file in files:
-        expect(op, "files", file, torch.uint8, ("bytes",), most=2 ** 63)
-    for name, tensor, columns in (("places", places, 3), ("sizes", sizes, 2), ("crops", crops, 9)):
-        expect(op, name, tensor, torch.int64, (n, columns))
+        expect(op, torch.uint8, ("bytes",), most=2 ** 63, files=file)
+    expect(op, torch.int64, (n, 3), places=places)
+    expect(op, torch.int64, (n, 2), sizes=sizes)
+    expect(op, torch.int64, (n, 9), crops=crops)
     refuse(kernel not in ("bilinear", "bicubic"), f"{op}: kernel must be bilinear or bicubic, got {kernel}")
     refuse(gap < 0, f"{op}: gap must not be negative, got {gap}")
     return n,
@@ -133,57 +131,45 @@ def check_crop_images(out, files, places, sizes, crops, kernel, gap):
 
 def check_pack_int8(weight, mult, bias, gain=None, weight2=None):
     op, d = "pack_int8", weight.device
-    expect(op, "weight", weight, torch.int8, ("O", "C", "kh", "kw"))
-    for name, tensor in (("mult", mult), ("bias", bias), ("gain", gain)):
-        if tensor is not None:
-            expect(op, name, tensor, torch.int32, (weight.shape[0],), d)
-    if weight2 is not None:
-        expect(op, "weight2", weight2, torch.int8, (weight.shape[0], "C2", 1, 1), d)
+    expect(op, torch.int8, ("O", "C", "kh", "kw"), weight=weight)
+    expect(op, torch.int32, (weight.shape[0],), d, mult=mult, bias=bias, gain=gain)
+    expect(op, torch.int8, (weight.shape[0], "C2", 1, 1), d, weight2=weight2)
 
 
 def check_pack_bf16(weight, bias, weight2=None):
     op, d = "pack_bf16", weight.device
-    expect(op, "weight", weight, torch.bfloat16, ("O", "C", "kh", "kw"))
-    expect(op, "bias", bias, torch.float32, (weight.shape[0],), d)
-    if weight2 is not None:
-        expect(op, "weight2", weight2, torch.bfloat16, (weight.shape[0], "C2", 1, 1), d)
+    expect(op, torch.bfloat16, ("O", "C", "kh", "kw"), weight=weight)
+    expect(op, torch.float32, (weight.shape[0],), d, bias=bias)
+    expect(op, torch.bfloat16, (weight.shape[0], "C2", 1, 1), d, weight2=weight2)
 
 
 def check_network(op, pixels, plan, classes):
-    expect(op, "pixels", pixels, torch.uint8, ("N", 3, "H", "W"))
-    expect(op, "plan", plan, torch.uint8, ("bytes",), pixels.device)
+    expect(op, torch.uint8, ("N", 3, "H", "W"), pixels=pixels)
+    expect(op, torch.uint8, ("bytes",), pixels.device, plan=plan)
     return pixels.shape[0], classes
 
 
 def check_conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
     op, d = "conv_bn_relu", x.device
-    expect(op, "x", x, FLOATS, ("N", "C", "H", "W"))
-    expect(op, "weight", weight, x.dtype, ("O", "C / groups", "kh", "kw"), d)
+    expect(op, FLOATS, ("N", "C", "H", "W"), x=x)
+    expect(op, x.dtype, ("O", "C / groups", "kh", "kw"), d, weight=weight)
     size = conv_size(op, x, weight, stride, padding, groups)
-    expect(op, "scale", scale, torch.float32, (size[1],), d)
-    expect(op, "bias", bias, torch.float32, (size[1],), d)
-    if residual is not None:
-        expect(op, "residual", residual, x.dtype, size, d)
+    expect(op, torch.float32, (size[1],), d, scale=scale, bias=bias)
+    expect(op, x.dtype, size, d, residual=residual)
     return size
 
 
 def check_bn_relu(x, weight, bias, residual, eps, relu):
-    op, d = "bn_relu", x.device
-    expect(op, "x", x, FLOATS, ("N", "C", "H", "W"))
-    expect(op, "weight", weight, torch.float32, (x.shape[1],), d)
-    expect(op, "bias", bias, torch.float32, (x.shape[1],), d)
-    if residual is not None:
-        expect(op, "residual", residual, x.dtype, tuple(x.shape), d)
+    expect("bn_relu", FLOATS, ("N", "C", "H", "W"), x=x)
+    expect("bn_relu", torch.float32, (x.shape[1],), x.device, weight=weight, bias=bias)
+    expect("bn_relu", x.dtype, tuple(x.shape), x.device, residual=residual)
     return x.shape
 
 
 def check_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
-    op, d = "bn_relu_backward", x.device
-    expect(op, "x", x, FLOATS, ("N", "C", "H", "W"))
-    for name, tensor in (("grad", grad), ("y", y)):
-        expect(op, name, tensor, x.dtype, tuple(x.shape), d)
-    for name, tensor in (("weight", weight), ("mean", mean), ("invstd", invstd)):
-        expect(op, name, tensor, torch.float32, (x.shape[1],), d)
+    expect("bn_relu_backward", FLOATS, ("N", "C", "H", "W"), x=x)
+    expect("bn_relu_backward", x.dtype, tuple(x.shape), x.device, grad=grad, y=y)
+    expect("bn_relu_backward", torch.float32, (x.shape[1],), x.device, weight=weight, mean=mean, invstd=invstd)
     return x.shape
 
 
