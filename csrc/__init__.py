@@ -336,63 +336,46 @@ def register(native):
     torch.library.register_autograd("resnet50::bn_relu_backward", _not_twice, lib=_library)
 
 
-def _nhwc(x, size, dtype=None):
-    return x.new_empty(size, dtype=dtype).to(memory_format=torch.channels_last)
+def _empty(like, size, dtype=None):
+    y = like.new_empty(size, dtype=dtype)
+    return y.to(memory_format=torch.channels_last) if y.dim() == 4 else y
+
+
+def _fake(check, dtype=None):
+    """-> a fake kernel: its result has the size that the check returns, or one that only running tells, and the dtype
+    of the first tensor unless another is given."""
+    def fake(*args):
+        size = check(*args) or (torch.library.get_ctx().new_dynamic_size(),)
+        return _empty(next(a for a in args if isinstance(a, torch.Tensor)), size, dtype)
+    return fake
 
 
 def _fake_gemm_int8(a, b, bias=None, mult=None, scale=None):
     size = reference.check_gemm_int8(a, b, bias, mult, scale)
-    return a.new_empty(size, dtype=torch.uint8 if mult is not None else torch.int32 if scale is None else torch.float32)
+    return _empty(a, size, torch.uint8 if mult is not None else torch.int32 if scale is None else torch.float32)
 
 
-def _fake_pack_int8(*args):
-    reference.check_pack_int8(*args)
-    return args[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
-
-
-def _fake_pack_bf16(*args):
-    reference.check_pack_bf16(*args)
-    return args[0].new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
-
-
-def _fake_jpeg_restart(*args):
-    reference.check_jpeg_restart(*args)
-    return args[0].new_empty(torch.library.get_ctx().new_dynamic_size())
-
-
-def _fake_network(name, pixels, plan, classes):
-    return pixels.new_empty(reference.check_network(name, pixels, plan, classes), dtype=torch.float32)
-
-
-def _fake_network_profile(pixels, plan, classes):
-    reference.check_network("network_profile", pixels, plan, classes)
-    return pixels.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
-
-
-def _fake_bn_relu(x, weight, bias, residual, eps, relu):
-    reference.check_bn_relu(x, weight, bias, residual, eps, relu)
-    return _nhwc(x, x.shape), torch.empty_like(weight), torch.empty_like(weight)
+def _fake_bn_relu(x, weight, *args):
+    size = reference.check_bn_relu(x, weight, *args)
+    return _empty(x, size), torch.empty_like(weight), torch.empty_like(weight)
 
 
 def _fake_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
-    reference.check_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual)
-    return (_nhwc(x, x.shape), _nhwc(x, x.shape) if residual else x.new_empty(0), torch.empty_like(weight),
-            torch.empty_like(weight))
+    size = reference.check_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual)
+    return (_empty(x, size), _empty(x, size if residual else 0), torch.empty_like(weight), torch.empty_like(weight))
 
 
 FAKES = {
-    "conv_int8": lambda *args: _nhwc(args[0], reference.check_conv_int8(*args)),
-    "conv_bn_relu": lambda *args: _nhwc(args[0], reference.check_conv_bn_relu(*args)),
-    "network_int8": lambda *args: _fake_network("network_int8", *args),
-    "network_bf16": lambda *args: _fake_network("network_bf16", *args),
-    "gemm_int8": _fake_gemm_int8, "pack_int8": _fake_pack_int8, "pack_bf16": _fake_pack_bf16,
-    "network_profile": _fake_network_profile,
-    "jpeg_sizes": lambda *args: args[1].new_empty(reference.check_jpeg_sizes(*args)),
-    "jpeg_restart": _fake_jpeg_restart,
-    "crop_images": lambda *args: args[0].new_empty(reference.check_crop_images(*args), dtype=torch.bool),
-    "max_pool_int8": lambda *args: _nhwc(args[0], reference.check_max_pool_int8(*args)),
-    "avg_pool_int8": lambda *args: args[0].new_empty(reference.check_avg_pool_int8(*args)),
-    "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
+    "conv_int8": _fake(reference.check_conv_int8), "conv_bn_relu": _fake(reference.check_conv_bn_relu),
+    "max_pool_int8": _fake(reference.check_max_pool_int8), "avg_pool_int8": _fake(reference.check_avg_pool_int8),
+    "pack_int8": _fake(reference.check_pack_int8, torch.uint8),
+    "pack_bf16": _fake(reference.check_pack_bf16, torch.uint8),
+    "network_int8": _fake(functools.partial(reference.check_network, "network_int8"), torch.float32),
+    "network_bf16": _fake(functools.partial(reference.check_network, "network_bf16"), torch.float32),
+    "network_profile": _fake(functools.partial(reference.check_network, "network_profile"), torch.int64),
+    "jpeg_sizes": _fake(reference.check_jpeg_sizes), "jpeg_restart": _fake(reference.check_jpeg_restart),
+    "crop_images": _fake(reference.check_crop_images, torch.bool),
+    "gemm_int8": _fake_gemm_int8, "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
 
 
 def _bn_relu_saves(ctx, inputs, output):
@@ -416,22 +399,31 @@ def _not_twice(ctx, *_):  # without a formula its gradients would be constants
 
 # -------------------------------------------------------------------------------------------------- operations
 
+def _ops():
+    load()
+    return torch.ops.resnet50
+
+
+def _native(name, *args):
+    if not load():
+        raise RuntimeError(f"{name} needs the native extension, which is not loaded: {_state[1]}")
+    return getattr(torch.ops.resnet50, name)(*args)
+
+
 def conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None, stride=(1, 1),
               padding=(0, 0), stride2=(1, 1), groups=1):
     """uint8 (N, C, H, W) NHWC by int8 (O, C / groups, kh, kw) -> uint8 (N, O, Ho, Wo) NHWC:
     clamp(RNE(mult / 2^22 * (bias + conv(x, weight) + conv(x2, weight2, stride2) + gain * residual)), 0, 255).
     mult, bias, gain int32 (O); residual uint8 as the result; x2 uint8 (N, C2, H2, W2) with weight2 int8 (O, C2, 1, 1);
     pad_value uint8 (C), 0 without it."""
-    load()
-    return torch.ops.resnet50.conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, stride, padding,
-                                        stride2, groups)
+    return _ops().conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, stride, padding, stride2,
+                            groups)
 
 
 def gemm_int8(a, b, bias=None, mult=None, scale=None):
     """uint8 (M, K) by int8 (N, K), bias int32 (N) -> int32 (M, N); with mult int32 (N) requantized to uint8 as in
     conv_int8; with scale float32 (N) float32."""
-    load()
-    return torch.ops.resnet50.gemm_int8(a, b, bias, mult, scale)
+    return _ops().gemm_int8(a, b, bias, mult, scale)
 
 
 def pack_int8(weight, mult, bias, gain=None, weight2=None):
@@ -461,28 +453,24 @@ def network_profile(pixels, plan, classes):
 
 def max_pool_int8(x, kernel, stride, padding):
     """uint8 (N, C, H, W) NHWC -> uint8 (N, C, Ho, Wo): maxima of square windows."""
-    load()
-    return torch.ops.resnet50.max_pool_int8(x, kernel, stride, padding)
+    return _ops().max_pool_int8(x, kernel, stride, padding)
 
 
 def avg_pool_int8(x, mult):
     """uint8 (N, C, H, W) NHWC, mult int32 (1) -> uint8 (N, C): clamp(RNE(j / 2^22 * sum)), j = mult / (H W) rounded."""
-    load()
-    return torch.ops.resnet50.avg_pool_int8(x, mult)
+    return _ops().avg_pool_int8(x, mult)
 
 
 def jpeg_sizes(files, places):
     """files, a list of uint8 (bytes), places int64 (N, 3): which of them, offset and length -> int64 (N, 2): height and
     width of those JPEGs that crop_images decodes: 8-bit grey or colour, with an end. Zeros for all others."""
-    load()
-    return torch.ops.resnet50.jpeg_sizes(files, places)
+    return _ops().jpeg_sizes(files, places)
 
 
 def jpeg_restart(file, pixels=64):
     """A JPEG file uint8 (bytes) -> one with the same coefficients and metadata, sequential, with a restart marker about
     every `pixels` columns; empty if it is damaged, no JPEG, or there is no libjpeg-turbo."""
-    load()
-    return torch.ops.resnet50.jpeg_restart(file, pixels)
+    return _ops().jpeg_restart(file, pixels)
 
 
 def crop_images(out, files, places, sizes, crops, kernel="bilinear", gap=0):
@@ -494,26 +482,24 @@ def crop_images(out, files, places, sizes, crops, kernel="bilinear", gap=0):
     the resized size is left. -> bool (N): which were written. The others are no intact JPEGs, or would have more than
     2^28 pixels when resized, which is for strips thousands of times as long as they are wide. Pixels are those of
     torch.nn.functional.interpolate(antialias=True) on the decoded box, bit for bit."""
-    load()
-    return torch.ops.resnet50.crop_images(out, files, places, sizes, crops, kernel, gap)
+    return _ops().crop_images(out, files, places, sizes, crops, kernel, gap)
 
 
 def conv_bn_relu(x, weight, scale, bias, residual=None, relu=True, stride=(1, 1), padding=(0, 0), groups=1):
     """relu(conv(x, weight) * scale + bias + residual) for inference. x (N, C, H, W) NHWC, weight (O, C / groups, kh,
     kw) and residual float32 or bfloat16 (on CUDA float16 too), scale and bias float32 (O): a batch-norm folds into
     these. float32 on CUDA is PyTorch's own convolution."""
-    load()
+    ops = _ops()
     if x.is_cuda and x.dtype == torch.float32:
         reference.check_conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
         return reference.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
-    return torch.ops.resnet50.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
+    return ops.conv_bn_relu(x, weight, scale, bias, residual, relu, stride, padding, groups)
 
 
 def bn_relu(x, weight, bias, residual=None, running_mean=None, running_var=None, momentum=0.1, eps=1e-5, relu=True):
     """relu(batch_norm(x) + residual) in training, differentiable. x, residual (N, C, H, W) NHWC float32 or bfloat16,
     the rest float32 (C). The running statistics are updated as by torch.nn.BatchNorm2d."""
-    load()
-    y, mean, invstd = torch.ops.resnet50.bn_relu(x, weight, bias, residual, eps, relu)
+    y, mean, invstd = _ops().bn_relu(x, weight, bias, residual, eps, relu)
     if running_mean is not None:
         count = x.numel() // x.shape[1]
         if count < 2:
@@ -527,12 +513,6 @@ def bn_relu(x, weight, bias, residual=None, running_mean=None, running_var=None,
 
 
 # -------------------------------------------------------------------------------------------------- what there is
-
-def _native(name, *args):
-    if not load():
-        raise RuntimeError(f"{name} needs the native extension, which is not loaded: {_state[1]}")
-    return getattr(torch.ops.resnet50, name)(*args)
-
 
 def available():
     """Whether the native library runs, which is loaded by this call if it can be had."""
