@@ -309,9 +309,9 @@ def step_times(model, size, int8, repeats=5):
     net = stand_in(model) if int8 else fuse(model)
     pixels, times = example(net, 1, size), []  # a run's milliseconds, step by step
     for _ in range(repeats + 1):
-        if int8 and pixels.device.type == "cpu" and net.one_call and csrc.available():
-            profile = torch.ops.resnet50.network_profile(pixels, net.plan(), net.config["num_classes"])
-            times.append(profile.tolist()[-len(net.steps):])
+        if (plan := net.plan_for(pixels)) is not None:
+            profile = csrc.network_profile(pixels, plan, net.config["num_classes"])
+            times.append([nanoseconds / 1e6 for nanoseconds in profile.tolist()[-len(net.steps):]])
             continue
         ends = [time.perf_counter()]
 

@@ -463,9 +463,29 @@ def fold_downsample(steps):
 
 
 class Flat:
-    """A network that runs by its list `steps`; call(step, x, residual, x2) is the subclass's."""
+    """A network that runs by its list `steps`; call(step, x, residual, x2) is the subclass's, and so is program(): the
+    steps as csrc.plan.build_plan takes them, or None where csrc/ cannot run them all as one operation."""
 
-    graphs = None
+    graphs = packed = None
+
+    def pack(self):
+        """Makes `packed`, the network as this machine's kernels read it, once."""
+        if self.packed is None and (program := self.program()):
+            self.packed = tune(build_plan(program), self.preprocess["crop"])
+
+    # as csrc.load: torch.compile runs it while it traces, and what it makes is an input of the graph
+    pack._dynamo_marked_constant = True
+
+    def plan(self):
+        self.pack()
+        return self.packed
+
+    def plan_for(self, pixels):
+        """plan(), where it is of use. An exported program shall run on machines of other kinds."""
+        return self.plan() if pixels.device.type == "cpu" and not torch.compiler.is_exporting() else None
+
+    def __getstate__(self):  # a copy may run on another instruction set, and records graphs of its own
+        return {**self.__dict__, "packed": None, "graphs": None}
 
     def replay(self, x):
         """run(x), on CUDA as one launch"""
@@ -475,8 +495,12 @@ class Flat:
         return self.graphs(x)
 
     def _apply(self, fn, recurse=True):
-        self.graphs = None  # what they recorded reads the tensors that fn is about to replace
+        self.graphs = self.packed = None  # what was recorded reads the tensors that fn is about to replace
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):  # which loading a cascade calls too
+        self.packed = None
+        return super()._load_from_state_dict(*args)
 
     def run(self, x, steps=None, watch=None):
         """The first of the steps (default: all) reads x -> what the last makes. watch(step, result) sees each result.
@@ -550,29 +574,17 @@ class FusedResNet50(Flat, ResNet50):
             if step.kind == "conv":
                 for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
-        self.program, self.one_call = None, True
+        self.rows = None  # of the program
         if dtype == torch.bfloat16 and device.type == "cpu" and self.config["attention"] == "none" \
                 and csrc.has_bf16():
             with torch.no_grad():
-                program = bf16_program(model)
-            if all(v.isfinite().all() for step in program for v in step.values() if torch.is_tensor(v)):  # else an
-                # image's NaN could reach its neighbours by the zeros behind a tap
-                self.program = program
-        self.pack()
+                rows = bf16_program(model)
+            if all(v.isfinite().all() for row in rows for v in row.values() if torch.is_tensor(v)):  # else an image's
+                # NaN could reach its neighbours by the zeros behind a tap
+                self.rows = rows
 
-    def pack(self):
-        one_call = self.program is not None and csrc.has_bf16()
-        self.packed = tune(build_plan(self.program), self.preprocess["crop"]) if one_call else None
-
-    def __getstate__(self):
-        return {**self.__dict__, "packed": None}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.pack()  # for the instruction set that is here
-
-    def plan(self):  # None: it does not run as one call
-        return self.packed
+    def program(self):
+        return self.rows if csrc.has_bf16() else None
 
     def call(self, step, x, residual=None):
         if step.kind == "avgpool":
@@ -589,8 +601,8 @@ class FusedResNet50(Flat, ResNet50):
         nhwc = dict(memory_format=torch.channels_last)
         if x.dtype != torch.uint8:
             return self.replay(x.to(self.dtype).contiguous(**nhwc))
-        if self.packed is not None and self.one_call and x.device.type == "cpu" and not torch.compiler.is_exporting():
-            return csrc.network_bf16(x.contiguous(**nhwc), self.packed, self.config["num_classes"])
+        if (plan := self.plan_for(x)) is not None:
+            return csrc.network_bf16(x.contiguous(**nhwc), plan, self.config["num_classes"])
         return self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc)).float()
 
 
@@ -755,14 +767,13 @@ class Int8ResNet50(Flat, nn.Module):
         super().__init__()
         with torch.device("meta"):
             model = ResNet50(**config)
-        self.config, self.preprocess, self.packed = model.config, dict(PREPROCESS), None
+        self.config, self.preprocess = model.config, dict(PREPROCESS)
         self.steps = fold_downsample(flatten(model))
         if unknown := sorted(set(float_layers) - {s.name for s in self.steps if s.kind in ("conv", "linear")}):
             raise ValueError("Int8ResNet50: float_layers names no convolution or linear layer of this network, or one "
                              f"that is part of another: {', '.join(unknown)}")
         if float_layers:
             self.config["float_layers"] = list(float_layers)
-        self.one_call = self.config["attention"] == "none" and not float_layers  # csrc.network_int8 knows all its steps
         self.grids = {}  # name of a buffer -> of the step whose scale and zero it has
         for step in sorted(self.steps, key=lambda step: step.name):  # a gate comes before the convolution in it
             node, (*path, leaf) = self, step.name.split(".")
@@ -786,7 +797,9 @@ class Int8ResNet50(Flat, nn.Module):
         self.to(memory_format=torch.channels_last).eval()
 
     def program(self):
-        """-> the steps as csrc.plan.build_plan takes them: names of buffers, tensors, and sizes that are not theirs."""
+        if self.config["attention"] != "none" or self.config.get("float_layers") or not csrc.available():
+            return None
+
         def describe(step):
             module = self.get_submodule(step.name)
             sizes = {k: getattr(module, k) for k in ("stride", "padding", "stride2", "groups") if hasattr(module, k)}
@@ -821,34 +834,10 @@ class Int8ResNet50(Flat, nn.Module):
             return module(x.float()).round().to(torch.uint8)
         return module(x, **more)
 
-    def pack(self):
-        """Makes `packed`, the network as this machine's kernels read it, once."""
-        if self.packed is None:
-            self.packed = tune(build_plan(self.program()), self.preprocess["crop"])
-
-    # as csrc.load: torch.compile runs it while it traces, and what it makes is an input of the graph
-    pack._dynamo_marked_constant = True
-
-    def plan(self):
-        self.pack()
-        return self.packed
-
-    def __getstate__(self):  # a copy may run on another instruction set
-        return {**self.__dict__, "packed": None}
-
-    def _apply(self, fn, recurse=True):
-        self.packed = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args):  # which loading a cascade calls too
-        self.packed = None
-        return super()._load_from_state_dict(*args)
-
     def forward(self, pixels):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        if self.one_call and pixels.device.type == "cpu" and csrc.available() \
-                and not torch.compiler.is_exporting():  # an exported program shall run on machines of other kinds
-            return csrc.network_int8(pixels, self.plan(), self.config["num_classes"])
+        if (plan := self.plan_for(pixels)) is not None:
+            return csrc.network_int8(pixels, plan, self.config["num_classes"])
         return self.replay(pixels)
 
 

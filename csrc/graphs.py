@@ -25,9 +25,6 @@ class Graphs:
     def __init__(self, function):
         self.function, self.recorded, self.lock = function, {}, threading.Lock()
 
-    def __reduce__(self):
-        return type(None), ()  # a network's copies and pickles record their own
-
     @torch.inference_mode(False)  # memory of inference mode could not be written to by later calls outside of it
     @torch.no_grad()
     def __call__(self, x):

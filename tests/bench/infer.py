@@ -341,12 +341,12 @@ def per_layer(networks, batch, threads, seconds):
     """Prints the steps of our int8 or bf16 network: microseconds an image, share of the time, percent of the peak."""
     kind = networks.kind
     model = networks.int8 if kind == "int8" else resnet50.fuse(networks.model, torch.bfloat16)
-    if model.config["attention"] != "none" or (plan := model.plan()) is None:
+    if (plan := model.plan()) is None:
         raise resnet50.UserError("--per-layer: attention, and bf16 without AMX, are not one call", code=2)
     macs = resnet50.count_macs(networks.model, networks.model.preprocess["crop"])
     steps = resnet50.fold_downsample(resnet50.flatten(networks.model))
     names = ["pixels", *(step.name for step in steps)]
-    share = computed(model.program() if kind == "int8" else resnet50.bf16_program(networks.model))
+    share = computed(model.program())
     work = [0, *((macs.get(step.name, 0) + (macs[step.folded.name] if step.folded else 0)) * share.get(step.name, 1)
                  for step in steps)]
     pixels = networks.pixels[torch.arange(batch) % IMAGES].contiguous(memory_format=torch.channels_last)
