@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 import csrc
 from csrc.graphs import Graphs
-from csrc.plan import build_plan, tune
+from csrc.plan import build_plan, cpuinfo, tune
 from csrc.reference import MULT_BITS
 
 FORMAT = "resnet50/1"
@@ -525,6 +525,13 @@ def batch_norm_affine(bn):
     return scale, bn.bias.double() - bn.running_mean.double() * scale
 
 
+def fold_norms(model, step):
+    """-> ([weights of the convolution and of the downsampling one that is folded into it], sum of their biases), as
+    fold_norm has them"""
+    weights, biases = zip(*(fold_norm(model, part) for part in (step, step.folded) if part))
+    return weights, sum(biases)
+
+
 def fold_norm(model, step):
     """-> float64 (O, C, kh, kw), (O): a convolution's weights and bias with its batch-norm folded in, the first one's
     for pixels 0 to 255 less their mean"""
@@ -545,11 +552,9 @@ def bf16_program(model):
         module = model.get_submodule(step.name)
         if step.kind == "linear":
             return dict(row, weight=module.weight.bfloat16(), bias=module.bias.float())
-        weight, bias = fold_norm(model, step)
+        (weight, *weight2), bias = fold_norms(model, step)
         if step.folded:
-            weight2, bias2 = fold_norm(model, step.folded)
-            row.update(weight2=weight2.bfloat16(), stride2=model.get_submodule(step.folded.name).stride[0])
-            bias = bias + bias2
+            row.update(weight2=weight2[0].bfloat16(), stride2=model.get_submodule(step.folded.name).stride[0])
         if step.x == "pixels":
             mean = 255 * torch.tensor(model.preprocess["mean"], dtype=torch.float64)
             bias = bias + (weight * (mean.round() - mean).view(-1, 1, 1)).sum((1, 2, 3))
@@ -598,12 +603,11 @@ class FusedResNet50(Flat, ResNet50):
         return module(x)
 
     def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes); uint8 pixels -> the same in float32
-        nhwc = dict(memory_format=torch.channels_last)
-        if x.dtype != torch.uint8:
-            return self.replay(x.to(self.dtype).contiguous(**nhwc))
-        if (plan := self.plan_for(x)) is not None:
+        pixels, nhwc = x.dtype == torch.uint8, dict(memory_format=torch.channels_last)
+        if pixels and (plan := self.plan_for(x)) is not None:
             return csrc.network_bf16(x.contiguous(**nhwc), plan, self.config["num_classes"])
-        return self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc)).float()
+        y = self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc))
+        return y.float() if pixels else y
 
 
 def fuse(model, dtype=torch.float32):
@@ -649,7 +653,8 @@ class Int8Conv(nn.Module):
 
 
 class Int8AvgPool(nn.Module):
-    """uint8 (N, C, H, W) -> uint8 (N, C). `mult` holds for one pixel: the formula's j is mult / (H * W), rounded."""
+    """uint8 (N, C, H, W) -> uint8 (N, C). `mult` holds for one pixel: the formula's j is mult / (H * W), rounded. Maps
+    in float32 give float32."""
 
     def __init__(self):
         super().__init__()
@@ -657,7 +662,7 @@ class Int8AvgPool(nn.Module):
         self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x):
-        return csrc.avg_pool_int8(x, self.mult.view(1))
+        return x.mean((2, 3)) if x.is_floating_point() else csrc.avg_pool_int8(x, self.mult.view(1))
 
 
 class Int8Linear(nn.Module):
@@ -807,6 +812,13 @@ class Int8ResNet50(Flat, nn.Module):
                         **sizes, **dict(module.named_buffers()))
         return [describe(step) for step in self.steps]
 
+    def grid_of(self, name):
+        """-> (scale, zero) of a buffer: a value stands for scale * (value - zero)"""
+        if name == "pixels":
+            return 1.0, 0
+        module = self.get_submodule(self.grids[name])
+        return module.scale.item(), int(getattr(module, "zero", 0))
+
     def converted(self, name, x, floating):
         """The buffer `name` as float32 or as uint8, by the grid of the step that made it; the pixels are on none."""
         if x.is_floating_point() == floating:
@@ -826,8 +838,6 @@ class Int8ResNet50(Flat, nn.Module):
             floating = any(value.is_floating_point() for value in (x, *more.values()))
         x = self.converted(step.x, x, floating)
         more = {k: self.converted(getattr(step, k), value, floating) for k, value in more.items()}
-        if step.kind == "avgpool" and floating:
-            return x.mean((2, 3))
         if step.kind == "maxpool" and not floating:
             return csrc.max_pool_int8(x, module.kernel_size, module.stride, module.padding)
         if step.kind == "pool" and not floating:
@@ -956,31 +966,24 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
     result = Int8ResNet50(float_layers, **model.config)
     result.preprocess = dict(model.preprocess)
     mean = torch.tensor(model.preprocess["mean"], dtype=torch.float64) * 255
-    scales, zeros = {"pixels": 1.0}, {}
     for step in result.steps:
-        module, scale = result.get_submodule(step.name), scales[step.x]
-        low, high = ranges[step.name]
+        module, (scale, _), (low, high) = result.get_submodule(step.name), result.grid_of(step.x), ranges[step.name]
         if step.kind == "conv":
-            weight, bias = fold_norm(model, step)
-            weights, centre = [(weight, scale)], torch.zeros(weight.shape[1], dtype=torch.float64)
-            if step.x == "pixels":
-                centre = mean
-            if step.folded:
-                weight2, bias2 = fold_norm(model, step.folded)
-                weights.append((weight2, scales[step.x2]))
-                bias = bias + bias2
+            weights, bias = fold_norms(model, step)
+            centre = mean if step.x == "pixels" else torch.zeros(weights[0].shape[1], dtype=torch.float64)
             low = 0.0 if step.relu else low
             if step.name in float_layers:
-                module.fill([w for w, _ in weights], bias, low, high, centre)
-            else:
-                fill_conv(module, step.name, weights, bias, scales.get(step.residual), low, high, centre, **grid)
-                if step.x == "pixels":
-                    module.pad_value.copy_(mean.round().clamp(0, 255))  # the nearest to what stands for zero
-            zeros[step.name] = module.zero.item()
+                module.fill(weights, bias, low, high, centre)
+                continue
+            scales = [result.grid_of(name)[0] for name in (step.x, step.x2, step.residual) if name]
+            fill_conv(module, step.name, list(zip(weights, scales)), bias, scales[-1] if step.residual else None,
+                      low, high, centre, **grid)
+            if step.x == "pixels":
+                module.pad_value.copy_(mean.round().clamp(0, 255))  # the nearest to what stands for zero
         elif step.kind == "gate":
-            attention, both = model.get_submodule(step.name), [step.x, step.residual or step.x]
-            module.scales.copy_(torch.tensor([scales[name] for name in both], dtype=torch.float64))
-            module.zeros.copy_(torch.tensor([zeros.get(name, 0) for name in both]))
+            attention, both = model.get_submodule(step.name), map(result.grid_of, (step.x, step.residual or step.x))
+            for buffer, values in zip((module.scales, module.zeros), zip(*both)):
+                buffer.copy_(torch.tensor(values, dtype=torch.float64))
             module.scale.fill_(max(high / 255, sum(module.scales).item() / 15))
             for name in ("fc1", "fc2"):
                 getattr(module, name).weight.copy_(getattr(attention, name).weight.flatten(1))
@@ -1000,7 +1003,6 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
             module.weight.copy_((weight / unit[:, None]).round().clamp(-127, 127))
             module.bias.copy_((bias / unit).round())
             module.scale.copy_(unit)
-        scales[step.name] = module.scale.item() if step.kind in ("conv", "gate", "avgpool") else scale
     return result
 
 
@@ -1424,32 +1426,21 @@ def weights(model):
 def count_macs(model, size=224):
     """-> {name of a convolution or linear layer: multiply-accumulates for one (3, size, size) image}. Of a cascade both
     members', as for an image that goes on to the big one."""
-    macs, handles = {}, []
     if isinstance(model, Cascade):
         return {f"{name}.{k}": v for name, member in model.named_children()
                 for k, v in count_macs(member, size).items()}
-    if isinstance(model, Flat):
-        def watch(step, y):
-            if step.kind in ("conv", "gate", "linear"):
-                module = model.get_submodule(step.name)
-                parts = (module.fc1, module.fc2) if step.kind == "gate" else (module,)
-                weights = sum(getattr(p, k).numel() for p in parts for k in ("weight", "weight2")
-                              if getattr(p, k, None) is not None)
-                macs[step.name] = weights * (y[0, 0].numel() if step.kind == "conv" else 1)
-        with torch.no_grad():
-            model.run(example(model, 1, size), watch=watch)
-        return macs
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            def hook(module, inputs, output, name=name):
-                macs[name] = output[0].numel() * module.weight[0].numel()
-            handles.append(module.register_forward_hook(hook))
+    if isinstance(model, Flat):  # calls no modules that could be watched, and costs what the network does that it is of
+        with torch.device("meta"):
+            model = ResNet50(**{k: v for k, v in model.config.items() if k not in ("float_layers", "classifier")})
+    macs, names = {}, {m: name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+
+    def watch(module, inputs, output):
+        if module in names:
+            macs[names[module]] = output[0].numel() * module.weight[0].numel()
     training = model.training
-    with torch.no_grad():
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(watch):
         model.eval()(example(model, 1, size))
     model.train(training)
-    for handle in handles:
-        handle.remove()
     return macs
 
 
@@ -1495,13 +1486,13 @@ def parts(model, x):
         for name, stage in stages(model):
             result[name], x = (stage, (x,)), stage(x)
         return result
+    names = {child: name for name, child in model.named_children()}
 
-    def watch(name):
-        return lambda module, inputs: result.update({name: (module.forward, inputs)})
-    handles = [child.register_forward_pre_hook(watch(name)) for name, child in model.named_children()]
-    model(x)
-    for handle in handles:
-        handle.remove()
+    def watch(module, inputs):
+        if module in names:
+            result[names[module]] = module.forward, inputs
+    with nn.modules.module.register_module_forward_pre_hook(watch):
+        model(x)
     return result
 
 
@@ -1520,11 +1511,7 @@ def summarize(model, size, batch_size, device):
 def cpu_isa():
     """The instruction sets that decide how fast the kernels can be, as the system reports them."""
     wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd")
-    try:
-        with open("/proc/cpuinfo") as f:
-            flags = next((line for line in f if line.lower().startswith(("flags", "features"))), "").split()
-    except OSError:
-        flags = []
+    flags = cpuinfo("flags", "features").split()
     return [w for w in wanted if w in flags] or [torch.backends.cpu.get_cpu_capability().lower()]
 
 

@@ -98,8 +98,9 @@ def large(size):
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def shrink(size, kernel, stride, padding):
-    return (size + 2 * padding - kernel) // stride + 1
+def shrink(sizes, kernel, stride, padding):
+    """Of feature maps -> of what a convolution or pool makes of them"""
+    return tuple((size + 2 * padding - kernel) // stride + 1 for size in sizes)
 
 
 class Buffers:
@@ -161,7 +162,7 @@ def build_plan(steps, channels=3):
     ops, element = torch.ops.resnet50, steps[0]["weight"].element_size()  # bytes of a value
     steps, first, sizes = skip_unread(steps), dict(kind="load", channels=channels), PROBES
     if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
-        sizes = tuple(shrink(s, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"]) for s in PROBES)
+        sizes = shrink(PROBES, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"])
         first, steps[0] = windows(steps[0])
     nhwc = dict(memory_format=torch.channels_last)
     buffers, constants, table = Buffers(steps), [], []
@@ -195,8 +196,7 @@ def build_plan(steps, channels=3):
             else:
                 row.update(kh=weight.shape[2], kw=weight.shape[3], stride=step["stride"], pad=step["padding"],
                            stride2=step.get("stride2") or 1, residual_stride=step.get("residual_stride", 1))
-                shape = (len(weight) * element,
-                         tuple(shrink(s, weight.shape[2], step["stride"], step["padding"]) for s in sizes))
+                shape = len(weight) * element, shrink(sizes, weight.shape[2], step["stride"], step["padding"])
                 mult = step.get("mult")
             weight, weight2 = weight.contiguous(**nhwc), step.get("weight2")
             weight2 = None if weight2 is None else weight2.contiguous(**nhwc)
@@ -204,17 +204,16 @@ def build_plan(steps, channels=3):
                                      if element == 1 else ops.pack_bf16(weight, step["bias"], weight2))
         elif kind == "maxpool":
             row.update(kh=3, kw=3, stride=2, pad=1)
-            shape = (pixel, tuple(shrink(s, 3, 2, 1) for s in sizes))
+            shape = pixel, shrink(sizes, 3, 2, 1)
         elif kind == "avgpool":
             row["mult"] = int(step.get("mult", 0))
-            shape = (pixel, tuple(1 for _ in sizes))
+            shape = pixel, (1,) * len(sizes)
         else:
             raise ValueError(f"build_plan: step {i} has kind {kind!r}, none of conv, maxpool, avgpool, linear")
         if kind != "linear":
             if step.get("residual") is not None and not in_place(step):
                 pixel, sizes = buffers.shapes[step["residual"]]
-                read = pixel, tuple(shrink(s, 1, step["residual_stride"], 0) for s in sizes)
-                if read != shape:
+                if (pixel, shrink(sizes, 1, step["residual_stride"], 0)) != shape:
                     raise ValueError(f"build_plan: {step['out']} and its residual {step['residual']} differ in size or "
                                      "channels")
             row["out"] = buffers.make(i, step["out"], shape, step["residual"] if in_place(step) else None)
@@ -237,10 +236,11 @@ def build_plan(steps, channels=3):
     return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body], out=large(base + len(body)))
 
 
-def cpu_name():
+def cpuinfo(*keys):
+    """What Linux says of the first core under one of these; empty where it says nothing."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return platform.machine()
+        return next((line.partition(":")[2].strip() for line in f if line.lower().startswith(keys)), "")
+    return ""
 
 
 def tune(plan, size, channels=3):
@@ -258,7 +258,8 @@ def tune(plan, size, channels=3):
     def signature(i):
         packed = plan[int(table[i, at("packed")]):][:64].view(torch.int32)  # cpu/conv.h: struct Packed
         return " ".join(map(str, packed[:15].tolist() + [int(table[i, f]) for f in geometry]))
-    here = f"{cpu_name()} {isa()} {torch.get_num_threads()} threads {size} px {build_key()}"
+    cpu = cpuinfo("model name") or platform.machine()
+    here = f"{cpu} {isa()} {torch.get_num_threads()} threads {size} px {build_key()}"
     digest = hashlib.sha256(" | ".join([here, *map(signature, convs)]).encode()).hexdigest()[:16]
     path = os.path.join(cache_folders()[-1], f"blocks-{digest}.json")
     try:
