@@ -36,42 +36,41 @@ BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768),
 ROUNDS, WORTH = 5, 0.98  # of measuring; what a choice must bring
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
 PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
+STRIDES = dict(x="stride", x2="stride2", residual="residual_stride")  # with which a step reads an activation
 
 
 def reads(step):
     """Names of the activations that a step reads."""
-    return [step[key] for key in ("x", "x2", "residual") if step.get(key) is not None]
+    return [step[key] for key in STRIDES if step.get(key) is not None]
 
 
 def in_place(step):
     """Whether the result may lie where the residual does."""
-    return step.get("residual") is not None and step.get("residual_stride", 1) == 1
+    return step.get("residual") is not None and step["residual_stride"] == 1
 
 
 def skip_unread(steps):
     """-> the same network, without the pixels that nobody reads. Where only 1x1 convolutions with a stride read a
     result, as at the end of a stage of the 2015 network, the stride becomes that of the convolution which makes it, and
     moves on to what this one reads: three bottlenecks do a quarter of their last two convolutions, a tenth of the
-    network. Such a sum reads its residual with the stride ("residual_stride")."""
-    steps = [dict(step) for step in steps]
+    network. Such a sum reads its residual with the stride ("residual_stride"). Every step is given all STRIDES."""
+    steps = [{**dict.fromkeys(STRIDES.values(), 1), **step} for step in steps]
+
+    def movable(reader, key):
+        """Whether this reading has a stride, and no use for what lies between the pixels that it reads"""
+        return reader["kind"] == "conv" and (
+            key != "x" or reader["weight"].shape[2:] == (1, 1) and not reader["padding"])
     for step in reversed(steps):  # readers first: what a stride saves goes on to what they read
         if step["kind"] != "conv":
             continue
-        readers = []  # (step, key of the stride with which it reads, or None)
-        for reader in steps:
-            single = reader["kind"] == "conv" and reader["weight"].shape[2:] == (1, 1) and not reader["padding"]
-            for key, stride in (("x", "stride" if single else None), ("x2", "stride2"),
-                                ("residual", "residual_stride")):
-                if reader.get(key) == step["out"]:
-                    readers.append((reader, stride))
-        stride = math.gcd(*(reader.get(key) or 1 if key else 1 for reader, key in readers))
+        readers = [(reader, key) for reader in steps for key in STRIDES if reader.get(key) == step["out"]]
+        stride = math.gcd(*(reader[STRIDES[key]] if movable(reader, key) else 1 for reader, key in readers))
         if stride <= 1:
             continue
         for reader, key in readers:
-            reader[key] //= stride
-        for name, key in (("x", "stride"), ("x2", "stride2"), ("residual", "residual_stride")):
-            if step.get(name) is not None:
-                step[key] = (step.get(key) or 1) * stride
+            reader[STRIDES[key]] //= stride
+        for key in STRIDES:
+            step[STRIDES[key]] *= stride if step.get(key) is not None else 1
     return steps
 
 
@@ -126,8 +125,7 @@ class Buffers:
         strides, windows = {}, set()
         for step in steps:
             kernel = step["weight"].shape[-1] if step["kind"] == "conv" else 0
-            for name, stride, kernel in ((step["x"], step.get("stride", 1), kernel),
-                                         (step.get("x2"), step.get("stride2") or 1, 1)):
+            for name, stride, kernel in ((step["x"], step["stride"], kernel), (step.get("x2"), step["stride2"], 1)):
                 if name is not None:
                     strides.setdefault(name, set()).add(stride)
                     if kernel != 1 and stride == 1:
@@ -195,7 +193,7 @@ def build_plan(steps, channels=3):
                 classes, mult = len(weight), torch.zeros(len(weight), dtype=torch.int32)
             else:
                 row.update(kh=weight.shape[2], kw=weight.shape[3], stride=step["stride"], pad=step["padding"],
-                           stride2=step.get("stride2") or 1, residual_stride=step.get("residual_stride", 1))
+                           stride2=step["stride2"], residual_stride=step["residual_stride"])
                 shape = len(weight) * element, shrink(sizes, weight.shape[2], step["stride"], step["padding"])
                 mult = step.get("mult")
             weight, weight2 = weight.contiguous(**nhwc), step.get("weight2")
@@ -205,11 +203,9 @@ def build_plan(steps, channels=3):
         elif kind == "maxpool":
             row.update(kh=3, kw=3, stride=2, pad=1)
             shape = pixel, shrink(sizes, 3, 2, 1)
-        elif kind == "avgpool":
+        else:
             row["mult"] = int(step.get("mult", 0))
             shape = pixel, (1,) * len(sizes)
-        else:
-            raise ValueError(f"build_plan: step {i} has kind {kind!r}, none of conv, maxpool, avgpool, linear")
         if kind != "linear":
             if step.get("residual") is not None and not in_place(step):
                 pixel, sizes = buffers.shapes[step["residual"]]
@@ -224,10 +220,9 @@ def build_plan(steps, channels=3):
     words = [word for (shape, border, planes, filled) in buffers.keys
              for word in (shape[0], border, planes, base + constant(buffers.fill[filled]) if filled else -1)]
     for row in table:
-        defaults = {"in": -1, "out": -1, "residual": -1, "in2": -1}
-        for field in FIELDS:
-            value = KINDS[row["kind"]] if field == "kind" else row.get(field, defaults.get(field, 0))
-            words.append(base + value if field in ("packed", "scale") and field in row else value)
+        row["kind"] = KINDS[row["kind"]]
+        row |= {field: base + row[field] for field in ("packed", "scale") if field in row}
+        words += [row.get(field, -1 if field in ("in", "out", "residual", "in2") else 0) for field in FIELDS]
     body = torch.cat(constants)
     digest = hashlib.sha256(struct.pack(f"<{len(words)}q", *words) + body.numpy().tobytes()).digest()
     header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys),
