@@ -170,12 +170,10 @@ class Bottleneck(nn.Module):
         self.se = SqueezeExcite(cout) if config["attention"] == "se" else None
         self.adapter = Adapter(cout, config["adapter"]) if config.get("adapter") else None
         self.downsample = None
-        if split and projects:
-            self.downsample = nn.Sequential(
-                nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False),
-                nn.Conv2d(cin, cout, 1, bias=False), nn.BatchNorm2d(cout))
-        elif projects:
-            self.downsample = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+        if projects:
+            pool = [nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)] if split else []
+            self.downsample = nn.Sequential(*pool, nn.Conv2d(cin, cout, 1, 1 if split else stride, bias=False),
+                                            nn.BatchNorm2d(cout))
 
     def forward(self, x):
         identity = x if self.downsample is None else self.downsample(x)
@@ -634,15 +632,15 @@ class Int8Conv(nn.Module):
     """uint8 NHWC (N, C, H, W) -> uint8 (N, O, Ho, Wo), by csrc/README.md's formula. A value of the result stands for
     scale * (value - zero); pad_value is there where x is pixels."""
 
-    def __init__(self, conv, folded=None, residual=False, pixels=False):
+    def __init__(self, step, conv, folded=None):
         super().__init__()
         self.stride, self.padding, self.groups = conv.stride[0], conv.padding[0], conv.groups
         self.stride2 = folded.stride[0] if folded else 1
         o = (conv.out_channels,)
         for name, dtype, shape in (("weight", torch.int8, conv.weight.shape), ("mult", torch.int32, o),
-                                   ("bias", torch.int32, o), ("gain", torch.int32, o if residual else None),
+                                   ("bias", torch.int32, o), ("gain", torch.int32, o if step.residual else None),
                                    ("weight2", torch.int8, folded.weight.shape if folded else None),
-                                   ("pad_value", torch.uint8, (conv.in_channels,) if pixels else None),
+                                   ("pad_value", torch.uint8, (conv.in_channels,) if step.x == "pixels" else None),
                                    ("scale", torch.float64, ()), ("zero", torch.int32, ())):
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype))
 
@@ -656,7 +654,7 @@ class Int8AvgPool(nn.Module):
     """uint8 (N, C, H, W) -> uint8 (N, C). `mult` holds for one pixel: the formula's j is mult / (H * W), rounded. Maps
     in float32 give float32."""
 
-    def __init__(self):
+    def __init__(self, *_):
         super().__init__()
         self.register_buffer("mult", torch.zeros((), dtype=torch.int32))
         self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
@@ -668,7 +666,7 @@ class Int8AvgPool(nn.Module):
 class Int8Linear(nn.Module):
     """uint8 (N, C) -> float32 logits (N, classes)"""
 
-    def __init__(self, linear):
+    def __init__(self, step, linear, folded):
         super().__init__()
         classes = linear.out_features
         self.register_buffer("weight", torch.zeros(classes, linear.in_features, dtype=torch.int8))
@@ -726,7 +724,7 @@ class Int8Gate(nn.Module):
     squeeze-and-excitation  x (N, C, H, W), residual the same -> relu(gate(x) * x + residual)
     split attention         x (N, 2 C, H, W), two branches    -> gate(x) * branch a + (1 - gate(x)) * branch b"""
 
-    def __init__(self, attention):
+    def __init__(self, step, attention, folded):
         super().__init__()
         for name in ("fc1", "fc2"):
             conv = getattr(attention, name)
@@ -780,23 +778,17 @@ class Int8ResNet50(Flat, nn.Module):
         if float_layers:
             self.config["float_layers"] = list(float_layers)
         self.grids = {}  # name of a buffer -> of the step whose scale and zero it has
+        kinds = dict(conv=Int8Conv, gate=Int8Gate, avgpool=Int8AvgPool, linear=Int8Linear)
+        layers = dict(model.named_modules())
         for step in sorted(self.steps, key=lambda step: step.name):  # a gate comes before the convolution in it
             node, (*path, leaf) = self, step.name.split(".")
             for name in path:
                 if name not in node._modules:
                     node.add_module(name, nn.Module())
                 node = node.get_submodule(name)
-            folded = step.folded and model.get_submodule(step.folded.name)
-            if step.name in float_layers:
-                module = FloatStep(step, model.get_submodule(step.name), folded)
-            elif step.kind == "avgpool":
-                module = Int8AvgPool()
-            elif step.kind == "conv":
-                module = Int8Conv(model.get_submodule(step.name), folded, step.residual is not None, step.x == "pixels")
-            else:
-                kinds = {"gate": Int8Gate, "linear": Int8Linear}
-                module = kinds.get(step.kind, lambda pool: pool)(model.get_submodule(step.name))
-            node.add_module(leaf, module)
+            layer, folded = layers.get(step.name), step.folded and layers[step.folded.name]
+            kind = FloatStep if step.name in float_layers else kinds.get(step.kind)
+            node.add_module(leaf, kind(step, layer, folded) if kind else layer)  # a pool is what it was
         for step in self.steps:
             self.grids[step.name] = self.grids[step.x] if step.kind in ("maxpool", "pool") else step.name
         self.to(memory_format=torch.channels_last).eval()
@@ -1446,14 +1438,12 @@ def count_macs(model, size=224):
 
 def measure(fn, device, repeats=7, warmup=2):
     """Median milliseconds of fn() after the warm-up calls."""
-    times = []
+    times, wait = [], functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     for _ in range(repeats + warmup):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait()
         start = time.perf_counter()
         fn()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait()
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times[warmup:])
 

@@ -227,11 +227,17 @@ def compile_into(folder, name, cuda):
                   and (cuda or not path.startswith(os.path.join(FOLDER, "cuda")))]
         if cuda:
             cpp_extension.CUDA_HOME = cuda_home()
-        with arch_list(gpus() if cuda else None):
+        silent = cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST")  # then PyTorch compiles for every GPU there is
+        try:
+            if silent:
+                os.environ["TORCH_CUDA_ARCH_LIST"] = gpus()
             cpp_extension.load("resnet50", wanted, extra_cflags=list(map(shlex.quote, compile_flags)),
                                extra_ldflags=list(map(shlex.quote, link_flags)), extra_cuda_cflags=CUDA_FLAGS,
                                extra_include_paths=[FOLDER], build_directory=temporary, with_cuda=cuda,
                                is_python_module=False)
+        finally:
+            if silent:
+                del os.environ["TORCH_CUDA_ARCH_LIST"]
         library, = glob.glob(os.path.join(temporary, "resnet50*.so"))
         with open(library, "rb") as f:
             os.fsync(f.fileno())
@@ -248,19 +254,6 @@ def compile_into(folder, name, cuda):
         return compile_into(folder, name, False)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def arch_list(value):
-    """TORCH_CUDA_ARCH_LIST for cpp_extension, which compiles for every GPU there is where nobody says for which."""
-    old = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if value:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = value
-    try:
-        yield
-    finally:
-        if value and old is None:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
 
 
 # ------------------------------------------------------------------------------------------------ registration

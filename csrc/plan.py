@@ -154,11 +154,12 @@ class Buffers:
         return index
 
 
-def build_plan(steps, channels=3):
+def build_plan(steps):
     """-> uint8 tensor, for this process's instruction set only."""
     load()
     ops, element = torch.ops.resnet50, steps[0]["weight"].element_size()  # bytes of a value
-    steps, first, sizes = skip_unread(steps), dict(kind="load", channels=channels), PROBES
+    steps, channels, sizes = skip_unread(steps), steps[0]["weight"].shape[1], PROBES
+    first = dict(kind="load", channels=channels)
     if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
         sizes = shrink(PROBES, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"])
         first, steps[0] = windows(steps[0])
@@ -238,7 +239,7 @@ def cpuinfo(*keys):
     return ""
 
 
-def tune(plan, size, channels=3):
+def tune(plan, size):
     """Chooses for each convolution how many rows pass over the weights at a time, by running the whole network on
     images of `size` pixels with each of BLOCKS. What was measured is kept in the cache folder, by CPU, threads and
     shapes, so that this happens once per machine. Changes the plan in place; results do not depend on it."""
@@ -269,8 +270,7 @@ def tune(plan, size, channels=3):
         pass  # not measured yet, or not readable
     known = dict(machine=here)
     for field, images in BATCHES.items():
-        pixels = torch.zeros(images, channels, size, size, dtype=torch.uint8)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = torch.zeros(images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         times = []
         for _ in range(ROUNDS):
             for block in BLOCKS[isa()]:

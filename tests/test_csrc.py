@@ -375,7 +375,7 @@ def test_a_residual_of_another_size_is_refused(native):
              conv | dict(x="b", out="c", residual="a", gain=one), conv | dict(x="c", out="d", stride=2),
              dict(kind="avgpool", x="d", out="e", mult=1)]
     with pytest.raises(ValueError, match="c and its residual a differ in size"):
-        build_plan(steps, channels=8)
+        build_plan(steps)
 
 
 # ---------------------------------------------------------------------------------------------- network_bf16

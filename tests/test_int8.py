@@ -218,7 +218,7 @@ def test_integers_keep_their_bounds_and_use_their_range(pair):
 @pytest.mark.parametrize("k, bias, residual", [(20000, 0.0, None), (3, -1e5, None), (3, 0.0, 1e3), (20000, 100.0, 1.0)])
 def test_accumulators_stay_exact_in_float32(k, bias, residual):
     """Weights of one sign, a bias or a residual that dwarfs all else: one accumulator's worst case is below 2^24."""
-    module = resnet50.Int8Conv(torch.nn.Conv2d(k, 2, 1), residual=residual is not None)
+    module = resnet50.Int8Conv(resnet50.Step("conv", "x", "y", residual and "z"), torch.nn.Conv2d(k, 2, 1))
     weight = torch.ones(2, k, 1, 1, dtype=torch.float64) * torch.tensor([1e-3, -2e-3]).view(2, 1, 1, 1)
     resnet50.fill_conv(module, "x", [(weight, 0.1)], torch.full((2,), bias, dtype=torch.float64), residual, 0.0, 9.0,
                        torch.zeros(k))
