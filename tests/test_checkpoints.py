@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import resnet50
 import train
 from resnet50 import ResNet50, UserError
-from tests.test_int8 import VARIANTS, WIDTHS, build, photographs, same_state
+from tests.test_int8 import VARIANTS, WIDTHS, build, call, photographs, same_state
 from tests.test_resnet50 import randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -198,9 +198,6 @@ def test_torchvision_classifiers_are_trained_evaluated_and_summarized(tiny, tmp_
     model, path = resnet50.torchvision_model("resnet18", 10), str(tmp_path / "t.pt")
     model.preprocess.update(crop=32, resize=36)
     resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
-
-    def call(script, *args):
-        return script.main(script.get_args_parser().parse_args(["--device", "cpu", *args]))
     exact = "--amp-dtype", "float32"  # in bfloat16 the size of a batch decides how it rounds
     result = call(train, "--data", tiny, "--workers", "0", "--batch-size", "10", "--epochs", "1", "--checkpoint", path,
                   "--model-ema-decay", "0.9", "--image-size", "32", "--out", str(tmp_path / "o"), *exact)
@@ -222,11 +219,11 @@ def test_torchvision_classifiers_are_trained_evaluated_and_summarized(tiny, tmp_
 def test_a_network_without_batch_norm_is_trained_and_resumed_without_its_first_checkpoint(tiny, tmp_path):
     model, path = resnet50.torchvision_model("squeezenet1_1", 10), str(tmp_path / "t.pt")
     resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
-    flags = ("--device", "cpu", "--data", tiny, "--workers", "0", "--batch-size", "10", "--checkpoint", path,
+    flags = ("--data", tiny, "--workers", "0", "--batch-size", "10", "--checkpoint", path,
              "--image-size", "32", "--out", str(tmp_path / "o"))
-    train.main(train.get_args_parser().parse_args([*flags, "--epochs", "1"]))
+    call(train, *flags, "--epochs", "1")
     os.unlink(path)  # last.pt is all that resuming needs
-    result = train.main(train.get_args_parser().parse_args([*flags, "--epochs", "2", "--resume"]))
+    result = call(train, *flags, "--epochs", "2", "--resume")
     assert result["samples_seen"] == 100
     trained = resnet50.load_checkpoint(result["checkpoint"])["model"]
     assert not torch.equal(trained["classifier.1.weight"], model.classifier[1].weight)
@@ -322,23 +319,20 @@ def test_scripts_take_a_cascade(tiny, tmp_path, capsys):
         model.preprocess.update(crop=32, resize=36)
     model, path = resnet50.Cascade(small, big, 0.15), str(tmp_path / "c.pt")
     resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
-
-    def call(script, *args):
-        return script.main(script.get_args_parser().parse_args(["--device", "cpu", "--checkpoint", path, *args]))
     score = ("--eval-only", "--data", tiny, "--workers", "0")
-    assert call(train, *score)["images"] == 29
+    assert call(train, "--checkpoint", path, *score)["images"] == 29
     for args, words in (((*score, "--fused"), "float ResNet-50 .* not cascade"),
                         (("--data", tiny, "--out", str(tmp_path / "o")), "cannot be trained"),
                         ((*score, "--amp-dtype", "bfloat16"), "c.pt is cascade"), ((*score, "--stem", "deep"), "stem")):
         with pytest.raises(UserError, match=words):
-            call(train, *args)
+            call(train, "--checkpoint", path, *args)
     capsys.readouterr()
-    summary, text = call(resnet50), capsys.readouterr().err
+    summary, text = call(resnet50, "--checkpoint", path), capsys.readouterr().err
     assert "small" in text and "big" in text and "cascade, 32 px" in text
     assert summary["params"] == sum(p.numel() for p in model.parameters())
     assert summary["macs"] == sum(sum(resnet50.count_macs(m, 32).values()) for m in (small, big))
     with pytest.raises(UserError, match="not cascade"):
-        call(resnet50, "--fused")
+        call(resnet50, "--checkpoint", path, "--fused")
 
 
 # -------------------------------------------------------------------------------------------------- float layers

@@ -43,6 +43,10 @@ def build(variant, seed=0):
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
+def call(script, *args):
+    return script.main(script.get_args_parser().parse_args(["--device", "cpu", *args]))
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request):
     """(float network, the same quantized by five images of 75 x 50)"""
@@ -411,9 +415,6 @@ def test_scripts_take_an_int8_checkpoint_and_training_refuses_it(tiny, tmp_path,
     path, floating = str(tmp_path / "int8.pt"), str(tmp_path / "float.pt")
     for file, module in ((path, net), (floating, model)):
         resnet50.save_checkpoint(file, module, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
-
-    def call(script, *args):
-        return script.main(script.get_args_parser().parse_args(["--device", "cpu", *args]))
 
     def score(*args):
         return call(train, "--eval-only", "--data", tiny, "--workers", "0", "--batch-size", "7", "--checkpoint", *args)
