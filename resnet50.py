@@ -794,7 +794,7 @@ class Int8ResNet50(Flat, nn.Module):
         self.to(memory_format=torch.channels_last).eval()
 
     def program(self):
-        if self.config["attention"] != "none" or self.config.get("float_layers") or not csrc.available():
+        if self.config["attention"] != "none" or self.config.get("float_layers") or not csrc.load():
             return None
 
         def describe(step):

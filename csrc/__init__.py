@@ -507,11 +507,6 @@ def bn_relu(x, weight, bias, residual=None, running_mean=None, running_var=None,
 
 # -------------------------------------------------------------------------------------------------- what there is
 
-def available():
-    """Whether the native library runs, which is loaded by this call if it can be had."""
-    return load()
-
-
 def has_cuda():
     """Whether the library has CUDA kernels, with or without a GPU to run them."""
     return load() and torch._C._dispatch_has_kernel_for_dispatch_key("resnet50::conv_int8", "CUDA")

@@ -137,16 +137,20 @@ class Buffers:
                 planes |= pair
         return planes
 
-    def make(self, i, name, shape, residual=None):
-        """-> index of the buffer that takes `name`, made by step i."""
+    def make(self, i, step, shape):
+        """-> index of the buffer that takes what step i makes."""
+        name, residual = step["out"], step.get("residual")
         key = shape, self.border.get(name, 0), int(name in self.planes), name if name in self.fill else None
-        if residual and self.keys[self.of[residual]] != key:
-            raise ValueError(f"build_plan: {name} and its residual {residual} differ in size, channels or border")
-        fits = [j for j, k in enumerate(self.keys) if k == key]
-        if residual and self.last[residual] == i and self.of[residual] in fits:
+        if residual is not None:
+            pixel, sizes = self.shapes[residual]
+            if (pixel, shrink(sizes, 1, step["residual_stride"], 0)) != shape or \
+                    in_place(step) and self.keys[self.of[residual]] != key:
+                raise ValueError(f"build_plan: {name} and its residual {residual} differ in size, channels or border")
+        if in_place(step) and self.last[residual] == i:
             index = self.of[residual]
         else:
-            index = next((j for j in fits if self.last.get(self.owner[j], -1) < i), len(self.keys))
+            index = next((j for j, k in enumerate(self.keys) if k == key and self.last.get(self.owner[j], -1) < i),
+                         len(self.keys))
         if index == len(self.keys):
             self.keys.append(key)
             self.owner.append(name)
@@ -159,7 +163,7 @@ def build_plan(steps):
     load()
     ops, element = torch.ops.resnet50, steps[0]["weight"].element_size()  # bytes of a value
     steps, channels, sizes = skip_unread(steps), steps[0]["weight"].shape[1], PROBES
-    first = dict(kind="load", channels=channels)
+    first = dict(kind="load", out=steps[0]["x"], channels=channels)
     if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
         sizes = shrink(PROBES, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"])
         first, steps[0] = windows(steps[0])
@@ -175,7 +179,7 @@ def build_plan(steps):
         position += len(data)
         return position - len(data)
 
-    first["out"] = buffers.make(-1, steps[0]["x"], (first.pop("channels") * element, sizes))
+    first["out"] = buffers.make(-1, first, (first.pop("channels") * element, sizes))
     if element > 1:
         first["scale"] = constant(steps[0]["centre"])
     table.append(first)
@@ -208,12 +212,7 @@ def build_plan(steps):
             row["mult"] = int(step.get("mult", 0))
             shape = pixel, (1,) * len(sizes)
         if kind != "linear":
-            if step.get("residual") is not None and not in_place(step):
-                pixel, sizes = buffers.shapes[step["residual"]]
-                if (pixel, shrink(sizes, 1, step["residual_stride"], 0)) != shape:
-                    raise ValueError(f"build_plan: {step['out']} and its residual {step['residual']} differ in size or "
-                                     "channels")
-            row["out"] = buffers.make(i, step["out"], shape, step["residual"] if in_place(step) else None)
+            row["out"] = buffers.make(i, step, shape)
         table.append(row)
 
     base = 8 * (HEADER + 4 * len(buffers.keys) + len(FIELDS) * len(table))

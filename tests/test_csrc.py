@@ -34,7 +34,7 @@ MULT_ONE = 2 ** 22  # a multiplier of 1
 def native():
     if csrc.compilers()[0] is None:
         pytest.skip("no C++ compiler")
-    assert csrc.available(), csrc.describe()
+    assert csrc.load(), csrc.describe()
 
 
 def operation(name):
@@ -698,7 +698,7 @@ def test_plain_pytorch_gives_the_same_bits_and_says_so_once(native, env, tmp_pat
     run = python("import csrc; from tests.test_csrc import digest, Two, u8; import torch; x = u8(3, 6, 5, 4)\n"
                  "# the library is loaded inside of the trace: nothing came before it\n"
                  "y = torch.compile(Two(), fullgraph=True, backend='eager')(x)\n"
-                 "print(digest(), csrc.isa(), csrc.available(), y.tolist() == Two()(x).tolist())",
+                 "print(digest(), csrc.isa(), csrc.load(), y.tolist() == Two()(x).tolist())",
                  TORCH_EXTENSIONS_DIR=str(tmp_path), **env)
     assert run.stdout.split() == [digest(), "pytorch", "False", "True"], run.stderr
     assert run.stderr.count("plain PyTorch") == 1 and "Traceback" not in run.stderr

@@ -28,7 +28,7 @@ SIZES = [(97, 131), (64, 64), (17, 200), (1, 1), (8, 9), (300, 33)]
 
 @pytest.fixture(scope="module", autouse=True)
 def decoder():
-    if not csrc.available() or not csrc.libjpeg():
+    if not csrc.load() or not csrc.libjpeg():
         pytest.skip("the extension was built without libjpeg-turbo")
 
 

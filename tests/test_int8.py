@@ -318,7 +318,7 @@ def test_a_copy_is_packed_for_the_machine_that_it_is_on(kind, monkeypatch):
         elsewhere = pickle.loads(content)
         assert elsewhere.plan() is None
         torch.testing.assert_close(elsewhere(pixels), expected, rtol=0, atol=0.05 * expected.abs().max().item())
-    elif csrc.available():
+    elif csrc.load():
         net.packed[:] = 0  # no plan of this process: only what is packed anew runs
         assert torch.equal(copy.deepcopy(net)(pixels), expected)
 
@@ -493,7 +493,7 @@ def test_fused_weights_that_are_no_numbers_stay_where_they_are(value):
 
 def test_real_weights_keep_their_accuracy(shared):
     """2015's ImageNet weights, 100 photographs that calibration has not seen: within 2 points."""
-    if not csrc.available():
+    if not csrc.load():
         pytest.skip("takes minutes without the native library")
     path = os.path.join(shared, "resnet50_v1_imagenet.pth")
     model = resnet50.build_model(resnet50.load_checkpoint(path), path, stride_on="1x1")

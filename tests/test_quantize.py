@@ -385,7 +385,7 @@ def test_a_dead_network():
 
 def test_real_weights_agree_with_the_float_network(shared):
     """2015's ImageNet weights, 32 photographs to calibrate and 100 others: at most four arg-maxima differ."""
-    if not csrc.available():
+    if not csrc.load():
         pytest.skip("takes minutes without the native library")
     path = os.path.join(shared, "resnet50_v1_imagenet.pth")
     model = resnet50.build_model(resnet50.load_checkpoint(path), path, stride_on="1x1")

@@ -66,7 +66,7 @@ def limit(threads):
 
 def peak(kind, threads, milliseconds=PEAK_MS):
     """Multiply-adds per second of `threads` cores at once; NaN without the native extension."""
-    if not csrc.available():
+    if not csrc.load():
         return math.nan
     if threads == 1:
         return torch.ops.resnet50.peak_macs(kind, milliseconds)

@@ -130,7 +130,7 @@ def slow_int_mm():
 def wanted(ops):
     """-> names of the contenders, without those that this machine cannot run."""
     names = dict.fromkeys(name for op in ops for name in (op, *OPS[op], *(["pack"] if op == "conv_int8" else [])))
-    if not csrc.available():
+    if not csrc.load():
         names.pop("pack", None)
     if "int_mm" in names and slow_int_mm():
         names.pop("int_mm")
