@@ -40,6 +40,8 @@ from csrc.reference import MULT_BITS
 FORMAT = "resnet50/1"
 STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels of the 3x3, blocks, stride of the first block
 EXPANSION = 4  # a stage's output has this many times the channels of its 3x3
+CHOICES = dict(stem=("standard", "deep", "small"), stride_on=("3x3", "1x1"), attention=("none", "se", "split"),
+               classifier=("float", "int8"))
 PREPROCESS = dict(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
@@ -66,14 +68,12 @@ def run_script(main, args, prog):
     status."""
     try:
         result = main(args)
-    except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
-    except RuntimeError as error:  # csrc knows no UserError
-        if not str(error).startswith("RESNET50_"):
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError) and not str(error).startswith("RESNET50_"):  # csrc knows no UserError
             raise
-        print(f"{prog}: error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message, _, _ = str(error).partition("\n")
+        print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(getattr(error, "code", 2))
     except KeyboardInterrupt:  # where nothing is to be kept: while something is loaded, or in a script that only reads
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -235,12 +235,9 @@ class ResNet50(nn.Module):
                  widths=None, classifier="float", adapter=0):
         super().__init__()
         stem = stem or ("deep" if attention == "split" else "standard")
-        for name, value, known in (("stem", stem, ("standard", "deep", "small")),
-                                   ("stride_on", stride_on, ("3x3", "1x1")),
-                                   ("attention", attention, ("none", "se", "split")),
-                                   ("classifier", classifier, ("float", "int8"))):
-            if value not in known:
-                raise ValueError(f"ResNet50: {name}={value!r} is none of {', '.join(known)}")
+        for name, value in dict(stem=stem, stride_on=stride_on, attention=attention, classifier=classifier).items():
+            if value not in CHOICES[name]:
+                raise ValueError(f"ResNet50: {name}={value!r} is none of {', '.join(CHOICES[name])}")
         if attention == "split" and stride_on == "1x1":
             raise ValueError("ResNet50: split attention strides by a pool after the 3x3; "
                              "stride_on='1x1' has no meaning there")
@@ -308,17 +305,13 @@ class ResNet50(nn.Module):
 @contextlib.contextmanager
 def statistics_kept(block):
     """Recomputation sees each batch a second time; without this the running statistics would be updated twice.
-    (Momentum 0, not track_running_stats: the checkpointing counts the tensors that both passes save.)"""
-    norms = [(m, m.momentum, m.num_batches_tracked.clone())
-             for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m, _, _ in norms:
-        m.momentum = 0.0
+    (Not by track_running_stats: the checkpointing counts the tensors that both passes save.)"""
+    kept = [(buffer, buffer.clone()) for buffer in block.buffers()]
     try:
         yield
     finally:
-        for m, momentum, batches in norms:
-            m.momentum = momentum
-            m.num_batches_tracked.copy_(batches)
+        for buffer, value in kept:
+            buffer.copy_(value)
 
 
 def per_channel(values, device):
@@ -1349,11 +1342,11 @@ def add_model_args(parser):
     group = parser.add_argument_group("network")
     group.add_argument("--checkpoint", metavar="FILE", help="ours, torchvision's or timm's weights")
     group.add_argument("--weights", metavar="NAME", help="torchvision's weights by name, such as IMAGENET1K_V2")
-    group.add_argument("--stride-on", choices=("3x3", "1x1"),
+    group.add_argument("--stride-on", choices=CHOICES["stride_on"],
                        help="where a stage strides: 3x3 is v1.5, 1x1 the 2015 weights")
-    group.add_argument("--attention", choices=("none", "se", "split"),
+    group.add_argument("--attention", choices=CHOICES["attention"],
                        help="squeeze-and-excitation, or ResNeSt's split attention")
-    group.add_argument("--stem", choices=("standard", "deep", "small"),
+    group.add_argument("--stem", choices=CHOICES["stem"],
                        help="small: 3x3 and no max-pool, for images up to 64 px")
     group.add_argument("--num-classes", type=positive, metavar="N")
     group.add_argument("--classes", metavar="FILE", help="JSON list of class names, or of {index, wnid, name}")
@@ -1454,27 +1447,22 @@ def stage_of(name):
     return {"conv1": "stem", "bn1": "stem", "maxpool": "stem", "avgpool": "head", "fc": "head"}.get(first, first)
 
 
-def stages(model):
-    """(name, callable) of a ResNet-50 in forward order; together they are the network."""
-    if isinstance(model, Flat):
-        for name, steps in itertools.groupby(model.steps, lambda step: stage_of(step.name)):
-            yield name, functools.partial(model.run, steps=list(steps))
-        return
-    yield "stem", lambda x: model.maxpool(F.relu(model.bn1(model.conv1(x))))
-    for i in range(1, len(STAGES) + 1):
-        yield f"layer{i}", getattr(model, f"layer{i}")
-    yield "head", lambda x: model.fc(x.mean((2, 3)))
-
-
 def parts(model, x):
     """-> {name: (callable, its inputs)} of model(x), for summarize(): the stages of a ResNet-50; of another network the
     modules that it calls, of a cascade both members."""
     if isinstance(model, Cascade):
         return {name: (functools.partial(predict, member), (x,)) for name, member in model.named_children()}
-    result = {}
-    if isinstance(model, (Flat, ResNet50)):
-        for name, stage in stages(model):
-            result[name], x = (stage, (x,)), stage(x)
+    result, stages = {}, ()
+    if isinstance(model, Flat):
+        stages = [(name, functools.partial(model.run, steps=list(steps)))
+                  for name, steps in itertools.groupby(model.steps, lambda step: stage_of(step.name))]
+    elif isinstance(model, ResNet50):
+        stages = [("stem", lambda x: model.maxpool(F.relu(model.bn1(model.conv1(x))))),
+                  *((f"layer{i}", getattr(model, f"layer{i}")) for i in range(1, len(STAGES) + 1)),
+                  ("head", lambda x: model.fc(x.mean((2, 3))))]
+    for name, stage in stages:
+        result[name], x = (stage, (x,)), stage(x)
+    if result:
         return result
     names = {child: name for name, child in model.named_children()}
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import export
-from resnet50 import normalize, stages
+from resnet50 import norm_relu, normalize
 
 PACKAGES = ("torch", "openvino", "nncf", "onnxruntime", "onnx", "numpy")
 
@@ -187,9 +187,9 @@ class FromPixels(nn.Module):
 
     def forward(self, pixels):
         x = normalize(pixels.permute(0, 3, 1, 2), self.model.preprocess)
-        for name, stage in stages(self.model):
-            if name != "head":
-                x = stage(x)
+        x = self.model.maxpool(norm_relu(self.model.bn1, self.model.conv1(x)))
+        for block in self.model.blocks():
+            x = block(x)
         return self.model.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
