@@ -571,8 +571,8 @@ class FusedResNet50(Flat, ResNet50):
                 for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
         self.rows = None  # of the program
-        if dtype == torch.bfloat16 and device.type == "cpu" and self.config["attention"] == "none" \
-                and csrc.has_bf16():
+        known = self.config["attention"] == "none" and self.config["classifier"] == "float"
+        if dtype == torch.bfloat16 and device.type == "cpu" and known and csrc.has_bf16():
             with torch.no_grad():
                 rows = bf16_program(model)
             if all(v.isfinite().all() for row in rows for v in row.values() if torch.is_tensor(v)):  # else an image's

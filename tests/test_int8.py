@@ -491,6 +491,13 @@ def test_fused_weights_that_are_no_numbers_stay_where_they_are(value):
     assert fused.plan() is None and not logits[:, 2].isfinite().any() and logits[:, :2].isfinite().all()
 
 
+@torch.no_grad()
+def test_fused_bfloat16_computes_an_int8_classifier():
+    model, pixels = resnet50.quantize_classifier(build("plain")), photographs(3, 64, 64)
+    expected, logits = (resnet50.predict(m, pixels) for m in (model, resnet50.fuse(model, torch.bfloat16)))
+    assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
 def test_real_weights_keep_their_accuracy(shared):
     """2015's ImageNet weights, 100 photographs that calibration has not seen: within 2 points."""
     if not csrc.load():
