@@ -516,21 +516,24 @@ def batch_norm_affine(bn):
     return scale, bn.bias.double() - bn.running_mean.double() * scale
 
 
-def fold_norms(model, step):
-    """-> ([weights of the convolution and of the downsampling one that is folded into it], sum of their biases), as
-    fold_norm has them"""
-    weights, biases = zip(*(fold_norm(model, part) for part in (step, step.folded) if part))
-    return weights, sum(biases)
-
-
 def fold_norm(model, step):
-    """-> float64 (O, C, kh, kw), (O): a convolution's weights and bias with its batch-norm folded in, the first one's
-    for pixels 0 to 255 less their mean"""
+    """-> float64 (O, C, kh, kw) or (O, C), (O): a layer's weights and bias with its batch-norm folded in, the first
+    one's for pixels 0 to 255 less their mean"""
+    layer = model.get_submodule(step.name)
+    if step.kind == "linear":
+        return layer.weight.double(), layer.bias.double()
     scale, shift = batch_norm_affine(model.get_submodule(step.bn))
-    weight = model.get_submodule(step.name).weight.double() * scale.view(-1, 1, 1, 1)
+    weight = layer.weight.double() * scale.view(-1, 1, 1, 1)
     if step.x == "pixels":
         weight = weight / (255 * torch.tensor(model.preprocess["std"], dtype=torch.float64).view(1, -1, 1, 1))
     return weight, shift
+
+
+def fold_norms(model, step):
+    """-> ([weights of the layer and of the downsampling convolution that is folded into it], sum of their biases), as
+    fold_norm has them"""
+    weights, biases = zip(*(fold_norm(model, part) for part in (step, step.folded) if part))
+    return weights, sum(biases)
 
 
 def bf16_program(model):
@@ -540,9 +543,6 @@ def bf16_program(model):
         row = dict(kind=step.kind, x=step.x, residual=step.residual, x2=step.x2, out=step.name)
         if step.kind not in ("conv", "linear"):
             return row
-        module = model.get_submodule(step.name)
-        if step.kind == "linear":
-            return dict(row, weight=module.weight.bfloat16(), bias=module.bias.float())
         (weight, *weight2), bias = fold_norms(model, step)
         if step.folded:
             row.update(weight2=weight2[0].bfloat16(), stride2=model.get_submodule(step.folded.name).stride[0])
@@ -550,8 +550,10 @@ def bf16_program(model):
             mean = 255 * torch.tensor(model.preprocess["mean"], dtype=torch.float64)
             bias = bias + (weight * (mean.round() - mean).view(-1, 1, 1)).sum((1, 2, 3))
             row["centre"] = mean.round().to(torch.uint8)
-        return dict(row, weight=weight.bfloat16(), bias=bias.float(), stride=module.stride[0],
-                    padding=module.padding[0])
+        if step.kind == "conv":
+            layer = model.get_submodule(step.name)
+            row.update(stride=layer.stride[0], padding=layer.padding[0])
+        return dict(row, weight=weight.bfloat16(), bias=bias.float())
     return [describe(step) for step in fold_downsample(flatten(model))]
 
 
@@ -953,13 +955,12 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
     mean = torch.tensor(model.preprocess["mean"], dtype=torch.float64) * 255
     for step in result.steps:
         module, (scale, _), (low, high) = result.get_submodule(step.name), result.grid_of(step.x), ranges[step.name]
-        if step.kind == "conv":
+        low = 0.0 if step.kind == "conv" and step.relu else low
+        if step.name in float_layers:
+            module.fill(*fold_norms(model, step), low, high, mean)
+        elif step.kind == "conv":
             weights, bias = fold_norms(model, step)
             centre = mean if step.x == "pixels" else torch.zeros(weights[0].shape[1], dtype=torch.float64)
-            low = 0.0 if step.relu else low
-            if step.name in float_layers:
-                module.fill(weights, bias, low, high, centre)
-                continue
             scales = [result.grid_of(name)[0] for name in (step.x, step.x2, step.residual) if name]
             fill_conv(module, step.name, list(zip(weights, scales)), bias, scales[-1] if step.residual else None,
                       low, high, centre, **grid)
@@ -980,10 +981,9 @@ def quantize(model, batches=None, ranges=None, float_layers=(), **grid):
         elif step.kind == "avgpool":
             module.scale.fill_(max(high / 255, scale / 256))
             module.mult.copy_((scale / module.scale * 2 ** MULT_BITS).round())
-        elif step.name in float_layers:
-            module.fill([model.fc.weight], model.fc.bias, low, high)
         elif step.kind == "linear":
-            weight, bias = model.fc.weight.double() * scale, model.fc.bias.double()
+            weight, bias = fold_norm(model, step)
+            weight = weight * scale
             unit = linear_unit(weight, bias, **grid)
             module.weight.copy_((weight / unit[:, None]).round().clamp(-127, 127))
             module.bias.copy_((bias / unit).round())

@@ -358,17 +358,13 @@ def _fake_bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
     return (_empty(x, size), _empty(x, size if residual else 0), torch.empty_like(weight), torch.empty_like(weight))
 
 
-FAKES = {
-    "conv_int8": _fake(reference.check_conv_int8), "conv_bn_relu": _fake(reference.check_conv_bn_relu),
-    "max_pool_int8": _fake(reference.check_max_pool_int8), "avg_pool_int8": _fake(reference.check_avg_pool_int8),
-    "pack_int8": _fake(reference.check_pack_int8, torch.uint8),
-    "pack_bf16": _fake(reference.check_pack_bf16, torch.uint8),
-    "network_int8": _fake(functools.partial(reference.check_network, "network_int8"), torch.float32),
-    "network_bf16": _fake(functools.partial(reference.check_network, "network_bf16"), torch.float32),
-    "network_profile": _fake(functools.partial(reference.check_network, "network_profile"), torch.int64),
-    "jpeg_sizes": _fake(reference.check_jpeg_sizes), "jpeg_restart": _fake(reference.check_jpeg_restart),
+FAKES = {name: _fake(check) for name, (check, _) in reference.OPERATIONS.items()} | {
+    "gemm_int8": _fake_gemm_int8, "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward,
     "crop_images": _fake(reference.check_crop_images, torch.bool),
-    "gemm_int8": _fake_gemm_int8, "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward}
+    "pack_int8": _fake(reference.check_pack_int8, torch.uint8),
+    "pack_bf16": _fake(reference.check_pack_bf16, torch.uint8)} | {
+    name: _fake(functools.partial(reference.check_network, name), dtype) for name, dtype in (
+        ("network_int8", torch.float32), ("network_bf16", torch.float32), ("network_profile", torch.int64))}
 
 
 def _bn_relu_saves(ctx, inputs, output):
