@@ -115,7 +115,8 @@ def grey16(image):
 MAGIC = b"resnet50pack/1\r\n"
 BLOCK = 256  # images between two notes of how far a pack has got
 MIXED = 256  # chunks of neighbouring images that are mixed, where an order keeps them together
-COLUMNS = dict(key="<u8", offset="<u8", size="<u4", width="<u4", height="<u4", crc="<u4", end="<u8", shard="<u2")
+COLUMNS = dict(key="<u8", offset="<u8", size="<u4", width="<u4", height="<u4", crc="<u4", end="<u8", shard="<u2",
+               order="<u4", names="u1")
 
 
 class Pack:
@@ -127,30 +128,29 @@ class Pack:
 
     def __init__(self, path):
         self.path = path
-        self.maps = [mapped(path)]
-        self.bytes = np.frombuffer(self.maps[0], np.uint8)
+        index = np.frombuffer(mapped(path), np.uint8)
         tail = len(MAGIC) + 8
-        if len(self.bytes) < 2 * tail or self.bytes[-len(MAGIC):].tobytes() != MAGIC:
-            raise UserError(f"{path}: cut short at byte {len(self.bytes)}: a pack ends with its index")
-        length = int(self.bytes[-tail:-len(MAGIC)].view("<u8")[0])
+        if len(index) < 2 * tail or index[-len(MAGIC):].tobytes() != MAGIC:
+            raise UserError(f"{path}: cut short at byte {len(index)}: a pack ends with its index")
+        length = int(index[-tail:-len(MAGIC)].view("<u8")[0])
         try:
-            self.head = json.loads(self.bytes[-tail - length:-tail].tobytes())
+            self.head = json.loads(index[-tail - length:-tail].tobytes())
             if self.head.pop("check", None) not in (None, check_of(self.head)):  # the first packs have none
                 raise ValueError("head")
-            for name, kind in {**COLUMNS, "order": "<u4", "names": "u1"}.items():
+            for name, kind in COLUMNS.items():
                 offset, size = self.head["columns"][name]
-                part = self.bytes[offset:offset + size]
+                part = index[offset:offset + size]
                 if len(part) != size or zlib.crc32(part) != self.head["checks"][name]:
                     raise ValueError(f"column {name} at byte {offset}")
                 setattr(self, name, part.view(kind))
             shards = shard_names(path, self.head["shards"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: damaged index ({type(error).__name__}: {error})") from error
-        if shards:
-            # a map keeps its file open, and the files that a process may have open, often 1024, are for others too
-            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + len(shards), hard), hard))
-            self.maps = [mapped(p) for p in shards]
+        self.files = shards or [path]
+        # a map keeps its file open, and the files that a process may have open, often 1024, are for others too
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + len(self.files), hard), hard))
+        self.maps = [mapped(p) for p in self.files]
         self.parts = [np.frombuffer(m, np.uint8) for m in self.maps]
         for k, part in enumerate(shards):
             ends = (self.offset.astype(np.int64) + self.size)[self.shard == k]
@@ -207,8 +207,7 @@ class Pack:
         part = self.parts[shard][begin:begin + size]
         if not self.seen[i]:
             if zlib.crc32(part) != self.crc[i]:
-                where = (shard_names(self.path, self.head["shards"]) or [self.path])[shard]
-                raise ValueError(f"damaged at bytes {begin} to {begin + size} of {where}")
+                raise ValueError(f"damaged at bytes {begin} to {begin + size} of {self.files[shard]}")
             self.seen[i] = True
         return part
 
@@ -375,52 +374,48 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     states = [os.stat(p, follow_symlinks=os.path.exists(p)) for p in paths]
     about = [mode, side, quality, exif, skip, shards, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-    log, index, parts = out + ".part.log", out + ".part", shard_names(out, shards)
-    rows, complaints, done, kept = read_log(log, parts or [index], digest)
-    if not kept and (found := [p for p in parts if os.path.exists(p)]):
+    log, index, separate = out + ".part.log", out + ".part", shard_names(out, shards)
+    parts = separate or [index]
+    rows, done, kept = read_log(log, parts, digest)
+    if not kept and (found := [p for p in separate if os.path.exists(p)]):
         raise UserError(f"{found[0]}: exists, and is none of this pack's", code=2)
     csrc.load()  # once, before there are processes
     work = functools.partial(packed_all, mode=mode, side=side, quality=quality, exif=exif)
     pool = functools.partial(concurrent.futures.ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"),
                              initializer=start_packer)
     try:
-        with contextlib.ExitStack() as stack:
-            notes = stack.enter_context(open(log, "r+" if kept else "w"))
+        chunks = (paths[k:k + 4] for k in range(done, len(paths), 4))
+        with (open(log, "r+" if kept else "w") as notes,
+              contextlib.closing(in_order(pool, workers, work, chunks)) as made):
             notes.truncate(kept)  # what is written next would not follow from the rest
             notes.seek(kept)
             if not kept:
                 notes.write(json.dumps(digest) + "\n")
                 notes.flush()
-            made = stack.enter_context(contextlib.closing(
-                in_order(pool, workers, work, (paths[k:k + 4] for k in range(done, len(paths), 4)))))
-            results = itertools.chain.from_iterable(made)
-            f, at, size = None, None, sum(r[1] for r in rows)
-            while done < len(names):
-                block, bad = [], []
-                for j in range(done, min(done + BLOCK, len(names))):
-                    if (shard := j * (shards or 1) // len(names)) != at:
-                        f, at = stack.enter_context(open_part((parts or [index])[shard], rows, shard, f)), shard
-                    content, width, height = next(results)
-                    if width is None:
-                        bad.append(content)
-                        if not skip:
-                            raise UserError(f"{content} (--on-corrupt skip leaves such files out)")
-                        continue
-                    block.append([f.tell(), len(content), width, height, zlib.crc32(content), shard, names[j]])
-                    f.write(content)
-                done = j + 1
-                f.flush()
-                os.fsync(f.fileno())
-                notes.write(json.dumps([done, block, bad]) + "\n")
-                notes.flush()
-                rows += block
-                complaints += bad
-                size += sum(r[1] for r in block)
-                progress(f"{done} of {len(names)} images, {size / 1e9:.2f} GB", last=done == len(names))
-            if parts or f is None:
-                f = stack.enter_context(open_part(index, [] if parts else rows, 0, f))
-            write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif,
-                                      shards=shards))
+            results, size = itertools.chain.from_iterable(made), sum(r[1] for r in rows)
+            for shard, path in enumerate(parts):
+                end = -(-(shard + 1) * len(names) // len(parts))
+                with open_part(path, rows, shard) as f:
+                    while done < end:
+                        block = []
+                        for name in names[done:min(done + BLOCK, end)]:
+                            content, width, height = next(results)
+                            if width is not None:
+                                block.append([f.tell(), len(content), width, height, zlib.crc32(content), shard, name])
+                                f.write(content)
+                            elif not skip:
+                                raise UserError(f"{content} (--on-corrupt skip leaves such files out)")
+                        done = min(done + BLOCK, end)
+                        f.flush()
+                        os.fsync(f.fileno())
+                        notes.write(json.dumps([done, block]) + "\n")
+                        notes.flush()
+                        rows += block
+                        size += sum(r[1] for r in block)
+                        progress(f"{done} of {len(names)} images, {size / 1e9:.2f} GB", last=done == len(names))
+            with open_part(index, [] if shards else rows, 0) as f:
+                write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif,
+                                          shards=shards))
         os.replace(index, out)
         os.unlink(log)
     except concurrent.futures.BrokenExecutor as error:  # without memory the system kills the largest
@@ -428,19 +423,19 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                         "memory was short") from error
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); the same command goes on") from error
-    return dict(images=len(rows), corrupt=len(complaints), bytes=sum(os.path.getsize(p) for p in [out, *parts]))
+    return dict(images=len(rows), corrupt=len(names) - len(rows), bytes=pack_size(out, shards))
 
 
 def shard_names(out, shards):
     return [f"{out}.{k:03}" for k in range(shards)]
 
 
-def open_part(path, rows, shard, before):
-    """-> file at the end of what `rows` say is in it; `before`, the one until now, is kept first"""
-    if before:
-        before.flush()
-        os.fsync(before.fileno())
-        before.close()
+def pack_size(path, shards):
+    return sum(os.path.getsize(p) for p in [path, *shard_names(path, shards)])
+
+
+def open_part(path, rows, shard):
+    """-> file at the end of what `rows` say is in it"""
     end = next((r[0] + r[1] for r in reversed(rows) if r[5] == shard), 0)
     f = open(path, "r+b" if end else "wb")
     if not end:
@@ -460,9 +455,9 @@ def start_packer():
 
 
 def read_log(log, parts, digest):
-    """-> (rows, complaints, images done) of an unfinished pack of the same images and settings, as far as its parts
-    still have them, and how many bytes of the log say so"""
-    rows, complaints, done, kept = [], [], 0, 0
+    """-> (rows, images done) of an unfinished pack of the same images and settings, as far as its parts still have
+    them, and how many bytes of the log say so"""
+    rows, done, kept = [], 0, 0
     sizes = [os.path.getsize(p) if os.path.exists(p) else 0 for p in parts]
     with contextlib.suppress(OSError, ValueError), open(log) as f:
         for line in f:
@@ -470,14 +465,13 @@ def read_log(log, parts, digest):
             if not line.endswith("\n") or not kept and said != digest:  # cut by a kill, or of another pack
                 break
             if kept:
-                count, block, bad = said
+                count, block = said
                 if any(r[0] + r[1] > sizes[r[5]] for r in block):
                     break
                 rows += block
-                complaints += bad
                 done = count
             kept += len(line)
-    return rows, complaints, done, kept
+    return rows, done, kept
 
 
 def write_index(f, rows, head):
@@ -485,15 +479,14 @@ def write_index(f, rows, head):
     order = np.argsort(keys, kind="stable")
     encoded = [os.fsencode(r[6]) for r in rows]
     numbers = np.array([r[:6] for r in rows], "<u8").reshape(-1, 6).T
-    columns = dict(zip(("offset", "size", "width", "height", "crc", "shard"), numbers))
-    columns.update(key=keys[order], end=np.cumsum([len(e) for e in encoded]))
-    columns = {k: columns[k].astype(kind) for k, kind in COLUMNS.items()}
-    columns.update(order=order.astype("<u4"), names=np.frombuffer(b"".join(encoded), "u1"))
+    columns = dict(zip(("offset", "size", "width", "height", "crc", "shard"), numbers), key=keys[order], order=order,
+                   end=np.cumsum([len(e) for e in encoded]), names=np.frombuffer(b"".join(encoded), "u1"))
     head.update(columns={}, checks={})
-    for name, values in columns.items():
+    for name, kind in COLUMNS.items():
+        values = columns[name].astype(kind).tobytes()
         f.write(bytes(-f.tell() % 64))
-        head["columns"][name], head["checks"][name] = [f.tell(), values.nbytes], zlib.crc32(values.tobytes())
-        f.write(values.tobytes())
+        head["columns"][name], head["checks"][name] = [f.tell(), len(values)], zlib.crc32(values)
+        f.write(values)
     content = json.dumps(dict(head, check=check_of(head)), sort_keys=True).encode()
     f.write(content + struct.pack("<Q", len(content)) + MAGIC)
     f.flush()
@@ -1400,8 +1393,7 @@ def check_pack(path):
             raise UserError(f"{path}/{pack.name(i)}: {error}") from error
     sizes = np.stack([pack.width, pack.height])
     head = {k: v for k, v in pack.head.items() if k not in ("columns", "checks") and v is not None}
-    size = len(pack.bytes) + (sum(map(len, pack.parts)) if pack.head["shards"] else 0)
-    return dict(pack=path, images=len(pack), bytes=size, largest=sizes.max(1).tolist(),
+    return dict(pack=path, images=len(pack), bytes=pack_size(path, pack.head["shards"]), largest=sizes.max(1).tolist(),
                 pixels=int((sizes[0].astype(np.int64) * sizes[1]).sum()), **head)
 
 
