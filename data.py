@@ -296,39 +296,34 @@ def is_folder(path):
     return bool(pack) and (not inner or inner in pack.spans)
 
 
+def in_pack(path):
+    """-> the Pack that an image lies in and its position there, or None, None for a file of its own. Raises OSError"""
+    pack, inner = pack_of(os.path.dirname(path))
+    i = pack.find(os.path.join(inner, os.path.basename(path))) if pack else None
+    if pack and i is None:
+        raise FileNotFoundError(errno.ENOENT, "no such image", path)
+    return pack, i
+
+
 def read(path):
     """-> the bytes of an image file, or of its record in a pack. Raises OSError, or ValueError for a damaged record."""
-    try:
-        with open(path, "rb") as f:
-            return f.read()
-    except NotADirectoryError:
-        pack, i = in_pack(path)
+    pack, i = in_pack(path)
+    if pack:
         return pack.record(i).tobytes()
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def load(path, exif=False):
     """An image of a folder or a pack -> PIL image, mode RGB. Raises OSError, or ValueError as decode does."""
-    try:
-        with open(path, "rb") as f:
-            return decode(f.read(), exif=exif)
-    except NotADirectoryError:
-        pack, i = in_pack(path)
-        return pack.image(i, exif)
-
-
-def in_pack(path):
-    pack, inner = pack_of(path)
-    i = pack.find(inner) if pack else None
-    if i is None:
-        raise FileNotFoundError(errno.ENOENT, "no such image", path)
-    return pack, i
+    pack, i = in_pack(path)
+    return pack.image(i, exif) if pack else decode(read(path), exif=exif)
 
 
 def packed(path, mode, side, quality, exif):
     """An image file -> (bytes of its record, width, height), or (complaint, None, None)"""
     try:
-        with open(path, "rb") as f:
-            content = f.read()
+        content = read(path)
         image = decode(content, exif=exif and mode != "lossless")
         width, height = image.size
         if mode == "lossless":
@@ -509,7 +504,7 @@ class Files:
         self.blob = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self.ends = np.cumsum([len(e) for e in encoded], dtype=np.int64)
         self.labels = np.asarray(labels, dtype=np.int32)
-        self.pack = pack_of(root)[0]
+        self.pack, self.inner = pack_of(root)
         self.positions = np.full(len(names) if self.pack else 0, -1)  # in the pack, once they were looked for
         self.keep_together(0)
 
@@ -521,9 +516,13 @@ class Files:
     def __len__(self):
         return len(self.ends)
 
-    def path(self, i):
+    def name(self, i):
+        """The path below the root"""
         begin = self.ends[i - 1] if i else 0
-        return os.path.join(self.root, os.fsdecode(self.blob[begin:self.ends[i]].tobytes()))
+        return os.fsdecode(self.blob[begin:self.ends[i]].tobytes())
+
+    def path(self, i):
+        return os.path.join(self.root, self.name(i))
 
     def content(self, index, exif=False):
         """-> files, places int64 (N, 3) and sizes int64 (N, 2) as csrc.crop_images takes them, for positions (N,), and
@@ -555,13 +554,12 @@ class Files:
     def in_pack(self, index):
         """Positions here -> positions in the pack"""
         for i in index[self.positions[index] < 0]:
-            self.positions[i] = self.pack.find(os.path.relpath(self.path(i), self.pack.path))
+            self.positions[i] = self.pack.find(os.path.join(self.inner, self.name(i)))
         return self.positions[index]
 
     def select(self, keep):
         """-> the Files at the positions `keep` (int array)."""
-        names = [os.path.relpath(self.path(i), self.root) for i in keep]
-        return Files(self.root, names, self.labels[keep])
+        return Files(self.root, [self.name(i) for i in keep], self.labels[keep])
 
 
 def list_classes(root):
@@ -616,6 +614,10 @@ def images_below(root, folder=""):
     return names
 
 
+def some(items, most=3):
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
 def scan_unlabelled(root):
     """Every image below root -> Files, with the label that cross entropy ignores. Raises UserError if there is none."""
     if not is_folder(root):
@@ -632,21 +634,16 @@ def scan(root, index, allow_empty):
     folders, notes = list_classes(root)
     unknown = [f for f in folders if index.get(f) is None]
     if unknown:
-        raise UserError(f"{root}: class folder{'s' * (len(unknown) > 1)} {', '.join(unknown[:5])}"
-                        f"{f' and {len(unknown) - 5} more' if len(unknown) > 5 else ''} not among the "
+        raise UserError(f"{root}: class folder{'s' * (len(unknown) > 1)} {some(unknown, 5)} not among the "
                         f"{len(set(index.values()))} classes of the training set, checkpoint or --classes")
-    names, labels, empty = [], [], []
-    for folder in folders:
-        found = images_below(root, folder)
-        names += found
-        labels += [index[folder]] * len(found)
-        if not found:
-            empty.append(folder)
+    found = [images_below(root, f) for f in folders]
+    empty = [f for f, names in zip(folders, found) if not names]
     if empty and not allow_empty:
-        raise UserError(f"{root}: no images in class folder{'s' * (len(empty) > 1)} {', '.join(empty[:5])}")
-    if not names:
+        raise UserError(f"{root}: no images in class folder{'s' * (len(empty) > 1)} {some(empty, 5)}")
+    if len(empty) == len(folders):
         raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)}) in class folders")
-    return Files(root, names, labels), notes
+    labels = np.repeat([index[f] for f in folders], [len(names) for names in found])
+    return Files(root, list(itertools.chain(*found)), labels), notes
 
 
 def hash_split(files, share):
@@ -657,8 +654,8 @@ def hash_split(files, share):
         raise UserError(f"--val-split {share}: must lie between 0 and 1", code=2)
 
     def unit(i):
-        name = os.path.relpath(files.path(i), files.root).replace(os.sep, "/")
-        return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=4).digest(), "little") / 2**32
+        digest = hashlib.blake2b(os.fsencode(files.name(i)), digest_size=4).digest()
+        return int.from_bytes(digest, "little") / 2**32
     chosen = np.array([unit(i) < share for i in range(len(files))])
     if chosen.all() or not chosen.any():
         raise UserError(f"{files.root}: {len(files)} images are too few to split, give a val/ folder")
@@ -679,30 +676,25 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
         raise UserError(f"--val-split: {root} has its own {os.path.basename(val_root)}/", code=2)
     if val_root and not split and not eval_only:
         raise UserError(f"{root}: has {os.path.basename(val_root)}/ but no train/")
-    notes = []
     if classes is None:
-        classes, notes = list_classes(train_root if split else root if not val_root else val_root)
+        classes, _ = list_classes(train_root if split else val_root or root)
         if not classes:
             raise UserError(f"{root}: no class folders (expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg)")
-    index = class_index(classes, wnids)
-    if eval_only and val_root:
-        val, more = scan(val_root, index, allow_empty=True)
-        return None, val, classes, wnids, notes + more
-    train, more = scan(train_root if split else root, index, allow_empty=False)
-    notes += [n for n in more if n not in notes]
+    index, train, notes = class_index(classes, wnids), None, []
+    if not (eval_only and val_root):
+        train, notes = scan(train_root if split else root, index, allow_empty=False)
     if val_root:
         val, more = scan(val_root, index, allow_empty=True)
         notes += more
-        absent = sorted(set(np.unique(train.labels)) - set(np.unique(val.labels)))
+        absent = sorted(set(np.unique(train.labels)) - set(np.unique(val.labels))) if train else ()
         if absent:
-            notes.append(f"{val_root}: no image of {', '.join(classes[i] for i in absent[:5])}"
-                         f"{f' and {len(absent) - 5} more classes' if len(absent) > 5 else ''}")
-        return train, val, classes, wnids, notes
-    if eval_only and val_split is None and not split:
-        return None, train, classes, wnids, notes
-    first, last = hash_split(train, val_split)
-    notes.append(f"{root}: no val/, {len(last)} of {len(train)} images held out by a hash of their names")
-    return first, last, classes, wnids, notes
+            notes.append(f"{val_root}: no image of {some([classes[i] for i in absent], 5)}")
+    elif eval_only and val_split is None and not split:
+        train, val = None, train
+    else:
+        whole, (train, val) = train, hash_split(train, val_split)
+        notes.append(f"{root}: no val/, {len(val)} of {len(whole)} images held out by a hash of their names")
+    return train, val, classes, wnids, notes
 
 
 # ------------------------------------------------------------------------------------------------- transforms

@@ -51,6 +51,7 @@ from torch.nn.utils import parametrize
 
 import data
 import train
+from data import some
 from resnet50 import (
     PREPROCESS,
     ResNet50,
@@ -385,10 +386,6 @@ def examine(files, i):
         return i, path, kind, hashlib.blake2b(content, digest_size=16).digest()
     except (OSError, ValueError) as error:
         return i, f"{path}: {error}", None, None
-
-
-def some(items, most=3):
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def leave_out(files, val, args):
