@@ -237,9 +237,7 @@ class Pack:
                     seen[row] = 0
             except ValueError:
                 seen[row] = 0
-        places[seen[:, 0] == 0, 2] = 0
-        sizes = seen if self.head["mode"] == "raw" else np.zeros_like(seen)
-        return self.tensors, torch.from_numpy(places), torch.from_numpy(sizes), seen
+        return self.tensors, torch.from_numpy(places), seen, self.head["mode"] == "raw"
 
     def image(self, i, exif=False):
         """-> PIL image, mode RGB"""
@@ -525,9 +523,9 @@ class Files:
         return os.path.join(self.root, self.name(i))
 
     def content(self, index, exif=False):
-        """-> files, places int64 (N, 3) and sizes int64 (N, 2) as csrc.crop_images takes them, for positions (N,), and
-        int64 array (N, 2): height and width of all that may be decoded, and zeros for what is damaged, or
-        turned by an EXIF tag that counts"""
+        """-> files and places int64 (N, 3) as csrc.crop_images takes them, for positions (N,); int64 array (N, 2):
+        height and width of all that may be decoded, and zeros for what is damaged, or turned by an EXIF tag that
+        counts; whether they are RGB pixels"""
         if self.pack:
             if self.chunk:
                 chunks = np.unique(index // self.chunk)
@@ -548,8 +546,7 @@ class Files:
         seen = csrc.jpeg_sizes(files, places).numpy()
         if exif:
             seen[[has_exif(p.tobytes()) for p in parts]] = 0
-        places[torch.from_numpy(seen[:, 0] == 0), 2] = 0
-        return files, places, torch.zeros(len(parts), 2, dtype=torch.int64), seen
+        return files, places, seen, False
 
     def in_pack(self, index):
         """Positions here -> positions in the pack"""
@@ -743,62 +740,64 @@ class RandAugmentNoise(torch.nn.Module):
 
 class Transform:
     """What becomes of an image: a box of it, resized with antialiasing to uint8 (size, size, 3) and mirrored or not,
-    then `rest` of that, and then a rectangle of the colour `fill` with probability `erase`. crops(heights, widths,
+    then `rest` of that, and then a rectangle of that `colour` with probability `erase`. crops(heights, widths,
     seeds), arrays of N, gives the boxes as csrc.crop_images has them, int64 (N, 9), from nothing but the seeds. JPEGs
     are decoded smaller where `gap` times the resized size is left; `resize` is that of the short side, where the box is
     the whole image."""
 
-    def __init__(self, size, kernel, crops, rest=None, gap=0, resize=None, erase=0.0, fill=(0, 0, 0)):
+    def __init__(self, size, kernel, crops, rest=None, gap=0, resize=None, erase=0.0, colour=(0, 0, 0)):
         if kernel not in ("bilinear", "bicubic"):
             raise UserError(f"interpolation {kernel}: expected bilinear or bicubic")
         self.size, self.kernel, self.crops, self.rest, self.gap = size, kernel, crops, rest, gap
-        self.resize, self.erase, self.fill = resize or size, erase, torch.tensor(fill, dtype=torch.uint8)
+        self.resize, self.erase, self.colour = resize or size, erase, torch.tensor(colour, dtype=torch.uint8)
 
     def __call__(self, image, seed=0):
         """PIL image, mode RGB -> uint8 (size, size, 3). Raises ValueError for what csrc.crop_images leaves out."""
         pixels = np.array(image)
-        pixels = self.cut(pixels, pixels.shape[:2], self.gap, seed)
-        if pixels is None:
+        found = self.single(pixels.reshape(-1), pixels.shape[:2], self.gap, seed)
+        if found is None:
             raise ValueError(f"{image.width} x {image.height} pixels: too long a strip to be resized")
-        self.finish([pixels], np.array([seed], np.uint64))
-        return pixels
+        return found
 
     def encoded(self, content, formats=TRAIN_FORMATS, exif=False, gap=None):
         """The bytes of an image file, as decode() takes them -> uint8 (size, size, 3). Raises ValueError as it does."""
         gap, found = self.gap if gap is None else gap, None
         if content and not (exif and has_exif(content)):
-            found = self.cut(np.frombuffer(bytearray(content), np.uint8), (0, 0), gap, 0)
-        if found is None:
-            return self(decode(content, formats, exif, gap * self.resize))
-        self.finish([found], np.zeros(1, np.uint64))
-        return found
+            found = self.single(np.frombuffer(bytearray(content), np.uint8), None, gap)
+        return self(decode(content, formats, exif, gap * self.resize)) if found is None else found
 
-    def cut(self, values, size, gap, seed):
-        """RGB pixels of that size, or a file and zeros -> uint8 (size, size, 3), None if that is no intact JPEG"""
-        files = [torch.from_numpy(values.reshape(-1))]
-        places, sizes = torch.tensor([[0, 0, values.size]]), torch.tensor([size])
-        seen = sizes if size[0] else csrc.jpeg_sizes(files, places)
-        if not seen.all():
-            return None
-        crops = torch.from_numpy(self.crops(*seen.numpy().T, np.array([seed], np.uint64)))
+    def single(self, values, size, gap, seed=0):
+        """RGB pixels of that size, or a file and None -> uint8 (size, size, 3), None if that is no intact JPEG"""
+        files, places = [torch.from_numpy(values)], torch.tensor([[0, 0, values.size]])
+        seen = np.array([size]) if size else csrc.jpeg_sizes(files, places).numpy()
         out = torch.empty(1, self.size, self.size, 3, dtype=torch.uint8)
-        done = csrc.crop_images(out.permute(0, 3, 1, 2), files, places, sizes, crops, self.kernel, gap)
-        return out[0] if done else None
+        return out[0] if self.fill(out, files, places, seen, bool(size), np.array([seed], np.uint64), gap) else None
 
-    def finish(self, images, seeds):
-        """What comes after the crop, for each of images, uint8 (size, size, 3), in place: the rest, with torch's
-        default generator at the image's seed and then where it was, and the rectangle"""
+    def fill(self, out, files, places, seen, raw, seeds, gap):
+        """Writes images into out uint8 (N, size, size, 3), as csrc.crop_images takes them out of files and places;
+        seen int64 (N, 2): their heights and widths, zeros for what is not to be decoded; raw: they are RGB pixels. The
+        rest draws from torch's default generator at the image's seed, which is then where it was. -> bool (N): which
+        were written"""
+        places[torch.from_numpy(seen[:, 0] == 0), 2] = 0
+        # what has no size gets a box, but no pixels
+        crops = torch.from_numpy(self.crops(*np.maximum(seen, 1).T, seeds))
+        done = csrc.crop_images(out.permute(0, 3, 1, 2), files, places, torch.from_numpy(seen * raw), crops,
+                                self.kernel, gap)
+        rows = done.nonzero()[:, 0].tolist()
         if self.rest:
             outer = torch.get_rng_state()  # without workers this is the training process's own generator
             try:
-                for image, seed in zip(images, seeds.tolist()):
-                    torch.default_generator.manual_seed(seed)
-                    image.copy_(self.rest(image))
+                for row in rows:
+                    torch.default_generator.manual_seed(int(seeds[row]))
+                    out[row] = self.rest(out[row])
             finally:
                 torch.set_rng_state(outer)
         if self.erase:
-            for image, (top, left, h, w) in zip(images, erasures(seeds, self.size, self.erase).tolist()):
-                image[top:top + h, left:left + w] = self.fill
+            boxes = erasures(seeds, self.size, self.erase).tolist()
+            for row in rows:
+                top, left, h, w = boxes[row]
+                out[row, top:top + h, left:left + w] = self.colour
+        return done
 
 
 def has_exif(content):
@@ -882,7 +881,7 @@ def train_transform(size, preprocess, args):
         return torch.from_numpy(np.array(image))
     crops = functools.partial(random_crops, size=size, scale=args.crop_scale, hflip=args.hflip)
     return Transform(size, preprocess["interpolation"], crops, rest if steps else None, gap=2, erase=args.random_erase,
-                     fill=grey)
+                     colour=grey)
 
 
 def eval_transform(preprocess):
@@ -933,15 +932,10 @@ class Images(torch.utils.data.Dataset):
         transform = self.transform(keys[0][0])
         seeds = np.array([seed_for(self.seed, *key) for key in keys], np.uint64)
         index = np.array([i for _, i, _ in keys])
-        files, places, sizes, seen = self.files.content(index, self.exif)
         out = empty(len(keys), transform.size, transform.size, 3, dtype=torch.uint8)
         pixels, labels = out.permute(0, 3, 1, 2), torch.from_numpy(self.files.labels[index].astype(np.int64))
         kept, complaints = [], []
-        # what has no size is no JPEG: it gets a box, but no pixels
-        crops = torch.from_numpy(transform.crops(*np.maximum(seen, 1).T, seeds))
-        done = csrc.crop_images(pixels, files, places, sizes, crops, transform.kernel, transform.gap)
-        if transform.rest or transform.erase:
-            transform.finish([out[row] for row in np.flatnonzero(done)], seeds[done.numpy()])
+        done = transform.fill(out, *self.files.content(index, self.exif), seeds, transform.gap)
         for row, (key, good) in enumerate(zip(keys, done.tolist())):
             if not good:
                 sample, label, complaint = self[key]
