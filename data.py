@@ -151,14 +151,13 @@ class Pack:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft + len(self.files), hard), hard))
         self.maps = [mapped(p) for p in self.files]
-        self.parts = [np.frombuffer(m, np.uint8) for m in self.maps]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody writes into them
+            self.parts = [torch.frombuffer(m, dtype=torch.uint8) for m in self.maps]
         for k, part in enumerate(shards):
             ends = (self.offset.astype(np.int64) + self.size)[self.shard == k]
             if len(self.parts[k]) != ends.max(initial=len(MAGIC)):
                 raise UserError(f"{part}: {len(self.parts[k])} bytes, expected {ends.max(initial=len(MAGIC))}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nobody writes into them
-            self.tensors = [torch.from_numpy(p) for p in self.parts]
         self.seen = np.zeros(len(self.key), bool)  # whose checksum was compared by this process
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         self.leaves_memory = sum(map(len, self.parts)) > memory / 2
@@ -204,7 +203,7 @@ class Pack:
     def record(self, i):
         """-> uint8 view of an image's bytes. Raises ValueError where they are not what was written."""
         begin, size, shard = int(self.offset[i]), int(self.size[i]), int(self.shard[i])
-        part = self.parts[shard][begin:begin + size]
+        part = self.parts[shard][begin:begin + size].numpy()
         if not self.seen[i]:
             if zlib.crc32(part) != self.crc[i]:
                 raise ValueError(f"damaged at bytes {begin} to {begin + size} of {self.files[shard]}")
@@ -225,11 +224,10 @@ class Pack:
 
     def content(self, index, exif=False):
         """Files.content of the records at those positions"""
-        self.check_exif(exif)
+        turns = self.turns(exif)
         self.ask(index if self.leaves_memory else index[~self.seen[index]])
         places = np.stack([self.shard[index], self.offset[index], self.size[index]], 1).astype(np.int64)
         seen = np.stack([self.height[index], self.width[index]], 1).astype(np.int64)
-        turns = exif and self.head["mode"] == "lossless"
         for row in range(len(index)) if turns else np.flatnonzero(self.seen[index] == 0):
             try:
                 record = self.record(index[row])
@@ -237,19 +235,20 @@ class Pack:
                     seen[row] = 0
             except ValueError:
                 seen[row] = 0
-        return self.tensors, torch.from_numpy(places), seen, self.head["mode"] == "raw"
+        return self.parts, torch.from_numpy(places), seen, self.head["mode"] == "raw"
 
     def image(self, i, exif=False):
         """-> PIL image, mode RGB"""
-        self.check_exif(exif)
-        part = self.record(i)
+        turns, part = self.turns(exif), self.record(i)
         if self.head["mode"] == "raw":
             return Image.fromarray(part.reshape(int(self.height[i]), int(self.width[i]), 3))
-        return decode(part.tobytes(), exif=exif and self.head["mode"] == "lossless")
+        return decode(part.tobytes(), exif=turns)
 
-    def check_exif(self, exif):
+    def turns(self, exif):
+        """Whether what is read is still to be turned, if exif is wanted"""
         if exif and not self.head["exif"] and self.head["mode"] != "lossless":
             raise UserError(f"{self.path}: --exif: was packed without, and keeps no orientation", code=2)
+        return exif and self.head["mode"] == "lossless"
 
 
 def mapped(path):
@@ -724,18 +723,16 @@ def add_augment_args(parser):
     return group
 
 
-class RandAugmentNoise(torch.nn.Module):
+def rand_augment(magnitude, std, **options):
     """torchvision's RandAugment with a strength drawn anew per image (timm's mstd)."""
+    from torchvision.transforms import v2
+    inner = v2.RandAugment(magnitude=magnitude, **options)
 
-    def __init__(self, magnitude, std, **options):
-        super().__init__()
-        from torchvision.transforms import v2
-        self.inner, self.magnitude, self.std = v2.RandAugment(magnitude=magnitude, **options), magnitude, std
-
-    def forward(self, image):
-        noisy = self.magnitude + self.std * torch.randn(()).item()
-        self.inner.magnitude = int(min(max(round(noisy), 0), self.inner.num_magnitude_bins - 1))
-        return self.inner(image)
+    def augment(image):
+        noisy = magnitude + std * torch.randn(()).item()
+        inner.magnitude = int(min(max(round(noisy), 0), inner.num_magnitude_bins - 1))
+        return inner(image)
+    return augment
 
 
 class Transform:
@@ -759,9 +756,9 @@ class Transform:
             raise ValueError(f"{image.width} x {image.height} pixels: too long a strip to be resized")
         return found
 
-    def encoded(self, content, formats=TRAIN_FORMATS, exif=False, gap=None):
+    def encoded(self, content, formats=TRAIN_FORMATS, exif=False, gap=0):
         """The bytes of an image file, as decode() takes them -> uint8 (size, size, 3). Raises ValueError as it does."""
-        gap, found = self.gap if gap is None else gap, None
+        found = None
         if content and not (exif and has_exif(content)):
             found = self.single(np.frombuffer(bytearray(content), np.uint8), None, gap)
         return self(decode(content, formats, exif, gap * self.resize)) if found is None else found
@@ -864,15 +861,15 @@ def train_transform(size, preprocess, args):
     """-> Transform. What comes between crop and erasing draws from torch's default generator."""
     from torchvision.transforms import InterpolationMode, v2
     grey, steps = [round(255 * m) for m in preprocess["mean"]], []
+    moving = dict(interpolation=InterpolationMode.BILINEAR, fill=grey)
     if args.rotation:
-        steps.append(v2.RandomRotation(args.rotation, interpolation=InterpolationMode.BILINEAR, fill=grey))
+        steps.append(v2.RandomRotation(args.rotation, **moving))
     if args.elastic:
         steps.append(v2.ElasticTransform(args.elastic, fill=grey))
     if args.auto_augment == "ra":
-        steps.append(RandAugmentNoise(args.ra_magnitude, args.ra_std,
-                                      interpolation=InterpolationMode.BILINEAR, fill=grey))
+        steps.append(rand_augment(args.ra_magnitude, args.ra_std, **moving))
     elif args.auto_augment == "ta_wide":
-        steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR, fill=grey))
+        steps.append(v2.TrivialAugmentWide(**moving))
     if args.color_jitter:
         steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
 
@@ -934,17 +931,13 @@ class Images(torch.utils.data.Dataset):
         index = np.array([i for _, i, _ in keys])
         out = empty(len(keys), transform.size, transform.size, 3, dtype=torch.uint8)
         pixels, labels = out.permute(0, 3, 1, 2), torch.from_numpy(self.files.labels[index].astype(np.int64))
-        kept, complaints = [], []
-        done = transform.fill(out, *self.files.content(index, self.exif), seeds, transform.gap)
-        for row, (key, good) in enumerate(zip(keys, done.tolist())):
-            if not good:
-                sample, label, complaint = self[key]
-                complaints += [complaint] if complaint else []
-                if sample is None:
-                    continue
-                out[row], labels[row] = sample, label
-            kept.append(row)
-        return (pixels, labels, complaints) if len(kept) == len(keys) else (pixels[kept], labels[kept], complaints)
+        done, complaints = transform.fill(out, *self.files.content(index, self.exif), seeds, transform.gap), []
+        for row in (~done).nonzero()[:, 0].tolist():
+            sample, label, complaint = self[keys[row]]
+            complaints += [complaint] if complaint else []
+            if sample is not None:
+                out[row], labels[row], done[row] = sample, label, True
+        return (pixels, labels, complaints) if done.all() else (pixels[done], labels[done], complaints)
 
     __getitems__ = batch  # of a DataLoader's worker
 
@@ -1056,13 +1049,10 @@ class Threads:
             return torch.empty(size, dtype=dtype, pin_memory=True)
         count = int(np.prod(size))
         with self.lock:
-            free = [a for a in self.arrays if sys.getrefcount(a) == self.unused]
-            found = next((a for a in free if len(a) >= count), None)
+            found = next((a for a in self.arrays if len(a) >= count and sys.getrefcount(a) == self.unused), None)
             if found is None:
-                # those of another image size go
-                self.arrays = [a for a in self.arrays if not any(a is f for f in free)]
                 found = np.empty(count, np.uint8)
-                self.arrays.append(found)
+                self.arrays = [a for a in self.arrays if len(a) >= count] + [found]  # those of smaller images go
             return torch.from_numpy(found[:count]).view(size)
 
 
@@ -1076,56 +1066,52 @@ class Ahead:
     def __len__(self):
         return len(self.loader)
 
-    def __iter__(self):
-        stream, before = torch.cuda.Stream(self.device), None
+    def copies(self):
+        stream = torch.cuda.Stream(self.device)
         for pixels, labels, complaints in self.loader:
             with torch.cuda.stream(stream):
                 tensors = [t.to(self.device, non_blocking=True) for t in (pixels, labels)]
-                batch = tensors, complaints, stream.record_event()
-            if before:
-                yield self.hand_over(*before)
-            before = batch
-        if before:
-            yield self.hand_over(*before)
+                copied = stream.record_event()
+            yield tensors, complaints, copied
 
-    def hand_over(self, tensors, complaints, copied):
-        reader = torch.cuda.current_stream(self.device)
-        reader.wait_event(copied)
-        for tensor in tensors:
-            tensor.record_stream(reader)  # or their memory would be the next copies' while it is read
-        return *tensors, complaints
+    def __iter__(self):
+        # the second of a pair is under way before the first is handed over
+        for (tensors, complaints, copied), _ in itertools.pairwise(itertools.chain(self.copies(), [None])):
+            reader = torch.cuda.current_stream(self.device)
+            reader.wait_event(copied)
+            for tensor in tensors:
+                tensor.record_stream(reader)  # or their memory would be the next copies' while it is read
+            yield *tensors, complaints
 
 
 def make_loader(dataset, batches, workers, device="cpu"):
     """-> iterable over batches of keys, yielding (pixels, labels, complaints), the tensors on the device: by threads,
-    or by a DataLoader's processes where augmentations draw from torch's generator, of which a process has one."""
+    or by a DataLoader's processes where augmentations draw from torch's generator, of which a process has one. Ctrl-C
+    and SIGTERM reach the whole process group, but only the training process may act on them; its workers leave when it
+    does. (They cannot ignore SIGTERM for good: it is what multiprocessing ends them with when the interpreter exits,
+    waiting without a limit.)"""
     device = torch.device(device)
-    loader = host_loader(dataset, batches, workers, pin=device.type == "cuda")
-    return Ahead(loader, device) if device.type == "cuda" else loader
-
-
-def host_loader(dataset, batches, workers, pin):
-    """Of batches in the host's memory. Ctrl-C and SIGTERM reach the whole process group, but only the training process
-    may act on them; its workers leave when it does. (They cannot ignore SIGTERM for good: it is what multiprocessing
-    ends them with when the interpreter exits, waiting without a limit.)"""
+    pin = device.type == "cuda"
     whole = isinstance(dataset, Images) and dataset.__getitems__
     if whole:
         csrc.load()  # once, before there are threads or processes
-        if not dataset.transform(0).rest:
-            return Threads(dataset, batches, workers, pin)
-    leaving = multiprocessing.RawValue("b", 0)
-    atexit.register(setattr, leaving, "value", 1)  # runs before multiprocessing's own exit function
+    if whole and not dataset.transform(0).rest:
+        loader = Threads(dataset, batches, workers, pin)
+    else:
+        leaving = multiprocessing.RawValue("b", 0)
+        atexit.register(setattr, leaving, "value", 1)  # runs before multiprocessing's own exit function
 
-    def start_worker(_):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
+        def start_worker(_):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
 
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-        collate_fn=(lambda batch: batch) if whole else getattr(dataset, "collate", collate),
-        persistent_workers=workers > 0, worker_init_fn=start_worker,
-        generator=torch.Generator(),  # or it draws from ours
-        multiprocessing_context="fork" if workers else None)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
+            collate_fn=(lambda batch: batch) if whole else getattr(dataset, "collate", collate),
+            persistent_workers=workers > 0, worker_init_fn=start_worker,
+            generator=torch.Generator(),  # or it draws from ours
+            multiprocessing_context="fork" if workers else None)
+    return Ahead(loader, device) if pin else loader
 
 
 def make_mixer(mixup_alpha, cutmix_alpha, classes):
@@ -1209,13 +1195,14 @@ def make_demo(root=DEMO, train=220, val=60):
 
 # ------------------------------------------------------------------------------------------- ImageNet archives
 
-def read_mat(buffer, at=0):
+def read_mat(buffer):
     """Elements of a MATLAB 5 file's data section, as nested Python values: enough of the format for ILSVRC2012's
-    meta.mat (numbers, text, cells, structures). Layout: MathWorks, "MAT-File Format", 2019, chapter 1."""
+    meta.mat (numbers, as flat arrays, text, cells, structures). Layout: MathWorks, "MAT-File Format", 2019, ch. 1."""
     kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4",
              7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
 
-    def elements(buffer, at=0):  # -> types and payloads
+    def elements(buffer):  # -> types and payloads
+        at = 0
         while at + 8 <= len(buffer):
             kind, size = struct.unpack_from("<II", buffer, at)
             if kind >> 16:  # up to four bytes packed into the tag
@@ -1227,12 +1214,10 @@ def read_mat(buffer, at=0):
 
     def matrix(payload):
         inner = elements(payload)
-        flags = struct.unpack_from("<I", next(inner)[1])[0] & 0xFF
-        dims = np.frombuffer(next(inner)[1], "<i4")
-        next(inner)  # name
-        if flags == 1:  # cell
+        (_, flags), *_ = itertools.islice(inner, 3)  # then dimensions and name
+        if flags[0] == 1:  # cell
             return [matrix(p) for _, p in inner]
-        if flags == 2:  # structure array: field names, then the fields of each element in turn
+        if flags[0] == 2:  # structure array: field names, then the fields of each element in turn
             length = struct.unpack("<i", next(inner)[1])[0]
             text = next(inner)[1]
             fields = [text[i:i + length].split(b"\0")[0].decode() for i in range(0, len(text), length)]
@@ -1240,11 +1225,10 @@ def read_mat(buffer, at=0):
             return [dict(zip(fields, parts[at:at + len(fields)])) for at in range(0, len(parts), len(fields))]
         kind, data = next(inner, (9, b""))
         values = np.frombuffer(data, kinds[kind])
-        return ("".join(map(chr, values)) if flags == 4
-                else values.reshape(dims, order="F") if values.size == dims.prod() else values)
+        return "".join(map(chr, values)) if flags[0] == 4 else values
 
     values = []
-    for kind, payload in elements(buffer, at):
+    for kind, payload in elements(buffer):
         if kind == 15:  # compressed
             values += read_mat(zlib.decompress(payload))
         elif kind == 14:
@@ -1264,7 +1248,7 @@ def val_wnids(archives, labels):
     with tarfile.open(os.path.join(archives, "ILSVRC2012_devkit_t12.tar.gz")) as devkit:
         def member(ending):
             return devkit.extractfile(next(m for m in devkit.getmembers() if m.name.endswith(ending))).read()
-        synsets = read_mat(member("data/meta.mat"), at=128)[0]
+        synsets = read_mat(member("data/meta.mat")[128:])[0]  # behind the header
         wnid_of = {int(s["ILSVRC2012_ID"].item()): s["WNID"] for s in synsets}
         truth = member("ILSVRC2012_validation_ground_truth.txt").split()
     return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of[int(number)] for i, number in enumerate(truth, 1)}
