@@ -1311,13 +1311,14 @@ def get_args_parser():
     group = parser.add_argument_group("packs")
     group.add_argument("--pack", metavar="FOLDER", help="write all its images into one file; say how:")
     group.add_argument("--lossless", action="store_true", help="the files' own pixels, JPEGs with restart markers")
-    group.add_argument("--max-side", type=int, metavar="N", help="as JPEGs whose long side is N at most")
-    group.add_argument("--raw", type=int, metavar="N", help="as pixels, the short side N at most")
-    group.add_argument("--quality", type=int, metavar="Q", help="with --max-side: of JPEG (default 90)")
-    group.add_argument("--shards", type=int, default=0, metavar="N",
+    group.add_argument("--max-side", type=positive, metavar="N", help="as JPEGs whose long side is N at most")
+    group.add_argument("--raw", type=positive, metavar="N", help="as pixels, the short side N at most")
+    group.add_argument("--quality", type=between(1, 100), metavar="Q", help="with --max-side: of JPEG (default 90)")
+    group.add_argument("--shards", type=between(0, 1000), default=0, metavar="N",
                        help="put the images into N files beside it, FILE.000 and so on")
     group.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
-    group.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="processes that pack")
+    group.add_argument("--workers", type=between(0), default=os.cpu_count(), metavar="N",
+                       help="processes that pack")
     group.add_argument("--on-corrupt", choices=("error", "skip"), default="error")
     group.add_argument("--overwrite", action="store_true")
     group.add_argument("--info", metavar="FILE", help="describe a pack, and read all of it")
@@ -1328,17 +1329,12 @@ def pack_folder(args):
     """--pack, from the flags to the result"""
     def refuse(text):
         raise UserError(text, code=2)
-    modes = [(mode, side) for mode, side in (("lossless", args.lossless), ("jpeg", args.max_side), ("raw", args.raw))
-             if side is not None and side is not False]
+    modes = [m for m, given in (("lossless", args.lossless), ("jpeg", args.max_side), ("raw", args.raw)) if given]
     if len(modes) != 1 or not args.out:
         refuse("--pack needs --out FILE, and one of --lossless, --max-side N and --raw N")
-    (mode, side), = modes
-    if mode != "lossless" and side < 1 or args.workers < 0:
-        refuse("--max-side and --raw take a number from 1, --workers one from 0")
-    if args.quality is not None and (mode != "jpeg" or not 1 <= args.quality <= 100):
-        refuse("--quality, 1 to 100, goes with --max-side")
-    if not 0 <= args.shards <= 1000:
-        refuse(f"--shards {args.shards}: takes a number up to 1000")
+    mode, = modes
+    if args.quality and mode != "jpeg":
+        refuse("--quality goes with --max-side")
     if args.shards and args.overwrite:
         refuse("--overwrite would leave a pack without its images for a while: with --shards remove the old one")
     if args.exif and mode == "lossless":
@@ -1347,7 +1343,7 @@ def pack_folder(args):
         raise UserError(f"{args.pack}: no such folder")
     if os.path.exists(args.out) and not args.overwrite:
         refuse(f"{args.out}: exists; --overwrite replaces it")
-    return dict(make_pack(args.pack, args.out, mode, None if side is True else side, args.quality or 90, args.workers,
+    return dict(make_pack(args.pack, args.out, mode, args.max_side or args.raw, args.quality or 90, args.workers,
                           args.exif, args.on_corrupt == "skip", args.shards), pack=args.out, mode=mode)
 
 
