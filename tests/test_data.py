@@ -286,6 +286,13 @@ def test_train_transforms_give_uint8_and_follow_the_seed(flags):
     assert a.shape == (32, 32, 3) and a.dtype == torch.uint8 and torch.equal(a, b) and not torch.equal(a, c)
 
 
+def distance(a, b):
+    """Of two samples, as Kolmogorov and Smirnov have it"""
+    at = np.union1d(a, b)
+    return np.abs(np.searchsorted(np.sort(a), at, "right") / len(a)
+                  - np.searchsorted(np.sort(b), at, "right") / len(b)).max()
+
+
 @pytest.mark.parametrize("scale", [0.08, 0.9])
 @pytest.mark.parametrize("size", [(150, 100), (90, 400), (1, 7)])
 def test_crops_are_distributed_as_torchvisions(size, scale):
@@ -300,12 +307,9 @@ def test_crops_are_distributed_as_torchvisions(size, scale):
     ours = data.random_crops(np.full(n, h), np.full(n, w), seeds, 8, scale, 0.25)
     assert ours.dtype == np.int64 and (ours[:, 4:8] == [8, 8, 0, 0]).all() and abs(ours[:, 8].mean() - 0.25) < 0.03
     assert (ours[:, :2] >= 0).all() and (ours[:, 2:4] >= 1).all() and (ours[:, :2] + ours[:, 2:4] <= size).all()
-
-    def distance(a, b):  # of Kolmogorov and Smirnov: 0.0436 is passed once in a thousand times
-        at = np.unique(np.concatenate([a, b]))
-        return np.abs(np.searchsorted(np.sort(a), at, "right") - np.searchsorted(np.sort(b), at, "right")).max() / n
     sides = [lambda c: c[:, 0], lambda c: c[:, 1], lambda c: c[:, 2], lambda c: c[:, 3],
              lambda c: c[:, 2] * c[:, 3], lambda c: c[:, 2] / c[:, 3], lambda c: c[:, 0] + c[:, 2]]
+    # 0.0436 is passed once in a thousand times
     assert max(distance(f(ours[:, :4].astype(float)), f(theirs)) for f in sides) < 0.0436
     room = np.array(size) - ours[:, 2:4]
     inside = ours[(room > 9).all(1), :2] / room[(room > 9).all(1)]
@@ -366,10 +370,7 @@ def test_rectangles_are_erased_as_torchvision_does_it():
     assert (ours[:, :2] + ours[:, 2:] <= size).all()
     both = [np.column_stack([boxes, boxes[:, 2] * boxes[:, 3], boxes[:, 2] / boxes[:, 3]]) for boxes in kept]
     for a, b in zip(both[0].T, both[1].T):  # two-sample Kolmogorov-Smirnov, at one in 20,000
-        values = np.union1d(a, b)
-        distance = np.abs(np.searchsorted(np.sort(a), values, "right") / len(a)
-                          - np.searchsorted(np.sort(b), values, "right") / len(b)).max()
-        assert distance < 2.25 * np.sqrt(1 / len(a) + 1 / len(b))
+        assert distance(a, b) < 2.25 * np.sqrt(1 / len(a) + 1 / len(b))
     crops = data.random_crops(np.full(n, 90), np.full(n, 90), np.arange(n, dtype=np.uint64), size, 0.08, 0.5)
     free = kept[1][:, :2] / (size - kept[1][:, 2:])
     for pair in (crops[:, 0], ours[:, 0]), free.T:  # no number is used twice
@@ -420,12 +421,10 @@ def test_a_step_uses_the_same_images_on_any_number_of_processes(world, accumulat
 def test_an_order_of_chunks_uses_neighbours_near_one_another(n, world):
     chunk, batch = 8, 4 if n > 5 else 5
     labels = np.zeros(n, np.int32)
-    parts = [[i for b in keys_of(data.Order(labels, batch, r, world, chunk=chunk), epoch=1) for _, i, _ in b]
-             for r in range(world)]
-    used = np.stack(parts, 1).reshape(-1)
+    used, other = (np.stack([[i for b in keys_of(data.Order(labels, batch, r, world, chunk=chunk), epoch)
+                              for _, i, _ in b] for r in range(world)], 1).reshape(-1) for epoch in (1, 2))
     assert len(np.unique(used)) == len(used) == n // (batch * world) * batch * world
-    assert (used != np.stack([[i for b in keys_of(data.Order(labels, batch, r, world, chunk=chunk), epoch=2)
-                               for _, i, _ in b] for r in range(world)], 1).reshape(-1)).any()
+    assert (used != other).any()
     if n < 9000:
         return
     slots = np.full(n, -1)
@@ -547,7 +546,7 @@ def test_evaluation_counts_every_image_once(n, batch, world):
                for r in range(world))
 
 
-def batches_of(root, workers, epoch=2, flags=("--auto-augment", "ta_wide")):
+def batches_of(root, workers, flags, epoch=2):
     train = data.open_folder(root)[0]
     order = data.Order(train.labels, 8, seed=9)
     order.epoch = epoch
@@ -555,16 +554,17 @@ def batches_of(root, workers, epoch=2, flags=("--auto-augment", "ta_wide")):
     return list(data.make_loader(images, order, workers))
 
 
-def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny):
+@pytest.mark.parametrize("flags", [(), ("--auto-augment", "ta_wide")])  # by threads, by processes
+def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny, flags):
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    reference = batches_of(tiny, 0)
+    reference = batches_of(tiny, 0, flags)
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(456)
     for workers in (1, 3):
-        for (a, y, _), (b, z, _) in zip(reference, batches_of(tiny, workers), strict=True):
+        for (a, y, _), (b, z, _) in zip(reference, batches_of(tiny, workers, flags), strict=True):
             assert torch.equal(a, b) and torch.equal(y, z)
-    assert not torch.equal(reference[0][0], batches_of(tiny, 0, epoch=3)[0][0])
+    assert not torch.equal(reference[0][0], batches_of(tiny, 0, flags, epoch=3)[0][0])
     pixels = reference[0][0]
     assert (pixels.dtype == torch.uint8 and pixels.shape == (8, 3, 32, 32)
             and pixels.is_contiguous(memory_format=torch.channels_last))
@@ -600,9 +600,13 @@ def test_mixing():
 
 # ---------------------------------------------------------------------------------------- demo data, archives
 
+def below(root):
+    return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, names in os.walk(root) for f in names)
+
+
 def test_demo_is_deterministic_and_too_hard_for_a_linear_model(tmp_path):
     a, b = (data.make_demo(str(tmp_path / n), train=40, val=12) for n in "ab")
-    files = sorted(os.path.relpath(os.path.join(d, f), a) for d, _, names in os.walk(a) for f in names)
+    files = below(a)
     assert len(files) == 520 and all(open(f"{a}/{f}", "rb").read() == open(f"{b}/{f}", "rb").read() for f in files)
     train, val, classes, _, _ = data.open_folder(a)
     assert classes == list(data.DEMO_CLASSES)
@@ -648,10 +652,6 @@ def archives(tmp_path):
     return tmp_path
 
 
-def imported(root):
-    return sorted(os.path.relpath(os.path.join(d, f), root) for d, _, names in os.walk(root) for f in names)
-
-
 EXPECTED = ["train/n01440764/n01440764_18.JPEG", "train/n01440764/n01440764_7.JPEG",
             "train/n02119789/n02119789_18.JPEG", "train/n02119789/n02119789_7.JPEG",
             "val/n01440764/ILSVRC2012_val_00000001.JPEG", "val/n01440764/ILSVRC2012_val_00000003.JPEG",
@@ -671,7 +671,7 @@ def test_imagenet_with_the_devkit(archives, compressed):
         "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n2\n"}, "w:gz")
     for _ in range(2):  # the second run finds everything there
         assert data.import_imagenet(str(archives), str(archives / "out")) == {"train": 4, "val": 3}
-        assert imported(archives / "out") == EXPECTED
+        assert below(archives / "out") == EXPECTED
 
 
 @pytest.mark.parametrize("text", [
@@ -682,7 +682,7 @@ def test_imagenet_with_the_devkit(archives, compressed):
 def test_imagenet_with_a_label_file(archives, text):
     (archives / "labels").write_text(text)
     data.import_imagenet(str(archives), str(archives / "out"), str(archives / "labels"))
-    assert imported(archives / "out") == EXPECTED
+    assert below(archives / "out") == EXPECTED
 
 
 def test_imagenet_mistakes(archives, run):
