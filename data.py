@@ -287,10 +287,8 @@ def is_pack(path):
 
 def is_folder(path):
     """Whether a folder of that path exists, in the file system or in a pack"""
-    if os.path.isdir(path):
-        return True
     pack, inner = pack_of(path)
-    return bool(pack) and (not inner or inner in pack.spans)
+    return inner in pack.spans if pack else os.path.isdir(path)
 
 
 def in_pack(path):
@@ -782,13 +780,10 @@ class Transform:
                                 self.kernel, gap)
         rows = done.nonzero()[:, 0].tolist()
         if self.rest:
-            outer = torch.get_rng_state()  # without workers this is the training process's own generator
-            try:
+            with torch.random.fork_rng(devices=()):  # without workers this is the training process's own generator
                 for row in rows:
                     torch.default_generator.manual_seed(int(seeds[row]))
                     out[row] = self.rest(out[row])
-            finally:
-                torch.set_rng_state(outer)
         if self.erase:
             boxes = erasures(seeds, self.size, self.erase).tolist()
             for row in rows:
@@ -874,8 +869,7 @@ def train_transform(size, preprocess, args):
         steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
 
     def rest(pixels):
-        image = functools.reduce(lambda image, step: step(image), steps, Image.fromarray(pixels.numpy()))
-        return torch.from_numpy(np.array(image))
+        return torch.from_numpy(np.array(v2.Compose(steps)(Image.fromarray(pixels.numpy()))))
     crops = functools.partial(random_crops, size=size, scale=args.crop_scale, hflip=args.hflip)
     return Transform(size, preprocess["interpolation"], crops, rest if steps else None, gap=2, erase=args.random_erase,
                      colour=grey)
@@ -944,11 +938,8 @@ class Images(torch.utils.data.Dataset):
 
 def collate(samples):
     """-> pixels uint8 (N, 3, H, W) channels_last, labels int64 (N,), complaints."""
-    good = [(pixels, label) for pixels, label, _ in samples if pixels is not None]
-    complaints = [c for _, _, c in samples if c]
-    if not good:
-        return torch.empty(0, 3, 1, 1, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), complaints
-    return torch.stack([p for p, _ in good]).permute(0, 3, 1, 2), torch.tensor([y for _, y in good]), complaints
+    pixels, labels = zip(*(sample[:2] for sample in samples if sample[0] is not None))
+    return torch.stack(pixels).permute(0, 3, 1, 2), torch.tensor(labels), [c for _, _, c in samples if c]
 
 
 class Order:

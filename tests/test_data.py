@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import threading
+import types
 import warnings
 
 import numpy as np
@@ -442,22 +443,16 @@ def test_an_order_of_chunks_uses_neighbours_near_one_another(n, world):
 def test_batches_are_copied_to_a_gpu_one_ahead(monkeypatch):
     """What is asked of CUDA, in order: each copy on the second stream before the network gets the batch before it; the
     network's stream waits for the copy of its own batch alone, and the allocator knows that it uses the memory"""
-    said = []
-
-    class Stream:
-        def __init__(self, device):
-            self.copies = 0
-
-        def record_event(self):
-            return self.copies
+    said, streams = [], []
+    other = types.SimpleNamespace(record_event=lambda: said[-1].removeprefix("copy "))
+    reader = types.SimpleNamespace(wait_event=lambda event: said.append(f"wait {event}"))
 
     class Batch:
         def __init__(self, name):
             self.name = name
 
         def to(self, device, non_blocking):
-            assert non_blocking and streams, "a copy on the network's own stream"
-            streams[-1].copies = self.name
+            assert non_blocking and streams == [other], "a copy on the network's own stream"
             said.append(f"copy {self.name}")
             return self
 
@@ -465,18 +460,13 @@ def test_batches_are_copied_to_a_gpu_one_ahead(monkeypatch):
             assert stream is reader
             said.append(f"keep {self.name}")
 
-    class Reader:
-        def wait_event(self, event):
-            said.append(f"wait {event}")
-
     @contextlib.contextmanager
     def on(stream):
         streams.append(stream)
         yield
         streams.pop()
 
-    streams, reader = [], Reader()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: other)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: reader)
     loader = data.Ahead([(Batch(f"{i}p"), Batch(f"{i}y"), [str(i)]) for i in range(3)], "cuda")
