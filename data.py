@@ -1348,10 +1348,10 @@ def check_pack(path):
             pack.record(i)
         except ValueError as error:
             raise UserError(f"{path}/{pack.name(i)}: {error}") from error
-    sizes = np.stack([pack.width, pack.height])
     head = {k: v for k, v in pack.head.items() if k not in ("columns", "checks") and v is not None}
-    return dict(pack=path, images=len(pack), bytes=pack_size(path, pack.head["shards"]), largest=sizes.max(1).tolist(),
-                pixels=int((sizes[0].astype(np.int64) * sizes[1]).sum()), **head)
+    return dict(pack=path, images=len(pack), bytes=pack_size(path, pack.head["shards"]),
+                largest=[int(pack.width.max()), int(pack.height.max())],
+                pixels=int((pack.width.astype(np.int64) * pack.height).sum()), **head)
 
 
 JOBS = {  # and the flags that each reads; without any it describes

@@ -218,6 +218,7 @@ def test_split_by_hash_is_stable(tmp_path):
     second = data.open_folder(root, val_split=0.2)
     assert held <= {second[1].path(i) for i in range(len(second[1]))}
     assert len(data.open_folder(root, eval_only=True)[1]) == 150
+    assert len(data.open_folder(make(tmp_path / "t", {"train/a": 50}), eval_only=True)[1]) < 40  # never what is trained
     with pytest.raises(UserError, match="has its own val"):
         data.open_folder(make(tmp_path / "v", {"train/a": 1, "val/a": 1}), val_split=0.3)
     for share in (0, 1, -0.1, float("nan")):
@@ -285,6 +286,17 @@ def test_train_transforms_give_uint8_and_follow_the_seed(flags):
 
     a, b, c = (transform(picture(size=(60, 45)), seed) for seed in (1, 1, 2))
     assert a.shape == (32, 32, 3) and a.dtype == torch.uint8 and torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_the_strength_of_randaugment_is_drawn_anew(monkeypatch):
+    from torchvision.transforms import v2
+    seen = []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, image: seen.append(self.magnitude))
+    augment = data.rand_augment(25, 4.0)
+    torch.manual_seed(0)
+    for _ in range(500):
+        augment(None)
+    assert max(seen) == 30 and 24 < np.mean(seen) < 25.5 and 3 < np.std(seen) < 4.2
 
 
 def distance(a, b):
