@@ -179,8 +179,7 @@ class Pack:
         spans, end = {}, 0
         for folder, names in itertools.groupby(self.all_names, os.path.dirname):
             begin, end = end, end + sum(1 for _ in names)
-            parts = folder.split("/")
-            for parent in {"", *("/".join(parts[:k + 1]) for k in range(len(parts)))}:
+            for parent in {"", *itertools.accumulate(folder.split("/"), os.path.join)}:
                 spans[parent] = spans.get(parent, (begin,))[0], end
         return spans
 
@@ -375,8 +374,7 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                              initializer=start_packer)
     try:
         chunks = (paths[k:k + 4] for k in range(done, len(paths), 4))
-        with (open(log, "r+" if kept else "w") as notes,
-              contextlib.closing(in_order(pool, workers, work, chunks)) as made):
+        with open(log, "a") as notes, contextlib.closing(in_order(pool, workers, work, chunks)) as made:
             notes.truncate(kept)  # what is written next would not follow from the rest
             notes.seek(kept)
             if not kept:
@@ -427,12 +425,11 @@ def pack_size(path, shards):
 def open_part(path, rows, shard):
     """-> file at the end of what `rows` say is in it"""
     end = next((r[0] + r[1] for r in reversed(rows) if r[5] == shard), 0)
-    f = open(path, "r+b" if end else "wb")
+    f = open(path, "ab")
+    f.truncate(end)
+    f.seek(end)
     if not end:
         f.write(MAGIC)
-    else:
-        f.truncate(end)
-        f.seek(0, os.SEEK_END)
     return f
 
 
@@ -1027,9 +1024,6 @@ class Threads:
         self.images, self.batches, self.workers, self.pin = images, batches, workers, pin
         self.lock, self.arrays = threading.Lock(), []
         self.unused, = [sys.getrefcount(a) for a in [np.empty(0)]]  # of one that only such a list holds
-
-    def __len__(self):
-        return len(self.batches)
 
     def __iter__(self):
         make = functools.partial(self.images.batch, empty=self.empty)
