@@ -677,14 +677,14 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
     if val_root:
         val, more = scan(val_root, index, allow_empty=True)
         notes += more
-        absent = sorted(set(np.unique(train.labels)) - set(np.unique(val.labels))) if train else ()
-        if absent:
+        absent = np.setdiff1d(train.labels, val.labels) if train else ()
+        if len(absent):
             notes.append(f"{val_root}: no image of {some([classes[i] for i in absent], 5)}")
     elif eval_only and val_split is None and not split:
         train, val = None, train
     else:
-        whole, (train, val) = train, hash_split(train, val_split)
-        notes.append(f"{root}: no val/, {len(val)} of {len(whole)} images held out by a hash of their names")
+        train, val = hash_split(train, val_split)
+        notes.append(f"{root}: no val/, {len(val)} of {len(train) + len(val)} images held out by a hash of their names")
     return train, val, classes, wnids, notes
 
 
