@@ -65,6 +65,11 @@ def progress(text, last=False):
     print(f"\r\x1b[K{text}" if live else text, end="" if live and not last else "\n", file=sys.stderr, flush=True)
 
 
+def hashed(content, size=8):
+    """bytes -> a number of `size` bytes, the same on every machine"""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=size).digest(), "little")
+
+
 # --------------------------------------------------------------------------------------------------- decoding
 
 def decode(data, formats=TRAIN_FORMATS, exif=False, short_side=None):
@@ -260,7 +265,7 @@ def mapped(path):
 
 
 def name_key(name):
-    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
+    return hashed(os.fsencode(name))
 
 
 open_pack = functools.lru_cache(8)(Pack)
@@ -643,11 +648,7 @@ def hash_split(files, share):
     share = 0.1 if share is None else share
     if not 0 < share < 1:
         raise UserError(f"--val-split {share}: must lie between 0 and 1", code=2)
-
-    def unit(i):
-        digest = hashlib.blake2b(os.fsencode(files.name(i)), digest_size=4).digest()
-        return int.from_bytes(digest, "little") / 2**32
-    chosen = np.array([unit(i) < share for i in range(len(files))])
+    chosen = np.array([hashed(os.fsencode(files.name(i)), 4) / 2**32 < share for i in range(len(files))])
     if chosen.all() or not chosen.any():
         raise UserError(f"{files.root}: {len(files)} images are too few to split, give a val/ folder")
     return files.select(np.flatnonzero(~chosen)), files.select(np.flatnonzero(chosen))
@@ -885,8 +886,7 @@ def eval_transform(preprocess):
 
 def seed_for(*numbers):
     """Integers -> a 63-bit seed; different tuples give unrelated seeds."""
-    packed = struct.pack(f"<{len(numbers)}q", *numbers)
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
+    return hashed(struct.pack(f"<{len(numbers)}q", *numbers)) >> 1
 
 
 class Images(torch.utils.data.Dataset):
