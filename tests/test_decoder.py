@@ -337,20 +337,21 @@ def test_batches_are_what_pillow_and_pytorch_make(folder, exif):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_follows_the_crop_is_torchvisions_with_the_images_seed(folder, workers):
-    from torchvision.transforms import v2
-    files = data.scan_unlabelled(folder)
-    plain, jitter = images_of(files), v2.ColorJitter(0.4, 0.4, 0.4)
+    from torchvision.transforms import InterpolationMode, v2
+    files, grey = data.scan_unlabelled(folder), [round(255 * m) for m in PREPROCESS["mean"]]
+    turn, jitter = v2.RandomRotation(20, InterpolationMode.BILINEAR, fill=grey), v2.ColorJitter(0.4, 0.4, 0.4)
+    plain, after = images_of(files), ("--rotation", "20", "--color-jitter", "0.4")
     erased = images_of(files, flags=("--random-erase", "1"))
     found = [batches(folder, workers, flags=flags) for flags in (
-        ("--color-jitter", "0.4"), ("--color-jitter", "0.4", "--random-erase", "1"), ("--random-erase", "1"))]
-    fill = torch.tensor([round(255 * m) for m in PREPROCESS["mean"]], dtype=torch.uint8)[:, None]
+        after, (*after, "--random-erase", "1"), ("--random-erase", "1"))]
+    fill = torch.tensor(grey, dtype=torch.uint8)[:, None]
     for keys, *three in zip(order_of(files), *found, strict=True):
         for key, got, then, alone in zip(keys, *(pixels for pixels, _, _ in three), strict=True):
             crop = plain[key][0]
             assert torch.equal(alone, erased[key][0].permute(2, 0, 1))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(data.seed_for(7, *key))
-                wanted = torch.from_numpy(np.array(jitter(Image.fromarray(crop.numpy())))).permute(2, 0, 1)
+                wanted = torch.from_numpy(np.array(jitter(turn(Image.fromarray(crop.numpy()))))).permute(2, 0, 1)
             assert torch.equal(got, wanted) and not torch.equal(got, crop.permute(2, 0, 1))
             place = (erased[key][0] != crop).any(2)  # the same rectangle, on top of the jitter
             assert place.any() and torch.equal(then[:, ~place], wanted[:, ~place])
