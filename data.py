@@ -693,28 +693,22 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
 
 def add_augment_args(parser):
     group = parser.add_argument_group("augmentation (training only)")
-    group.add_argument("--crop-scale", type=above_zero, default=0.08, metavar="A",
-                       help="smallest area of a random crop (default %(default)s)")
-    group.add_argument("--hflip", type=fraction, default=0.5, metavar="P",
-                       help="probability of a left-right flip (default %(default)s)")
-    group.add_argument("--color-jitter", type=amount, default=0.0, metavar="S",
-                       help="brightness, contrast, saturation, up to +-S")
-    group.add_argument("--rotation", type=amount, default=0.0, metavar="DEG", help="random rotation, up to +-DEG")
-    group.add_argument("--elastic", type=amount, default=0.0, metavar="PX",
-                       help="elastic deformation, strength in pixels")
+
+    def number(name, kind, default, metavar, text):
+        group.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
+    number("--crop-scale", above_zero, 0.08, "A", "smallest area of a random crop (default %(default)s)")
+    number("--hflip", fraction, 0.5, "P", "probability of a left-right flip (default %(default)s)")
+    number("--color-jitter", amount, 0.0, "S", "brightness, contrast, saturation, up to +-S")
+    number("--rotation", amount, 0.0, "DEG", "random rotation, up to +-DEG")
+    number("--elastic", amount, 0.0, "PX", "elastic deformation, strength in pixels")
     group.add_argument("--auto-augment", choices=("none", "ra", "ta_wide"), default="none",
                        help="RandAugment or TrivialAugmentWide")
-    group.add_argument("--ra-magnitude", type=between(0, 30), default=9, metavar="0..30",
-                       help="RandAugment strength (default %(default)s)")
-    group.add_argument("--ra-std", type=amount, default=0.0, metavar="S",
-                       help="normal noise on that strength, same scale")
-    group.add_argument("--random-erase", type=fraction, default=0.0, metavar="P",
-                       help="probability of erasing a rectangle")
-    group.add_argument("--mixup-alpha", type=amount, default=0.0, metavar="A", help="mixup, Beta(A, A)")
-    group.add_argument("--cutmix-alpha", type=amount, default=0.0, metavar="A",
-                       help="CutMix, Beta(A, A); with mixup each batch takes one")
-    group.add_argument("--repeated-aug", type=positive, default=1, metavar="N",
-                       help="each image N times per epoch, 1/N of the images")
+    number("--ra-magnitude", between(0, 30), 9, "0..30", "RandAugment strength (default %(default)s)")
+    number("--ra-std", amount, 0.0, "S", "normal noise on that strength, same scale")
+    number("--random-erase", fraction, 0.0, "P", "probability of erasing a rectangle")
+    number("--mixup-alpha", amount, 0.0, "A", "mixup, Beta(A, A)")
+    number("--cutmix-alpha", amount, 0.0, "A", "CutMix, Beta(A, A); with mixup each batch takes one")
+    number("--repeated-aug", positive, 1, "N", "each image N times per epoch, 1/N of the images")
     group.add_argument("--balanced", action="store_true", help="draw every class equally often")
     return group
 
