@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,16 +83,14 @@ def killed_at(call, block):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, packs, tmp_path, run, monkeypatch):
     pack(folder, tmp_path / "one", *MODES[mode], "--workers", 0)
-    with open(packs[mode], "rb") as a, open(tmp_path / "one", "rb") as b:
-        wanted = a.read()
-        assert wanted == b.read()
+    wanted = Path(packs[mode]).read_bytes()
+    assert wanted == (tmp_path / "one").read_bytes()
     out = tmp_path / "two"
     flags = ["--pack", folder, "--out", out, *MODES[mode], "--workers", 0]
     assert run(*flags, script="data.py", before=killed_at(3, 20)).returncode == -signal.SIGKILL and not out.exists()
     with open(f"{out}.part", "ab") as f:
         f.write(b"what was being written")
-    with open(f"{out}.part.log") as f:
-        lines = f.read().splitlines()
+    lines = Path(f"{out}.part.log").read_text().splitlines()
     assert len(lines) == 3  # the settings, two blocks; the third was synced but not noted
     read = []
     monkeypatch.setattr(data, "packed", lambda path, inner=data.packed, **k: read.append(path) or inner(path, **k))
@@ -109,8 +108,7 @@ def test_processes_that_are_killed(folder, packs, tmp_path, run):
     done = run(*flags, script="data.py", before=kill, timeout=60)
     assert done.returncode == 3 and "a process that packs was killed" in done.stderr.splitlines()[-1]
     pack(*flags[1:4:2], *flags[4:])
-    with open(packs["raw"], "rb") as f:
-        assert (tmp_path / "x").read_bytes() == f.read()
+    assert (tmp_path / "x").read_bytes() == Path(packs["raw"]).read_bytes()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -157,8 +155,7 @@ def test_parts_and_logs_that_a_kill_has_cut(shards, folder, tmp_path, monkeypatc
         for first, left[0] in ((True, 5), (False, 2), (False, 2)):
             with pytest.raises(Killed):
                 pack(folder, out, *flags)
-            with open(log) as f:
-                counts = [count for count, *_ in map(json.loads, f.readlines()[1:])]
+            counts = [count for count, *_ in map(json.loads, Path(log).read_text().splitlines()[1:])]
             assert counts == sorted(set(counts))  # each goes on where the line before it ends
             if damage == "line cut":
                 os.truncate(log, os.path.getsize(log) - 9)
@@ -327,7 +324,7 @@ def test_orientation_tags(tmp_path):
 @pytest.mark.parametrize("mode", MODES)
 def test_every_damaged_byte_is_noticed(mode, packs, tmp_path):
     """In a record by the image's name and its place; in the index at once; a short file by its length."""
-    good = open(packs[mode], "rb").read()
+    good = Path(packs[mode]).read_bytes()
     rng, path = np.random.default_rng(0), str(tmp_path / "damaged")
     there = data.Pack(packs[mode])
     first_column = min(offset for offset, _ in there.head["columns"].values())
@@ -339,8 +336,7 @@ def test_every_damaged_byte_is_noticed(mode, packs, tmp_path):
     for at in [*rng.choice(np.flatnonzero(covered), 60), *rng.integers(head + 9, len(good), 60)]:
         bad = bytearray(good)
         bad[at] ^= 1 << int(rng.integers(8))
-        with open(path, "wb") as f:
-            f.write(bad)
+        Path(path).write_bytes(bad)
         with pytest.raises(UserError) as caught:
             data.check_pack(path)
         i = int(np.searchsorted(there.offset, at, side="right")) - 1
@@ -348,8 +344,7 @@ def test_every_damaged_byte_is_noticed(mode, packs, tmp_path):
             assert there.name(i) in str(caught.value) and f"bytes {there.offset[i]} to" in str(caught.value)
         assert path in str(caught.value) and caught.value.code == 3
     for length in [0, 5, 30, len(good) // 2, len(good) - 1, *rng.integers(0, len(good), 20).tolist()]:
-        with open(path, "wb") as f:
-            f.write(good[:length])
+        Path(path).write_bytes(good[:length])
         with pytest.raises(UserError, match="no pack|cut short|no class folders|no such folder|damaged"):
             data.check_pack(path)
 
@@ -442,14 +437,12 @@ def test_images_that_do_not_decode(spoil, said, folder, tmp_path):
 
 
 def test_a_lossless_pack_keeps_files_whose_pixels_restart_markers_would_change(folder, tmp_path, monkeypatch):
-    with open(os.path.join(folder, "train", "ring", "small.jpg"), "rb") as f:
-        other = f.read()
+    other = Path(folder, "train", "ring", "small.jpg").read_bytes()
     monkeypatch.setattr(data, "with_restarts", lambda content: other)
     pack(folder, tmp_path / "x", "--lossless", "--workers", 0)
     made = data.Pack(str(tmp_path / "x"))
     for i in range(len(made)):
-        with open(os.path.join(folder, made.name(i)), "rb") as f:
-            assert made.record(i).tobytes() == f.read()
+        assert made.record(i).tobytes() == Path(folder, made.name(i)).read_bytes()
 
 
 def test_a_full_disk(folder, tmp_path, run):
