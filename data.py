@@ -334,11 +334,11 @@ def packed(path, mode, side, quality, exif):
             image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         if mode == "raw":
             return image.tobytes(), width, height
-        if scale >= 1 and not exif and content[:2] == b"\xff\xd8":
-            return with_restarts(content), width, height  # small enough as it is
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
-        return with_restarts(buffer.getvalue()), width, height
+        if scale < 1 or exif or content[:2] != b"\xff\xd8":  # others are small enough as they are
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality)
+            content = buffer.getvalue()
+        return with_restarts(content), width, height
     except (OSError, ValueError) as error:
         return f"{path}: {error}", None, None
 
@@ -351,7 +351,7 @@ def packed_all(paths, **how):
 def with_restarts(content):
     """A JPEG file -> the same with restart markers, so that what lies outside a crop need not be decoded; others as
     they are"""
-    made = csrc.jpeg_restart(torch.frombuffer(bytearray(content), dtype=torch.uint8)) if content else ()
+    made = csrc.jpeg_restart(torch.frombuffer(bytearray(content), dtype=torch.uint8))
     return made.numpy().tobytes() if len(made) else content
 
 
