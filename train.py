@@ -1052,27 +1052,24 @@ def wrap(model, args, world, amp):
 
 
 def check_args(args):
-    def refuse(text):
-        raise UserError(text, code=2)
-    if args.swa_start is not None and args.model_ema_decay:
-        refuse("--swa-start and --model-ema-decay exclude each other")
-    if args.compile and args.grad_checkpointing:
-        refuse("--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)")
-    if args.loss == "bce" and args.class_weights != "none":
-        refuse("--class-weights works with --loss ce and focal")
-    if args.balanced and args.repeated_aug > 1:
-        refuse("--balanced and --repeated-aug exclude each other")
-    if args.balanced and args.shuffle_chunk:
-        refuse("--shuffle-chunk excludes --balanced, which draws images one by one")
-    if args.sync_bn and args.fused_bn:
-        refuse("--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)")
-    if args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        refuse("--sync-bn: PyTorch has synchronised batch-norm on CUDA only")
-    if args.fused and not args.eval_only:
-        refuse("--fused goes with --eval-only")
-    if args.progressive and not (args.progressive[0] >= 16 and 0 <= args.progressive[1] <= args.progressive[2] <= 1):
-        refuse(f"--progressive {' '.join(f'{v:g}' for v in args.progressive)}: PX must be at least 16, and FROM and TO "
-               "lie in [0, 1], in this order")
+    px, begin, end = args.progressive or (16, 0, 1)
+    refused = {
+        "--swa-start and --model-ema-decay exclude each other": args.swa_start is not None and args.model_ema_decay,
+        "--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)":
+            args.compile and args.grad_checkpointing,
+        "--class-weights works with --loss ce and focal": args.loss == "bce" and args.class_weights != "none",
+        "--balanced and --repeated-aug exclude each other": args.balanced and args.repeated_aug > 1,
+        "--shuffle-chunk excludes --balanced, which draws images one by one": args.balanced and args.shuffle_chunk,
+        "--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)":
+            args.sync_bn and args.fused_bn,
+        "--sync-bn: PyTorch has synchronised batch-norm on CUDA only":
+            args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "--fused goes with --eval-only": args.fused and not args.eval_only,
+        f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16, and FROM and TO lie in [0, 1], in this order":
+            not (px >= 16 and 0 <= begin <= end <= 1)}
+    for text, wrong in refused.items():
+        if wrong:
+            raise UserError(text, code=2)
 
 
 # --------------------------------------------------------------------------------------------------- the loop
