@@ -115,10 +115,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{path}: {error}")
         given = argparse.Namespace(**{k: v if v is not None else saved.get(k) for k, v in vars(first).items()})
         name = getattr(given, "recipe", None) or self.usual(given)
-        if name not in self.recipes:
-            self.error(f"{path}: recipe {name!r} is none of {', '.join(self.recipes)}")
         recipe = dict(self.recipes[name])
-        if (first.image_size or saved.get("image_size") or recipe["image_size"]) != recipe["image_size"]:
+        if given.image_size not in (None, recipe["image_size"]):
             for key in ("val_size", "val_resize", "progressive"):  # these belong to the recipe's own image size
                 recipe.pop(key, None)
         if first.eval_only:  # the checkpoint says how it wants its images, unless the command line does
@@ -316,23 +314,24 @@ class Stop:
     while the next step computes, so polling costs nothing and the answer is one step old."""
 
     def __init__(self, world):
-        self.world, self.requested, self.pending, self.agreed = world, None, None, False
+        self.world, self.requested, self.pending = world, None, None
         self.previous = {s: signal.signal(s, self.request) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def request(self, number, _):
         self.requested = signal.Signals(number).name
 
     def poll(self):
+        wanted = self.requested is not None
         if self.world.size == 1:
-            self.agreed = self.requested is not None
-        elif not self.agreed:
-            if self.pending is not None:
-                self.pending[0].wait()
-                self.agreed = bool(self.pending[1].item())
-            if not self.agreed:
-                flag = torch.tensor([int(self.requested is not None)])
-                self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True), flag
-        return self.agreed
+            return wanted
+        if self.pending is not None:
+            work, flag = self.pending
+            work.wait()
+            if flag.item():  # once agreed it stays so
+                return True
+        flag = torch.tensor([int(wanted)])
+        self.pending = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True), flag
+        return False
 
     def close(self):
         if self.pending is not None:
@@ -807,11 +806,12 @@ def amp_dtype(args, device):
     return torch.bfloat16 if {"amx_bf16", "avx512_bf16"} & set(cpu_isa()) else None
 
 
-def preprocess_of(args):
-    """The evaluation's geometry as the checkpoint stores it."""
+def preprocess_of(args, base=PREPROCESS):
+    """The evaluation's geometry as the checkpoint stores it: `base` with what the flags say."""
     crop = args.val_size or args.image_size
-    return dict(PREPROCESS, crop=crop, resize=args.val_resize or (round(crop * 8 / 7) if crop >= 128 else crop),
-                interpolation=args.interpolation)
+    cut = dict(crop=crop, resize=round(crop * 8 / 7) if crop >= 128 else crop) if crop else {}
+    given = dict(resize=args.val_resize, interpolation=args.interpolation)
+    return {**base, **cut, **{k: v for k, v in given.items() if v is not None}}
 
 
 def find_batch_size(model, size, amp, world, limit):
@@ -970,10 +970,7 @@ def eval_only(args, world):
         raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, "
                         f"{args.data or data.DEMO} has "
                         f"{len(folder_classes)} class folders: --classes FILE must say which is which")
-    if args.val_size or args.image_size:
-        model.preprocess.update({k: preprocess_of(args)[k] for k in ("crop", "resize")})
-    given = dict(resize=args.val_resize, interpolation=args.interpolation)
-    model.preprocess.update({k: v for k, v in given.items() if v is not None})
+    model.preprocess = preprocess_of(args, model.preprocess)
     model.to(world.device)
     amp = amp_dtype(args, world.device)
     if model.precision != "float" and amp:
@@ -1080,8 +1077,7 @@ class Plan:
     asked = None  # flags for args.json, where a run is a part of what they ask for
     knows = False  # whether the network is scored before its first epoch, as epoch 0: it may stay the best
 
-    def forward(self, *args):
-        return classify(*args)
+    forward, model = staticmethod(classify), staticmethod(make_model)
 
     def evaluate(self, *args, **options):
         return evaluate(*args, **options)
@@ -1093,9 +1089,6 @@ class Plan:
     def open(self, args, world):
         """-> train Files, val Files, classes, wnids, notes"""
         return open_data(args, world, *(read_classes(args.classes) if args.classes else (None, None)))
-
-    def model(self, args, classes):
-        return make_model(args, classes)
 
     def images(self, files, transform_at, args, training):
         """-> data set of what the model reads, and the number of processes that load it"""
@@ -1215,12 +1208,11 @@ def train(args, world, stop, plan=Plan()):
         record = dict(epoch=epoch, step=progress["step"], **{k: score[k] for k in ("loss", *plan.measures)}, **learned,
                       lr=lr_at(epoch, args, peak), seconds=round(time.perf_counter() - since, 2), skipped=int(skipped))
         value = -score["loss"] if args.best_by == "loss" else score[main]
-        better = value > progress["best"]
+        result, better = dict(score, epoch=epoch), value > progress["best"]
         if better:
             progress.update(best=value, best_epoch=epoch)
-        result = dict(score, epoch=epoch)
-        if better and world.rank == 0:
-            save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
+            if world.rank == 0:
+                save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
         log.write("epoch", **record)
         save()
         measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
@@ -1324,7 +1316,7 @@ def train(args, world, stop, plan=Plan()):
     seconds = time.perf_counter() - begin
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
     return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
-                best_epoch=progress["best_epoch"], **{f"last_{k}": result[k] for k in list(plan.measures)[:1]},
+                best_epoch=progress["best_epoch"], **{f"last_{main}": result[main]},
                 images_per_second=round(done / worked, 2) if worked else None, seconds=round(seconds, 1),
                 samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]),
                 corrupt=len(bad) + shown["corrupt"], out=args.out)
@@ -1370,12 +1362,11 @@ def run_processes(args, work):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    world = World(args.device, args.dist_timeout)
-    stop = None
     try:
-        stop = None if args.eval_only else Stop(world)
-        result = work(world, stop)
-        return result if world.rank == 0 else None
+        with (contextlib.closing(World(args.device, args.dist_timeout)) as world,
+              contextlib.nullcontext() if args.eval_only else contextlib.closing(Stop(world)) as stop):
+            result = work(world, stop)
+            return result if world.rank == 0 else None
     except (RuntimeError, ValueError) as error:
         if "more than 1 value per channel" in str(error):
             raise UserError(f"--batch-size {args.batch_size}: leaves a batch-norm a single value per channel, at least "
@@ -1384,10 +1375,6 @@ def run_processes(args, work):
             raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
                             "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error
         raise
-    finally:
-        if stop:
-            stop.close()
-        world.close()
 
 
 def main(args):
