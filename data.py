@@ -60,9 +60,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def progress(text, last=False):
-    """On a terminal one line, drawn anew until the last"""
+    """On a terminal one line, cut to its width and drawn anew until the last; elsewhere plain lines"""
     live = sys.stderr.isatty()
-    print(f"\r\x1b[K{text}" if live else text, end="" if live and not last else "\n", file=sys.stderr, flush=True)
+    if live:
+        text = "\r\x1b[K" + (text if last else text[:os.get_terminal_size(2).columns - 1])
+    print(text, end="" if live and not last else "\n", file=sys.stderr, flush=True)
 
 
 def hashed(content, size=8):
