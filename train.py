@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 
 import data
 from resnet50 import (
@@ -510,24 +511,10 @@ def average_statistics(world, models):
         set_statistics(models, values / world.size)
 
 
-@torch.no_grad()
 def recalibrate(model, batches):
     """Batch-norm statistics anew, as plain means over the batches of pixels; nothing else changes."""
-    norms = [m for m in model.modules()
-             if isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, FrozenNorm)]
-    if not norms:
-        return
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative
-    model.train()
-    for pixels in batches:
-        if len(pixels) > 1:
-            model(normalize(pixels, model.preprocess))
-    model.eval()
-    for m, momentum in zip(norms, momenta):
-        m.momentum = momentum
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and not isinstance(m, FrozenNorm) for m in model.modules()):
+        update_bn((normalize(p, model.preprocess) for p in batches if len(p) > 1), model.eval())
 
 
 def classify(net, model, pixels, labels, loss_fn, mixer=None, amp=None):
@@ -628,7 +615,7 @@ class RunLog:
 
     def __init__(self, out, args, world, resumed=None):
         self.on, self.out, self.path = world.rank == 0, out, os.path.join(out, "metrics.jsonl")
-        self.records, self.sinks, self.live = [], [], sys.stderr.isatty()
+        self.records, self.sinks = [], []
         if not self.on:
             return
         if resumed and os.path.exists(self.path):  # a killed run has logged past its last checkpoint
@@ -665,15 +652,9 @@ class RunLog:
             package = name if name in ("mlflow", "wandb") else "tensorboard"
             raise UserError(f"--{package}: pip install {package} ({error})", code=2) from error
 
-    def say(self, text):
+    def say(self, text, last=True):
         if self.on:
-            print(("\r\x1b[K" if self.live else "") + text, file=sys.stderr, flush=True)
-
-    def progress(self, text):
-        """The one line that is redrawn on a terminal; elsewhere plain lines."""
-        if self.on:
-            print(f"\r\x1b[K{text[:os.get_terminal_size(2).columns - 1]}" if self.live else text,
-                  file=sys.stderr, flush=True, end="" if self.live else "\n")
+            data.progress(text, last)
 
     def write(self, event, **values):
         if self.on:
@@ -784,6 +765,9 @@ class FrozenNorm(nn.BatchNorm2d):
 
     def forward(self, x):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def reset_running_stats(self):  # which update_bn calls
+        pass
 
 
 def freeze(module, frozen=True):
@@ -1157,8 +1141,8 @@ def train(args, world, stop, plan=Plan()):
     fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
 
     def save():
-        save_training(last, model, ema, optimizer, scaler, {**progress, **counted(window, progress)}, world,
-                      rng=dict(seed=args.seed), metrics=result, **fields)
+        save_training(last, model, ema, optimizer, scaler, progress, world, rng=dict(seed=args.seed), metrics=result,
+                      **fields)
 
     def diverged(why):
         left = last if os.path.exists(last) else "no checkpoint yet, and none"
@@ -1186,8 +1170,8 @@ def train(args, world, stop, plan=Plan()):
     val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
                                   workers, device)
     stopped, corrupt = stop.poll(), set()
-    begin, worked, done = time.perf_counter(), 0.0, 0  # of this process, since it started
-    window = dict(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
+    begin, worked, known = time.perf_counter(), 0.0, progress["samples_seen"]  # when this process started
+    epoch_samples = order.steps * order.global_batch
     main = next(iter(plan.measures))
 
     def judge(epoch, since):
@@ -1233,17 +1217,16 @@ def train(args, world, stop, plan=Plan()):
         stopped = not judge(0, time.perf_counter())
     while progress["epoch"] < args.epochs and not stopped and not tired():
         epoch, epoch_start = progress["epoch"], time.perf_counter()
-        window["time"] = time.perf_counter()  # evaluating and saving are not part of the rate
         if plan.begin(model, epoch):
             net = None  # DDP's hooks go with it
             net = wrap(model, args, world, amp)
         # a run with a smaller global batch may have used more of the epoch than this one would
-        order.epoch, order.start = epoch, min(progress["seen"], order.steps * order.global_batch)
+        order.epoch, order.start = epoch, min(progress["seen"], epoch_samples)
         steps = len(order) // args.accumulate
         batches = iter(loader) if steps else iter(())
+        window = open_window(progress)  # evaluating and saving are not part of its rate
         for left in reversed(range(steps)):
-            at = epoch + progress["seen"] / (order.steps * order.global_batch)
-            lr = lr_at(at, args, peak)
+            lr = lr_at(epoch + progress["seen"] / epoch_samples, args, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_share"]
             waiting = time.perf_counter()
@@ -1273,12 +1256,12 @@ def train(args, world, stop, plan=Plan()):
                 if progress["skips"] > args.max_skips:
                     raise diverged(f"{progress['skips']} steps in a row without a finite gradient at lr {lr:g}")
             samples = args.batch_size * args.accumulate
-            window["loss"].append(loss * samples)
-            window["correct"].append(correct)
-            window["samples"] += samples
-            done += samples * world.size
+            for key, value in (("loss_sum", loss * samples), ("correct", correct)):
+                progress[key] = progress[key] + value.double()  # on the device: nobody waits for it
+            progress["count"] += samples
             if progress["step"] % args.log_every == 0 or not left:
-                flush_window(window, progress, log, order, epoch, lr, device, world, args, "top1" in plan.measures)
+                log_window(window, progress, log, order, lr, world, args, "top1" in plan.measures)
+                window = open_window(progress)
             if args.save_every and progress["step"] % args.save_every == 0 and not progress["skips"]:
                 save()
             stopped = stop.poll()
@@ -1313,43 +1296,35 @@ def train(args, world, stop, plan=Plan()):
     bad = sorted(set(itertools.chain(*world.gather(corrupt))))
     if bad:
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
-    seconds = time.perf_counter() - begin
+    rate = (progress["samples_seen"] - known) / worked if worked else None
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
     return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
                 best_epoch=progress["best_epoch"], **{f"last_{main}": result[main]},
-                images_per_second=round(done / worked, 2) if worked else None, seconds=round(seconds, 1),
+                images_per_second=rate and round(rate, 2), seconds=round(time.perf_counter() - begin, 1),
                 samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]),
                 corrupt=len(bad) + shown["corrupt"], out=args.out)
 
 
-def counted(window, progress):
-    """-> what progress says of the epoch's training images with those of the window: added one by one, so that it does
-    not matter where windows end. Waits for the device."""
-    sums = {k: progress[k] for k in ("loss_sum", "correct", "count")}
-    for key, values in (("loss_sum", window["loss"]), ("correct", window["correct"])):
-        for value in torch.stack(values).double().tolist() if values else ():
-            sums[key] += value
-    return dict(sums, count=sums["count"] + window["samples"])
+def open_window(progress):
+    """-> where a logging interval begins. Waits for the device."""
+    return dict({k: float(progress[k]) for k in ("loss_sum", "correct", "count")}, time=time.perf_counter(), wait=0.0)
 
 
-def flush_window(window, progress, log, order, epoch, lr, device, world, args, counts):
-    """Close a logging interval: the running sums into `progress`, one record, one line; with the accuracy if the run
-    `counts` right answers."""
-    sums = counted(window, progress)
-    loss, correct = (sums[k] - progress[k] for k in ("loss_sum", "correct"))
-    seconds, samples = time.perf_counter() - window["time"], window["samples"]
-    progress.update(sums)
+def log_window(window, progress, log, order, lr, world, args, counts):
+    """One record and one line of a logging interval; with the accuracy if the run `counts` right answers."""
+    loss, correct, samples = (float(progress[k]) - window[k] for k in ("loss_sum", "correct", "count"))
+    seconds, memory = time.perf_counter() - window["time"], memory_gib(world.device)
     rate, share = samples * world.size / seconds, window["wait"] / seconds
-    at = epoch + progress["seen"] / (order.steps * order.global_batch)
+    at = progress["epoch"] + progress["seen"] / (order.steps * order.global_batch)
     left = ((args.epochs - at) * order.steps * order.global_batch) / rate
     log.write("step", epoch=round(at, 4), step=progress["step"], loss=round(loss / samples, 5),
               **({"top1": round(100 * correct / samples, 3)} if counts else {}), lr=lr,
-              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory_gib(device), 3),
+              images_per_second=round(rate, 2), data_wait=round(share, 4), memory_gib=round(memory, 3),
               samples_seen=progress["samples_seen"])
-    log.progress(f"epoch {epoch + 1} step {progress['step']}/{args.epochs * order.steps} loss {loss / samples:.4f} "
-                 + (f"top-1 {100 * correct / samples:.1f} " if counts else "") + f"lr {lr:.2e} {rate:.1f} img/s "
-                 f"data {share:.0%} mem {memory_gib(device):.1f}G eta {datetime.timedelta(seconds=int(left))}")
-    window.update(time=time.perf_counter(), wait=0.0, loss=[], correct=[], samples=0)
+    log.say(f"epoch {progress['epoch'] + 1} step {progress['step']}/{args.epochs * order.steps} "
+            f"loss {loss / samples:.4f} " + (f"top-1 {100 * correct / samples:.1f} " if counts else "")
+            + f"lr {lr:.2e} {rate:.1f} img/s data {share:.0%} mem {memory:.1f}G "
+            f"eta {datetime.timedelta(seconds=int(left))}", last=False)
 
 
 def run_processes(args, work):
