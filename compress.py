@@ -1475,10 +1475,8 @@ def open_model(args):
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise UserError(f"{source}: {name} holds values that are not finite")
-    if args.image_size:
-        model.preprocess.update({k: v for k, v in train.preprocess_of(argparse.Namespace(
-            val_size=None, image_size=args.image_size, val_resize=None, interpolation=None)).items()
-            if k in ("resize", "crop")})
+    size = argparse.Namespace(image_size=args.image_size, val_size=None, val_resize=None, interpolation=None)
+    model.preprocess = train.preprocess_of(size, model.preprocess)
     return model, checkpoint, source
 
 

@@ -503,8 +503,7 @@ class FineTuning(train.Plan):
             if has != args.adapter_channels:
                 raise UserError(f"--adapter-channels {args.adapter_channels}: the network's have {has}", code=2)
         model = rebuilt(self.source, args.seed, self.new_head, num_classes=len(classes), **changes)
-        model.preprocess = dict(self.source.preprocess, **{
-            k: train.preprocess_of(args)[k] for k in ("crop", "resize", "interpolation")})
+        model.preprocess = train.preprocess_of(args, self.source.preprocess)
         self.net, self.stages, self.opened = train.prepare(model, args), stages_of(model), None
         sizes = {train.size_at(0, args): "--progressive", model.preprocess["crop"]: "--val-size",
                  args.image_size: "--image-size"}
