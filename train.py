@@ -88,6 +88,7 @@ RECIPES = dict(
         lr_warmup_epochs=2.0, lr_warmup_decay=1e-4, label_smoothing=0.1, image_size=192, progressive=[160, 0.74, 0.86],
         val_size=224, val_resize=256, tta=True),
 )
+TOTALS = ("loss_sum", "correct", "count", "skipped")  # what processes add up: of the epoch so far; steps of the run
 SWA_BATCHES = 64  # of training images, from which the averaged weights' batch-norm statistics come
 NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
@@ -613,8 +614,8 @@ def check_corrupt(complaints, policy):
 class RunLog:
     """metrics.jsonl, the line on the terminal, curves.svg, and other tools' logs. Only rank 0 has one that writes."""
 
-    def __init__(self, out, args, world, resumed=None):
-        self.on, self.out, self.path = world.rank == 0, out, os.path.join(out, "metrics.jsonl")
+    def __init__(self, args, world, resumed=None):
+        self.on, self.out, self.path = world.rank == 0, args.out, os.path.join(args.out, "metrics.jsonl")
         self.records, self.sinks = [], []
         if not self.on:
             return
@@ -875,8 +876,7 @@ def save_training(path, model, ema, optimizer, scaler, progress, world, **fields
     untouched."""
     models = [model] + ([ema.model] if ema else [])
     everyone = world.gather(float_statistics(models)[1].cpu())
-    totals = dict(zip(("loss_sum", "correct", "count", "skipped"),
-                      world.sum(*(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))))
+    totals = dict(zip(TOTALS, world.sum(*(progress[k] for k in TOTALS))))
     if world.rank == 0:
         averaged = [copy.deepcopy(m) if world.size > 1 else m for m in models]
         if world.size > 1:
@@ -900,7 +900,7 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     if {**checkpoint["config"], "drop_path": 0, "dropout": 0} != {**model.config, "drop_path": 0, "dropout": 0}:
         raise UserError(f"{path}: holds another network: {checkpoint['config']}")
     for key in ("opt", "best_by"):  # the optimizer's state and the best value so far mean nothing to another
-        saved = checkpoint["args"].get(key, getattr(args, key))
+        saved = checkpoint["args"][key]
         if saved != getattr(args, key):
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved}, not {getattr(args, key)}",
                             code=2)
@@ -922,10 +922,9 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: another optimizer's state ({error})") from error
-    for key in progress:
-        progress[key] = checkpoint.get(key, progress[key])
+    progress.update({key: checkpoint[key] for key in progress})
     if world.rank:  # totals over all processes: rank 0 carries them on
-        progress.update(loss_sum=0.0, correct=0.0, count=0.0, skipped=0)
+        progress.update(dict.fromkeys(TOTALS, 0.0))
     return checkpoint["metrics"] or None
 
 
@@ -978,20 +977,18 @@ def eval_only(args, world):
 
 def make_model(args, classes):
     """A new network for the classes, or --checkpoint's / --weights' if it has as many outputs."""
-    shape = {k: v for k, v in dict(drop_path=args.drop_path, dropout=args.dropout).items() if v is not None}
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
     if args.checkpoint or args.weights:
-        model, _, source = load_model(args, trains=True, **shape)
+        model, _, source = load_model(args, trains=True, drop_path=args.drop_path, dropout=args.dropout)
         if model.config["num_classes"] != len(classes):
             raise UserError(f"{source}: has {model.config['num_classes']} outputs, the data {len(classes)} classes; "
                             "finetune.py replaces the head")
     else:
         torch.manual_seed(args.seed)
-        shape.update({k: v for k, v in dict(stem=args.stem, stride_on=args.stride_on, attention=args.attention).items()
-                      if v is not None})
+        shape = {k: getattr(args, k) for k in ("stem", "stride_on", "attention", "drop_path", "dropout")}
         try:
-            model = ResNet50(num_classes=len(classes), **shape)
+            model = ResNet50(num_classes=len(classes), **{k: v for k, v in shape.items() if v is not None})
         except ValueError as error:
             raise UserError(error, code=2) from error
     model.preprocess = preprocess_of(args)
@@ -1122,8 +1119,8 @@ def train(args, world, stop, plan=Plan()):
     scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
     averages = args.model_ema_decay or args.swa_start is not None
     ema = EMA(model, args.model_ema_decay or None) if averages else None
-    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0,
-                    skips=0, skipped=0, loss_sum=0.0, correct=0.0, count=0.0)
+    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0, skips=0,
+                    **dict.fromkeys(TOTALS, 0.0))
     last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
     result = None  # of the last evaluation
     if resume:
@@ -1135,7 +1132,7 @@ def train(args, world, stop, plan=Plan()):
             elif world.rank == 0:
                 with open(beside, "rb") as f:
                     write_atomic(best, f.read())
-    log = RunLog(args.out, args, world, progress if resume else None)
+    log = RunLog(args, world, progress if resume else None)
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
     fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
@@ -1183,8 +1180,7 @@ def train(args, world, stop, plan=Plan()):
             return False
         if score["loss"] is not None and not math.isfinite(score["loss"]):
             raise diverged(f"the loss on validation is {score['loss']}")
-        loss_sum, correct, count, skipped = world.sum(
-            *(progress[k] for k in ("loss_sum", "correct", "count", "skipped")))
+        loss_sum, correct, count, skipped = world.sum(*(progress[k] for k in TOTALS))
         progress.update(epoch=epoch, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
         learned = dict(train_loss=round(loss_sum / count, 5)) if count else {}
         if count and "top1" in plan.measures:
@@ -1307,12 +1303,12 @@ def train(args, world, stop, plan=Plan()):
 
 def open_window(progress):
     """-> where a logging interval begins. Waits for the device."""
-    return dict({k: float(progress[k]) for k in ("loss_sum", "correct", "count")}, time=time.perf_counter(), wait=0.0)
+    return dict({k: float(progress[k]) for k in TOTALS}, time=time.perf_counter(), wait=0.0)
 
 
 def log_window(window, progress, log, order, lr, world, args, counts):
     """One record and one line of a logging interval; with the accuracy if the run `counts` right answers."""
-    loss, correct, samples = (float(progress[k]) - window[k] for k in ("loss_sum", "correct", "count"))
+    loss, correct, samples, _ = (float(progress[k]) - window[k] for k in TOTALS)
     seconds, memory = time.perf_counter() - window["time"], memory_gib(world.device)
     rate, share = samples * world.size / seconds, window["wait"] / seconds
     at = progress["epoch"] + progress["seen"] / (order.steps * order.global_batch)
