@@ -37,50 +37,42 @@ def one_thread():
 
 
 @pytest.fixture
-def run():
+def run(tmp_path_factory):
     """run(script arguments..., before="python code run first", processes=N) -> CompletedProcess. `before` can wrap
     functions of the imported module `train`, to place a signal or a kill at an exact step. On the CPU, where runs
     repeat to the bit."""
+    entry = tmp_path_factory.mktemp("run") / "entry.py"
+
     def call(*args, before="", processes=1, restarts=0, script="train.py", timeout=300, env=None):
         module = script.removesuffix(".py")
-        code = f"import os, sys, signal\nsys.path.insert(0, {ROOT!r})\nimport {module}\nimport {module} as script\n" \
-               f"{before}\nfrom resnet50 import run_script\n" \
-               f"run_script(script.main, script.get_args_parser().parse_args(), {script!r})\n"
-        path = os.path.join(call.folder, f"entry{call.count}.py")
-        call.count += 1
-        with open(path, "w") as f:
-            f.write(code)
+        entry.write_text(
+            f"import os, sys, signal\nsys.path.insert(0, {ROOT!r})\nimport {module}\nimport {module} as script\n"
+            f"{before}\nfrom resnet50 import run_script\n"
+            f"run_script(script.main, script.get_args_parser().parse_args(), {script!r})\n")
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                         f"--max-restarts={restarts}"]
-        return subprocess.run(command + [path, *map(str, args)], capture_output=True, text=True, timeout=timeout,
+        return subprocess.run(command + [entry, *map(str, args)], capture_output=True, text=True, timeout=timeout,
                               cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})})
-    import tempfile
-    with tempfile.TemporaryDirectory() as call.folder:
-        call.count = 0
-        yield call
+    return call
 
 
-def equal_state(a, b, keys=("model", "ema", "optimizer")):
+def leaves(value, name):
+    """-> {name: tensor or plain value} of nested dicts and lists"""
+    if isinstance(value, dict):
+        parts = value.items()
+    elif isinstance(value, (list, tuple)):
+        parts = enumerate(value)
+    else:
+        return {name: value}
+    return {k: leaf for key, part in parts for k, leaf in leaves(part, f"{name}.{key}").items()}
+
+
+def equal_state(*paths):
     """Names of the tensors that differ in any bit between two last.pt files."""
-    a, b = (torch.load(p, weights_only=True) for p in (a, b))
-    different = [k for k in ("epoch", "step", "samples_seen", "best", "ema_updates") if a[k] != b[k]]
-
-    def walk(x, y, name):
-        if isinstance(x, torch.Tensor):
-            if not torch.equal(x, y):
-                different.append(name)
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), name
-            for k in x:
-                walk(x[k], y[k], f"{name}.{k}")
-        elif isinstance(x, (list, tuple)):
-            assert len(x) == len(y), name
-            for i, (p, q) in enumerate(zip(x, y)):
-                walk(p, q, f"{name}.{i}")
-        elif x != y:
-            different.append(name)
-    for key in keys:
-        walk(a[key], b[key], key)
-    return different
+    keys = ("model", "ema", "optimizer", "epoch", "step", "samples_seen", "best", "ema_updates")
+    a, b = ({k: v for key in keys for k, v in leaves(torch.load(path, weights_only=True)[key], key).items()}
+            for path in paths)
+    assert a.keys() == b.keys()
+    return [k for k, v in a.items() if not (torch.equal(v, b[k]) if isinstance(v, torch.Tensor) else v == b[k])]
