@@ -545,12 +545,12 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
         loss_sum = loss_sum + loss.detach()
         correct = correct + right
     scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
     finite = bool(torch.isfinite(norm))  # waits for the device, once a step; the price of never applying a NaN
     if finite:
         if clip:
-            nn.utils.clip_grads_with_norm_([p for g in optimizer.param_groups for p in g["params"]], clip, norm)
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         scaler.step(optimizer)
     else:
         for buffer, value in zip(statistics(model), before):
@@ -564,37 +564,34 @@ def train_step(net, model, batches, optimizer, loss_fn, *, scaler=None, mixer=No
 def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=False, loader=None,
              poll=lambda: False, on_corrupt="error", outputs=None):
     """Exact over all processes: every image once, sums and counts added, the total checked. -> dict(top1, top5 in
-    percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict(). A list
-    `outputs` receives the logits of this process's images, in order, on the CPU; a label of -100 is none."""
+    percent, loss, images, corrupt), or None if poll() said stop. `model` takes pixels through predict() and is left in
+    evaluation mode. A list `outputs` receives the logits of this process's images, in order, on the CPU; a label of
+    -100 is none."""
     device = world.device
     loader = loader or data.make_loader(dataset,
                                         data.eval_batches(len(dataset.files), batch_size, world.rank, world.size),
                                         workers, device)
-    training = model.training
     model.eval()
     sums, complaints = torch.zeros(4, dtype=torch.float64, device=device), []
     batches = iter(loader)
-    try:
-        # the same number everywhere: polling is collective
-        for _ in range(len(data.eval_batches(len(dataset.files), batch_size, 0, world.size))):
-            if poll():
-                return None
-            pixels, labels, bad = next(batches, (None, None, ()))
-            complaints += bad
-            check_corrupt(bad, on_corrupt)
-            if pixels is None or not len(labels):
-                continue
-            with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                logits = predict(model, pixels)
-                if tta:
-                    logits = (logits + predict(model, pixels.flip(3))) / 2
-            if outputs is not None:
-                outputs.append(logits.cpu())
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
-                                 torch.tensor(len(labels), device=device)]).double()
-    finally:
-        model.train(training)
+    # the same number everywhere: polling is collective
+    for _ in range(len(data.eval_batches(len(dataset.files), batch_size, 0, world.size))):
+        if poll():
+            return None
+        pixels, labels, bad = next(batches, (None, (), ()))
+        complaints += bad
+        check_corrupt(bad, on_corrupt)
+        if not len(labels):
+            continue
+        with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+            logits = predict(model, pixels)
+            if tta:
+                logits = (logits + predict(model, pixels.flip(3))) / 2
+        if outputs is not None:
+            outputs.append(logits.cpu())
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
+                             torch.tensor(len(labels), device=device)]).double()
     top1, top5, loss, n, corrupt = world.sum(*sums.tolist(), len(complaints))
     if n + corrupt != len(dataset.files):
         raise RuntimeError(f"evaluation saw {n:.0f} + {corrupt:.0f} of {len(dataset.files)} images")
@@ -1202,17 +1199,15 @@ def train(args, world, stop, plan=Plan()):
                 + f"{record['seconds']:.0f} s{' *' * better}")
         return True
 
-    def tired():
-        tired = args.patience and progress["epoch"] - progress["best_epoch"] >= args.patience
-        if tired:
-            goal = "loss" if args.best_by == "loss" else plan.measures[main]
-            log.say(f"no better {goal} for {args.patience} epochs: stopped early")
-        return tired
-
     if plan.knows and not progress["step"] and progress["best"] == -math.inf and not stopped:
         stopped = not judge(0, time.perf_counter())
-    while progress["epoch"] < args.epochs and not stopped and not tired():
+    while progress["epoch"] < args.epochs and not stopped:
         epoch, epoch_start = progress["epoch"], time.perf_counter()
+        if args.patience and epoch - progress["best_epoch"] >= args.patience:
+            goal = "loss" if args.best_by == "loss" else plan.measures[main]
+            log.say(f"no better {goal} for {args.patience} epochs: stopped early")
+            break
+        model.train()
         if plan.begin(model, epoch):
             net = None  # DDP's hooks go with it
             net = wrap(model, args, world, amp)
