@@ -671,17 +671,15 @@ class RunLog:
 
 def curves_svg(records):
     """Records of metrics.jsonl -> an SVG with loss, top-1 (of a detector mAP) and learning rate over epochs."""
-    steps = [r for r in records if r["event"] == "step"]
-    epochs = [r for r in records if r["event"] == "epoch"]
-    key, title = ("map50", "mAP@0.5") if any("map50" in r for r in epochs) else ("top1", "top-1")
-    panels = [
-        ("loss", [("training", "#4878a8", [(r["epoch"], r["loss"]) for r in steps]),
-                  ("validation", "#c05020", [(r["epoch"], r["loss"]) for r in epochs])]),
-        (f"{title}, %", [("training", "#4878a8", [(r["epoch"], r["top1"]) for r in steps if "top1" in r]),
-                         ("validation", "#c05020", [(r["epoch"], r[key]) for r in epochs])]),
-        ("learning rate", [("", "#508050", [(r["epoch"], r["lr"]) for r in steps])])]
+    def curve(name, colour, event, key):
+        return name, colour, [(r["epoch"], r[key]) for r in records
+                              if r["event"] == event and r.get(key) is not None and math.isfinite(r[key])]
+    key, title = ("map50", "mAP@0.5") if any("map50" in r for r in records) else ("top1", "top-1")
+    panels = [(title, [curve("training", "#4878a8", "step", mine), curve("validation", "#c05020", "epoch", theirs)])
+              for title, mine, theirs in (("loss", "loss", "loss"), (f"{title}, %", "top1", key))]
+    panels.append(("learning rate", [curve("", "#508050", "step", "lr")]))
     width, height, left, top, gap = 760, 190, 70, 34, 68
-    right = max([r["epoch"] for r in steps + epochs], default=1) or 1
+    right = max((r["epoch"] for r in records), default=1) or 1
 
     def ticks(low, high):
         raw = (high - low) / 4 or 1
@@ -694,12 +692,11 @@ def curves_svg(records):
            'font-family="sans-serif" font-size="12">',
            '<rect width="100%" height="100%" fill="white"/>']
     for i, (title, series) in enumerate(panels):
-        series = [(n, c, [(x, y) for x, y in points if y is not None and math.isfinite(y)]) for n, c, points in series]
         values = [y for _, _, points in series for _, y in points] or [0, 1]
         low, high = min(0, min(values)), max(values) or 1
         y0 = top + i * (height + gap)
         px = lambda x: left + x / right * width  # noqa: E731
-        py = lambda y, y0=y0, low=low, high=high: y0 + height - (y - low) / (high - low or 1) * height  # noqa: E731
+        py = lambda y: y0 + height - (y - low) / (high - low or 1) * height  # noqa: E731
         svg.append(f'<text x="{left}" y="{y0 - 10}" font-weight="bold">{html.escape(title)}</text>')
         for t in ticks(low, high):
             svg.append(f'<path d="M{left} {py(t):.1f}H{left + width}" stroke="#ddd"/>'
@@ -813,8 +810,7 @@ def find_batch_size(model, size, amp, world, limit):
             return False
         finally:
             probe.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     fits = 8
     if device.type == "cuda":
@@ -1055,10 +1051,9 @@ class Plan:
     asked = None  # flags for args.json, where a run is a part of what they ask for
     knows = False  # whether the network is scored before its first epoch, as epoch 0: it may stay the best
 
-    forward, model = staticmethod(classify), staticmethod(make_model)
-
-    def evaluate(self, *args, **options):
-        return evaluate(*args, **options)
+    forward = staticmethod(classify)
+    evaluate = staticmethod(evaluate)
+    model = staticmethod(make_model)
 
     def describe(self, args, model):
         """-> lines of text for the start of a run"""
@@ -1284,7 +1279,7 @@ def train(args, world, stop, plan=Plan()):
             sys.exit(75)  # one process says it
         raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on",
                         code=75)
-    bad = sorted(set(itertools.chain(*world.gather(corrupt))))
+    bad = sorted(set().union(*world.gather(corrupt)))
     if bad:
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
     rate = (progress["samples_seen"] - known) / worked if worked else None
