@@ -107,6 +107,15 @@ def test_kill_twice_in_one_epoch_and_resume_is_bit_exact(run, tiny, tmp_path, st
     assert json.loads(done.stdout.splitlines()[-1])["top1"] == best[0]["metrics"]["top1"]
 
 
+def test_an_epoch_s_training_figures_are_the_means_of_its_intervals(run, straight):
+    found = records(straight(run, 1))
+    for epoch in (r for r in found if r["event"] == "epoch"):
+        steps = [r for r in found if r["event"] == "step" and epoch["epoch"] - 1 < r["epoch"] <= epoch["epoch"]]
+        assert [r["step"] for r in steps] == [10 * epoch["epoch"] - k for k in (8, 6, 4, 2, 0)]
+        for key in ("loss", "top1"):
+            assert sum(r[key] for r in steps) / 5 == pytest.approx(epoch[f"train_{key}"], abs=1e-3)
+
+
 @pytest.mark.parametrize("name, where", [("SIGTERM", "step"), ("SIGINT", "evaluation")])
 def test_signal_saves_and_exits_75(run, tiny, tmp_path, straight, name, where):
     reference, out = straight(run, 1), str(tmp_path / "r")

@@ -45,6 +45,15 @@ def test_image_size_sets_training_and_evaluation():
             and train.preprocess_of(parse("--image-size", 32))["resize"] == 32)
 
 
+@pytest.mark.parametrize("flags, changes", [
+    ((), {}), (("--tta",), {}), (("--image-size", 48), dict(resize=48, crop=48)),
+    (("--val-resize", 50, "--interpolation", "bilinear"), dict(resize=50, interpolation="bilinear")),
+    (("--val-size", 224, "--val-resize", 232), dict(resize=232, crop=224))])
+def test_a_network_is_scored_as_its_checkpoint_says_where_flags_do_not(flags, changes):
+    base = dict(PREPROCESS, resize=40, crop=32, interpolation="bicubic")
+    assert train.preprocess_of(parse("--eval-only", *flags), base) == {**base, **changes}
+
+
 def test_config_round_trip(tmp_path):
     args = parse("--recipe", "a2", "--lr", 0.25, "--lr-milestones", 1, 2, "--progressive", 160, 0.5, 0.75, "--seed", 5)
     saved = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
@@ -360,6 +369,14 @@ def test_curves_are_valid_and_complete():
     lines = document.getElementsByTagName("polyline")
     assert [len(line.getAttribute("points").split()) for line in lines] == [30, 3, 31, 3, 31] and "nan" not in svg
     assert train.curves_svg([]).startswith("<svg")
+
+
+def test_a_terminal_s_line_is_redrawn_within_its_width(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((10, 5)))
+    data.progress("x" * 30)
+    data.progress("y" * 30, last=True)
+    assert capsys.readouterr().err == f"\r\x1b[K{'x' * 9}\r\x1b[K{'y' * 30}\n"
 
 
 def test_batch_size_auto_fits_and_is_bounded():
