@@ -404,13 +404,11 @@ def begin_momentum(optimizer, *_):
 def make_optimizer(model, name, weight_decay, momentum, share=lambda name: 1.0):
     """Weight decay on what has more than one dimension: not on batch-norm, not on biases. The rate is set at every
     step, in each group to `lr_share` of the schedule's, which is share(parameter's name)."""
-    found = {}
-    for key, p in model.named_parameters():
-        if p.requires_grad:
-            found.setdefault((share(key), p.ndim > 1), []).append(p)
+    trained = [((share(key), p.ndim > 1), p) for key, p in model.named_parameters() if p.requires_grad]
     # always both groups, the decayed one first: what last.pt holds
-    groups = [dict(params=found.get((part, decays), []), weight_decay=weight_decay if decays else 0.0, lr_share=part)
-              for part in sorted({part for part, _ in found}, reverse=True) for decays in (True, False)]
+    groups = [dict(params=[p for kind, p in trained if kind == (part, decays)], lr_share=part,
+                   weight_decay=weight_decay if decays else 0.0)
+              for part in sorted({part for (part, _), _ in trained}, reverse=True) for decays in (True, False)]
     if name in ("sgd", "nesterov"):
         optimizer = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=name == "nesterov", fused=True)
         if momentum:
