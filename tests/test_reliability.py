@@ -112,8 +112,15 @@ def test_an_epoch_s_training_figures_are_the_means_of_its_intervals(run, straigh
     for epoch in (r for r in found if r["event"] == "epoch"):
         steps = [r for r in found if r["event"] == "step" and epoch["epoch"] - 1 < r["epoch"] <= epoch["epoch"]]
         assert [r["step"] for r in steps] == [10 * epoch["epoch"] - k for k in (8, 6, 4, 2, 0)]
+        assert all(r["top1"] % 10 == 0 for r in steps)  # of ten images
         for key in ("loss", "top1"):
             assert sum(r[key] for r in steps) / 5 == pytest.approx(epoch[f"train_{key}"], abs=1e-3)
+
+
+def test_a_network_that_is_scored_itself_goes_on_training(run, tiny, tmp_path):
+    done = run(*flags(tiny, tmp_path / "r", "--model-ema-decay", 0, "--batch-size", 25, "--workers", 0))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.load(tmp_path / "r" / "last.pt", weights_only=True)["model"]["bn1.num_batches_tracked"] == 4
 
 
 @pytest.mark.parametrize("name, where", [("SIGTERM", "step"), ("SIGINT", "evaluation")])
