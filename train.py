@@ -869,11 +869,11 @@ def save_training(path, model, ema, optimizer, scaler, progress, world, **fields
     everyone = world.gather(float_statistics(models)[1].cpu())
     totals = dict(zip(TOTALS, world.sum(*(progress[k] for k in TOTALS))))
     if world.rank == 0:
-        averaged = [copy.deepcopy(m) if world.size > 1 else m for m in models]
         if world.size > 1:
-            set_statistics(averaged, torch.stack(everyone).mean(0))
-        save_checkpoint(path, averaged[0], optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict() if scaler else None, ema=averaged[1].state_dict() if ema else None,
+            models = copy.deepcopy(models)
+            set_statistics(models, torch.stack(everyone).mean(0))
+        save_checkpoint(path, models[0], optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict() if scaler else None, ema=models[1].state_dict() if ema else None,
                         ema_updates=ema.updates if ema else 0, statistics=everyone if world.size > 1 else None,
                         **{**progress, **totals}, **fields)
     world.barrier()
