@@ -1050,8 +1050,10 @@ class Plan:
     knows = False  # whether the network is scored before its first epoch, as epoch 0: it may stay the best
 
     forward = staticmethod(classify)
-    evaluate = staticmethod(evaluate)
     model = staticmethod(make_model)
+
+    def evaluate(self, *args, **options):
+        return evaluate(*args, **options)
 
     def describe(self, args, model):
         """-> lines of text for the start of a run"""

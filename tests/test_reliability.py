@@ -131,7 +131,7 @@ real = train.evaluate
 def evaluate(*a, **k):
     os.kill(os.getpid(), signal.{name})
     return real(*a, **k)
-train.Plan.evaluate = staticmethod(evaluate)
+train.evaluate = evaluate
 """
     done = run(*flags(tiny, out, "--workers", 1), before=before)
     assert (done.returncode == 75 and f"stopped by {name}" in done.stderr.splitlines()[-1]
@@ -282,8 +282,7 @@ def test_patience_lasts_no_longer_by_asking_again(run, tiny, tmp_path):
     out = tmp_path / "r"
     for more in ((), ("--resume",), ("--resume",)):
         done = run(*flags(tiny, out, "--epochs", 9, "--patience", 1, "--best-by", "loss", "--workers", 0, *more),
-                   before="train.Plan.evaluate = lambda *a, **k: dict(top1=0.0, top5=0.0, loss=1.0, images=1, "
-                          "corrupt=0)")
+                   before="train.evaluate = lambda *a, **k: dict(top1=0.0, top5=0.0, loss=1.0, images=1, corrupt=0)")
         assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["epochs"] == 2, done.stderr[-2000:]
         assert "no better loss for 1 epochs" in done.stderr
 
