@@ -312,6 +312,12 @@ def test_eval_only_is_exact_on_any_number_of_processes(scored, tiny, tmp_path, r
     assert not os.path.exists(tmp_path / "o")
 
 
+def test_flags_change_what_eval_only_scores(scored, tiny, capsys):
+    train.main(parse("--eval-only", "--checkpoint", scored[0], "--data", tiny, "--workers", 0, "--device", "cpu",
+                     "--val-resize", 50))
+    assert "50 -> 32 px" in capsys.readouterr().err
+
+
 def test_eval_only_needs_a_checkpoint_and_names_both_ways(tiny, tmp_path, run):
     done = run("--eval-only", "--data", tiny, "--out", tmp_path / "o")
     assert (done.returncode == 3 and "python train.py" in done.stderr and "--checkpoint" in done.stderr
