@@ -1005,9 +1005,7 @@ def wrap(model, args, world, amp):
     every step."""
     net = model
     if world.size > 1:
-        net = nn.parallel.DistributedDataParallel(model,
-                                                  device_ids=[world.device] if world.device.type == "cuda" else None,
-                                                  broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
         net = torch.compile(net)
     if world.size > 1:
@@ -1159,7 +1157,7 @@ def train(args, world, stop, plan=Plan()):
     val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
                                   workers, device)
     stopped, corrupt = stop.poll(), set()
-    begin, worked, known = time.perf_counter(), 0.0, progress["samples_seen"]  # when this process started
+    begin, worked, before = time.perf_counter(), 0.0, progress["samples_seen"]  # when this process started
     epoch_samples = order.steps * order.global_batch
     main = next(iter(plan.measures))
 
@@ -1282,7 +1280,7 @@ def train(args, world, stop, plan=Plan()):
     bad = sorted(set().union(*world.gather(corrupt)))
     if bad:
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
-    rate = (progress["samples_seen"] - known) / worked if worked else None
+    rate = (progress["samples_seen"] - before) / worked if worked else None
     shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
     return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
                 best_epoch=progress["best_epoch"], **{f"last_{main}": result[main]},
