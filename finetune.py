@@ -108,17 +108,10 @@ def strategy(text):
     return text
 
 
-class Parser(train.Parser):
-    recipes = RECIPES
-
-    def usual(self, args):
-        return args.task
-
-
 def get_args_parser():
-    p = Parser(prog="finetune.py", description="Fine-tune a pretrained network on a folder of images.",
-               epilog="Defaults shown as None come from --strategy or from the checkpoint.",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = train.Parser(RECIPES, lambda args: args.task, prog="finetune.py",
+                     description="Fine-tune a pretrained network on a folder of images.",
+                     epilog="Defaults shown as None come from --strategy or from the checkpoint.")
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--task", choices=RECIPES, default="classify")
     g.add_argument("--model", metavar="NAME", help="a classifier of torchvision's, with --weights or --checkpoint")

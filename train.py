@@ -94,11 +94,12 @@ NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args
 
 
 class Parser(argparse.ArgumentParser):
-    """Defaults come from the recipe, then from --config or the resumed run's args.json; flags win over both."""
-    recipes = RECIPES
+    """Defaults come from the recipe, usual(args) where none is named, then from --config or the resumed run's
+    args.json; flags win over both."""
 
-    def usual(self, args):  # recipe where none is named
-        return "v1" if args.data else "demo"
+    def __init__(self, recipes, usual, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        self.recipes, self.usual = recipes, usual
 
     def parse_known_args(self, args=None, namespace=None):
         first, _ = super().parse_known_args(args, argparse.Namespace())
@@ -156,9 +157,9 @@ def batch_size(text):
 
 
 def get_args_parser():
-    p = Parser(prog="train.py", description="Train ResNet-50 on a folder of images.",
-               epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".",
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(RECIPES, lambda args: "v1" if args.data else "demo", prog="train.py",
+               description="Train ResNet-50 on a folder of images.",
+               epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".")
     p.add_argument("--recipe", choices=RECIPES, help="set of defaults; demo without --data, else v1")
     return add_training_args(p)
 
