@@ -18,14 +18,6 @@ from tests.conftest import equal_state
 FLAGS = ["--recipe", "demo", "--opt", "nesterov", "--lr", "0.01", "--epochs", "2", "--image-size", "32",
          "--batch-size", "5", "--log-every", "2", "--mixup-alpha", "0.2", "--cutmix-alpha", "1", "--dropout", "0.1",
          "--drop-path", "0.1", "--auto-augment", "ra", "--seed", "7"]
-KILL_AFTER = """
-real, count = train.train_step, [0]
-def step(*a, **k):
-    out = real(*a, **k); count[0] += 1
-    if count[0] == {steps} and {when}: os.kill(os.getpid(), signal.{signal})
-    return out
-train.train_step = step
-"""
 
 NARROW = """
 import functools
@@ -44,7 +36,14 @@ def run(run):
 
 
 def kill_after(steps, name="SIGKILL", when="True"):
-    return KILL_AFTER.format(steps=steps, signal=name, when=when)
+    return f"""
+real, count = train.train_step, [0]
+def step(*a, **k):
+    out = real(*a, **k); count[0] += 1
+    if count[0] == {steps} and {when}: os.kill(os.getpid(), signal.{name})
+    return out
+train.train_step = step
+"""
 
 
 def flags(tiny, out, *more):
