@@ -1209,7 +1209,8 @@ def train(args, world, stop, plan=Plan()):
         order.epoch, order.start = epoch, min(progress["seen"], epoch_samples)
         steps = len(order) // args.accumulate
         batches = iter(loader) if steps else iter(())
-        window = open_window(progress)  # evaluating and saving are not part of its rate
+        # where a logging interval begins; evaluating and saving are not part of its rate
+        window = dict(progress, time=time.perf_counter(), wait=0.0)
         for left in reversed(range(steps)):
             lr = lr_at(epoch + progress["seen"] / epoch_samples, args, peak)
             for group in optimizer.param_groups:
@@ -1246,7 +1247,7 @@ def train(args, world, stop, plan=Plan()):
             progress["count"] += samples
             if progress["step"] % args.log_every == 0 or not left:
                 log_window(window, progress, log, order, lr, world, args, "top1" in plan.measures)
-                window = open_window(progress)
+                window = dict(progress, time=time.perf_counter(), wait=0.0)
             if args.save_every and progress["step"] % args.save_every == 0 and not progress["skips"]:
                 save()
             stopped = stop.poll()
@@ -1290,14 +1291,10 @@ def train(args, world, stop, plan=Plan()):
                 corrupt=len(bad) + shown["corrupt"], out=args.out)
 
 
-def open_window(progress):
-    """-> where a logging interval begins. Waits for the device."""
-    return dict({k: float(progress[k]) for k in TOTALS}, time=time.perf_counter(), wait=0.0)
-
-
 def log_window(window, progress, log, order, lr, world, args, counts):
-    """One record and one line of a logging interval; with the accuracy if the run `counts` right answers."""
-    loss, correct, samples, _ = (float(progress[k]) - window[k] for k in TOTALS)
+    """One record and one line of a logging interval, from `window`, what `progress` was at its beginning; with the
+    accuracy if the run `counts` right answers. Waits for the device."""
+    loss, correct, samples, _ = (float(progress[k] - window[k]) for k in TOTALS)
     seconds, memory = time.perf_counter() - window["time"], memory_gib(world.device)
     rate, share = samples * world.size / seconds, window["wait"] / seconds
     at = progress["epoch"] + progress["seen"] / (order.steps * order.global_batch)
