@@ -384,6 +384,14 @@ def decode(network, encoded, args, gate):
 
 # --------------------------------------------------------------------------------------------- the wire, strictly
 
+def malformed(text, status=400):
+    return Refusal(status, text, close=True)
+
+
+# a header; one way to match: a line of blanks could cost seconds with Python's lock held
+FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
+
+
 class Stream:
     """Reads a socket. Every call ends by `deadline` (monotonic seconds), with TimeoutError."""
 
@@ -400,16 +408,16 @@ class Stream:
             raise EOFError
         self.buffer += received
 
-    def line(self, limit):
-        """-> the bytes before the next CR LF; ValueError beyond `limit`, or where a line ends in LF alone"""
+    def line(self, limit, what, status=400):
+        """-> the bytes before the next CR LF; Refusal `status` beyond `limit`, 400 where a line ends in LF alone"""
         at = 0
         while (end := self.buffer.find(b"\n", at)) < 0 and len(self.buffer) <= limit:
             at = len(self.buffer)
             self.fill()
         if not 0 <= end <= limit:
-            raise ValueError("a line is too long")
+            raise malformed(f"{what}: a line is too long", status)
         if self.buffer[end - 1:end] != b"\r":
-            raise ValueError("a line ends without carriage return")
+            raise malformed(f"{what}: a line ends without carriage return")
         line = bytes(self.buffer[:end - 1])
         del self.buffer[:end + 1]
         return line
@@ -421,78 +429,67 @@ class Stream:
         del self.buffer[:size]
         return taken
 
+    def fields(self):
+        """Headers or trailers, and the empty line behind -> [(lower-case name, value)]"""
+        found, left = [], HEAD_BYTES
+        while line := self.line(left, "headers", 431):
+            left -= len(line) + 2
+            if len(found) >= HEADERS:
+                raise malformed("too many headers", 431)
+            field = FIELD.fullmatch(line)
+            if not field:
+                raise malformed("a header is malformed")
+            found.append((field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")))
+        return found
+
     def chunked(self, limit):
         """The body of a Transfer-Encoding: chunked; Refusal 413 beyond `limit` bytes or 65,536 chunks"""
         body = bytearray()
         for _ in range(65536):
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?", self.line(1024))
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?",
+                                 self.line(1024, "the body is malformed"))
             if not match:
-                raise ValueError("a chunk's size is no hexadecimal number")
+                raise malformed("the body is malformed: a chunk's size is no hexadecimal number")
             size = int(match[1], 16)
             if len(body) + size > limit:
                 raise Refusal(413, f"the body is larger than {limit} bytes", close=True)
             if size == 0:
-                for _ in range(HEADERS):  # trailers, which nobody here asks for
-                    if not (line := self.line(LINE_BYTES)):
-                        return bytes(body)
-                    if not FIELD.fullmatch(line):
-                        raise ValueError("a trailer is malformed")
-                raise ValueError("too many trailers")
+                self.fields()  # trailers, which nobody here asks for
+                return bytes(body)
             self.deadline += size / 65536  # as a body has whose length is known
             body += self.read(size)
             if self.read(2) != b"\r\n":
-                raise ValueError("a chunk does not end where it says")
+                raise malformed("the body is malformed: a chunk does not end where it says")
         raise Refusal(413, "the body has too many chunks", close=True)
-
-
-# a header; one way to match: a line of blanks could cost seconds with Python's lock held
-FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 
 
 def read_head(stream):
     """-> (method, target, minor version, {lower-case name: value}). Anything that two parsers might read differently is
     refused, and the connection closed."""
-    def bad(text, status=400):
-        return Refusal(status, text, close=True)
-    try:
-        first = stream.line(LINE_BYTES) or stream.line(LINE_BYTES)  # old clients end a body with an empty line
-    except ValueError as error:
-        raise bad(f"request line: {error}", 414 if "long" in str(error) else 400) from None
+    first = stream.line(LINE_BYTES, "request line", 414)
+    first = first or stream.line(LINE_BYTES, "request line", 414)  # old clients end a body with an empty line
     match = re.fullmatch(rb"([A-Z]{1,20}) ([\x21-\x7e]{1,8000}) HTTP/1\.([01])", first)
     if not match:
-        raise bad("the request line is not HTTP/1.1")
-    headers, left = {}, HEAD_BYTES
-    while True:
-        try:
-            line = stream.line(left)
-        except ValueError as error:
-            raise bad(f"headers: {error}", 431 if "long" in str(error) else 400) from None
-        left -= len(line) + 2
-        if not line:
-            break
-        if len(headers) >= HEADERS or left < 0:
-            raise bad("too many headers", 431)
-        field = FIELD.fullmatch(line)
-        if not field:
-            raise bad("a header is malformed")
-        name, value = field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")
+        raise malformed("the request line is not HTTP/1.1")
+    headers = {}
+    for name, value in stream.fields():
         if name in headers and name in ("host", "content-length", "transfer-encoding", "content-type",
                                         "content-encoding", "inference-header-content-length"):
-            raise bad(f"several {name} headers")
+            raise malformed(f"several {name} headers")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if match[3] == b"1" and "host" not in headers:
-        raise bad("no Host header")
+        raise malformed("no Host header")
     if not re.fullmatch(r"[\w.~!$&'()*+,;=%:\[\]-]*", headers.get("host", ""), re.ASCII):
-        raise bad("Host is no name or address")
+        raise malformed("Host is no name or address")
     if "content-length" in headers:
         if "transfer-encoding" in headers:
-            raise bad("Content-Length and Transfer-Encoding exclude each other")
+            raise malformed("Content-Length and Transfer-Encoding exclude each other")
         if not re.fullmatch("[0-9]{1,15}", headers["content-length"]):
-            raise bad("Content-Length is no number")
+            raise malformed("Content-Length is no number")
     if "transfer-encoding" in headers and match[3] == b"0":
-        raise bad("HTTP/1.0 has no Transfer-Encoding")
+        raise malformed("HTTP/1.0 has no Transfer-Encoding")
     if headers.get("transfer-encoding", "chunked").lower() != "chunked":
-        raise bad("no Transfer-Encoding but chunked is known", 501)
+        raise malformed("no Transfer-Encoding but chunked is known", 501)
     return match[1].decode(), match[2].decode(), int(match[3]), headers
 
 
@@ -1020,10 +1017,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         limit = self.args.max_body
         size = int(self.headers.get("content-length", 0))
         self.stream.deadline = time.monotonic() + self.args.head_timeout + size / 65536
-        try:
-            body = self.stream.chunked(limit) if "transfer-encoding" in self.headers else self.stream.read(size)
-        except ValueError as error:
-            raise Refusal(400, f"the body is malformed: {error}", close=True) from None
+        body = self.stream.chunked(limit) if "transfer-encoding" in self.headers else self.stream.read(size)
         self.body = inflate(body, self.headers.get("content-encoding", "").lower().strip(), limit)
 
     def answer(self, status, headers, body, keep):
