@@ -13,6 +13,7 @@ strangers reach it (README.md says what for).
 """
 import argparse
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import gzip
@@ -174,17 +175,13 @@ def enough_images(one, many, batch, unit):
     return min(batch, math.ceil(max(1.0, (one - each) / (DEAR * each)) / unit) * unit)
 
 
-class Ticket:
-    """One request's images on their way through the batcher"""
+class Ticket(concurrent.futures.Future):
+    """One request's images on their way through the batcher. Its result: logits (n, classes)"""
 
     def __init__(self, network, pixels, deadline, alive):
+        super().__init__()
         self.network, self.pixels, self.deadline, self.alive = network, pixels, deadline, alive
-        self.done, self.logits, self.error = threading.Event(), None, None
-        self.since, self.waited, self.computed, self.batch = time.monotonic(), 0.0, 0.0, 0
-
-    def fail(self, error):
-        self.error = error
-        self.done.set()
+        self.since = time.monotonic()
 
 
 class Model:
@@ -196,11 +193,10 @@ class Model:
     def __init__(self, name, args, path):
         self.name, self.args, self.statistics = name, args, Statistics()
         self.network = self.load(path)
-        self.waiting, self.images, self.coming, self.closed = deque(), 0, 0, False
+        self.waiting, self.images, self.coming = deque(), 0, 0
         self.pace = 0.0  # seconds that an image takes, lately
         self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self.work, name=f"batches of {name}", daemon=True)
-        self.thread.start()
+        threading.Thread(target=self.work, name=f"batches of {name}", daemon=True).start()
 
     def load(self, path):
         """-> Network, warm"""
@@ -242,8 +238,6 @@ class Model:
         """Around the reading of a request's images, to submit() within: the batcher knows that they come. Refuses what
         the queue has no room for, and what its turn would find expired, before it costs anything."""
         with self.changed:
-            if self.closed:
-                raise Refusal(503, "the server is stopping", Retry_After="1")
             if images > self.args.max_queue:
                 raise Refusal(413, f"more images than the queue of {self.args.max_queue} has room for")
             ahead = self.images + self.coming
@@ -269,17 +263,12 @@ class Model:
             self.changed.notify()
         return ticket
 
-    def close(self):
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
-
     def take(self):
-        """-> the next batch's tickets; None when the model is closed and nothing waits any more"""
+        """-> the next batch's tickets"""
         with self.changed:
-            while not self.waiting and not self.closed:
+            while not self.waiting:
                 self.changed.wait()
-            enough = (self.waiting[0].network if self.waiting else self.network).enough
+            enough = self.waiting[0].network.enough
             until = time.monotonic() + self.args.max_delay_ms / 1e3
             while self.coming and self.images < enough and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
@@ -290,18 +279,19 @@ class Model:
                 tickets.append(self.waiting.popleft())
                 count += len(tickets[-1].pixels)
             self.images -= count
-            return tickets or None
+            return tickets
 
     def work(self):
-        while (tickets := self.take()) is not None:
-            started = time.monotonic()
+        while True:
+            tickets, started = self.take(), time.monotonic()
             for ticket in tickets:
                 ticket.waited = started - ticket.since
                 if started > ticket.deadline:
-                    ticket.fail(Refusal(504, f"waited {ticket.waited * 1e3:.0f} ms, longer than the request allows"))
+                    late = f"waited {ticket.waited * 1e3:.0f} ms, longer than the request allows"
+                    ticket.set_exception(Refusal(504, late))
                 elif not ticket.alive():
-                    ticket.fail(Refusal(499, "the client is gone"))
-            tickets = [ticket for ticket in tickets if not ticket.done.is_set()]
+                    ticket.set_exception(Refusal(499, "the client is gone"))
+            tickets = [ticket for ticket in tickets if not ticket.done()]
             if not tickets:
                 continue
             try:
@@ -313,17 +303,17 @@ class Model:
             except Exception:  # whatever it is, the next batch shall have its chance
                 say(traceback.format_exc())
                 for ticket in tickets:
-                    ticket.fail(Refusal(500, "the network failed; the server's log says how"))
+                    ticket.set_exception(Refusal(500, "the network failed; the server's log says how"))
                 continue
             seconds = time.monotonic() - started
             self.pace += (seconds / len(pixels) - self.pace) / 4 if self.pace else seconds / len(pixels)
             self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
             for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-                ticket.logits, ticket.computed, ticket.batch = part, seconds, len(pixels)
+                ticket.computed, ticket.batch = seconds, len(pixels)
                 if part.isfinite().all():
-                    ticket.done.set()
+                    ticket.set_result(part)
                 else:  # JSON has no word for that
-                    ticket.fail(Refusal(500, "the network's outputs are not finite"))
+                    ticket.set_exception(Refusal(500, "the network's outputs are not finite"))
 
 
 def spread(net, devices):
@@ -607,8 +597,8 @@ def parameters_of(item):
 
 
 def read_input(network, request, tail, limit):
-    """The request's only input -> (uint8 (n, 3, crop, crop), None) or (None, list of encoded images). `limit`: images
-    that one request may hold.
+    """The request's only input -> uint8 (n, 3, crop, crop) or a list of encoded images. `limit`: images that one
+    request may hold.
 
     pixels  UINT8 (n, 3, H, W); or FP32, normalised by the network's mean and deviation, taken to the nearest pixel
     image   BYTES (n) or (n, 1): encoded images"""
@@ -638,7 +628,7 @@ def read_input(network, request, tail, limit):
     elif tail:
         raise Refusal(400, "bytes follow the JSON that no input claims")
     if kind == "BYTES":
-        return None, binary_strings(tail, shape[0]) if size is not None else json_strings(tensor.get("data"), shape[0])
+        return binary_strings(tail, shape[0]) if size is not None else json_strings(tensor.get("data"), shape[0])
     count = math.prod(shape)
     if size is not None:
         if size != count * np.dtype(TYPES[kind]).itemsize:
@@ -652,7 +642,7 @@ def read_input(network, request, tail, limit):
             raise Refusal(400, f"{name} holds values that are not finite")
         mean, std = (torch.tensor(network.net.preprocess[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
         values = (values * std + mean).round().clamp(0, 255).to(torch.uint8)
-    return values, None
+    return values
 
 
 def json_numbers(values, count, kind):
@@ -974,13 +964,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Exception:
             say(traceback.format_exc())
             (status, headers, body), close = as_json({"error": "an error inside the server"}, 500), True
-        if self.model and status >= 400:
-            self.model.statistics.request(0, fail=time.monotonic() - self.started)
+        if self.model:
+            self.book(status)
         connection = re.split(r"[ \t]*,[ \t]*", self.headers.get("connection", "").lower())
         keep = not close and not self.server.draining and "close" not in connection and (
             self.minor == 1 or "keep-alive" in connection)
         self.answer(status, headers, body, keep)
         return keep
+
+    def book(self, status):
+        now, statistics = time.monotonic(), self.model.statistics
+        if status >= 400:
+            statistics.request(0, fail=now - self.started)
+        else:
+            statistics.request(self.images, success=now - self.started, queue=self.ticket.waited,
+                               compute_input=self.decoded, compute_infer=self.ticket.computed,
+                               compute_output=now - self.inferred)
 
     def route(self):
         """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
@@ -1078,31 +1077,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, f"Request for unknown model: '{name}' version {version} is not found")
         return model
 
-    def infer(self, model, network, pixels=None, encoded=None):
-        """Pixels uint8 (n, 3, H, W) or encoded images -> logits (n, classes); self.ticket and self.decoded say what it
-        took."""
+    def infer(self, model, network, images):
+        """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes); self.ticket, self.decoded and
+        self.inferred say what it took and when that was."""
         timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
         if not re.fullmatch("[0-9]{1,9}", timeout) or int(timeout) < 1:
             raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
         deadline = self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
         begin = time.monotonic()
-        with model.expecting(len(encoded) if pixels is None else len(pixels), deadline):
-            if pixels is None:
-                pixels = torch.stack([decode(network, e, self.args, self.server.gate) for e in encoded])
-            self.decoded, self.images = time.monotonic() - begin, len(pixels)
-            self.ticket = ticket = model.submit(network, pixels, deadline, self.alive)
-        if not ticket.done.wait(max(deadline - time.monotonic(), 0)):
-            raise Refusal(504, "no answer within the request's time")
-        if ticket.error:
-            raise ticket.error
-        return ticket.logits
-
-    def succeed(self, since):
-        """Books the request; since: when its answer began to be written"""
-        now = time.monotonic()
-        self.model.statistics.request(
-            self.images, success=now - self.started, queue=self.ticket.waited, compute_input=self.decoded,
-            compute_infer=self.ticket.computed, compute_output=now - since)
+        with model.expecting(len(images), deadline):
+            if isinstance(images, list):
+                images = torch.stack([decode(network, e, self.args, self.server.gate) for e in images])
+            self.decoded, self.images = time.monotonic() - begin, len(images)
+            self.ticket = model.submit(network, images, deadline, self.alive)
+        try:
+            logits = self.ticket.result(max(deadline - time.monotonic(), 0))
+        except concurrent.futures.TimeoutError:
+            raise Refusal(504, "no answer within the request's time") from None
+        self.inferred = time.monotonic()
+        return logits
 
     def predict(self, match):
         model = self.named(match) if match.groupdict().get("name") else next(iter(self.server.models.values()))
@@ -1116,18 +1109,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             encoded = read_form(self.body, kind, max(PARTS, self.args.max_images))
         if len(encoded) > self.args.max_images:
             raise Refusal(413, f"more than {self.args.max_images} images")
-        logits = self.infer(model, network, encoded=encoded)
-        since, found = time.monotonic(), []
-        best = logits.softmax(1).topk(top, 1)
+        found, best = [], self.infer(model, network, encoded).softmax(1).topk(top, 1)
         for values, indices in zip(best.values.tolist(), best.indices.tolist()):
             listed = [{"class_id": i, "class": network.classes[i], "probability": round(p, 6)}
                       for p, i in zip(values, indices)]
             found.append({**listed[0], "top": listed})
         times = dict(decode_ms=self.decoded, queue_ms=self.ticket.waited, compute_ms=self.ticket.computed,
-                     total_ms=since - self.started)
+                     total_ms=self.inferred - self.started)
         more = dict(model=model.name, timings={**{k: round(v * 1e3, 3) for k, v in times.items()},
                                                "batch": self.ticket.batch})
-        self.succeed(since)
         return as_json({**found[0], **more} if len(found) == 1 else {"predictions": found, **more})
 
     def v2_infer(self, match):
@@ -1136,16 +1126,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         request, tail = split_binary(self.body, self.headers)
         outputs = wanted_outputs(request, len(network.classes))
         if request is not None:
-            pixels, encoded = read_input(network, request, tail, self.args.max_images)
+            images = read_input(network, request, tail, self.args.max_images)
         elif len(tail) == 3 * network.size ** 2 and not tail.startswith(MAGIC):  # an image may have that many bytes
-            pixels, encoded = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, network.size, -1), None
+            images = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, network.size, -1)
         else:
-            pixels, encoded = None, [tail]
-        logits = self.infer(model, network, pixels, encoded)
-        since = time.monotonic()
-        headers, body = infer_response(model.name, network.classes, request, outputs, logits)
-        self.succeed(since)
-        return 200, headers, body
+            images = [tail]
+        logits = self.infer(model, network, images)
+        return 200, *infer_response(model.name, network.classes, request, outputs, logits)
 
     def live(self, match):
         return as_json({"live": True})
@@ -1156,7 +1143,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def model_ready(self, match):
         model = self.named(match)
-        return as_json({"name": model.name, "ready": not model.closed}, 503 if model.closed else 200)
+        ready = not self.server.draining
+        return as_json({"name": model.name, "ready": ready}, 200 if ready else 503)
 
     def server_metadata(self, match):
         return as_json(dict(name="resnet50", version=VERSION, extensions=EXTENSIONS))
@@ -1277,8 +1265,6 @@ class Server(http.server.ThreadingHTTPServer):
                     with contextlib.suppress(OSError):  # not SSLSocket.shutdown, after which it would say no goodbye
                         socket.socket.shutdown(handler.connection if handler else request, socket.SHUT_RD)
             self.lock.wait_for(lambda: not self.handlers, self.args.drain_timeout)
-        for model in self.models.values():
-            model.close()
 
     def metrics(self):
         """Prometheus' text format, 0.0.4"""

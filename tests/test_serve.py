@@ -1,5 +1,6 @@
 """serve.py: real clients where they are installed, the wire's odd corners by hand, answers against predict()."""
 import asyncio
+import concurrent.futures
 import contextlib
 import fcntl
 import gzip
@@ -21,7 +22,6 @@ import threading
 import time
 import types
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -189,7 +189,7 @@ def test_several_images_in_one_form(server, net):
 
 def test_many_at_once_get_their_own_answers(server, net):
     images = [picture(seed=s, size=(50, 50)) for s in range(24)]
-    with ThreadPoolExecutor(24) as pool:
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
         found = list(pool.map(lambda i: json.loads(ask(server, "POST", "/predict?topk=7", i)[2]), images))
     for logits, answer in zip(expected(net, *images).softmax(1), found):
         assert all(abs(t["probability"] - logits[t["class_id"]]) < 2e-5 for t in answer["top"])
@@ -571,10 +571,10 @@ def test_answers_do_not_depend_on_a_reader_of_the_log(slow, monkeypatch, closed)
     for stream in ("stderr", "stdout"):
         monkeypatch.setattr(sys, stream, None if closed else open("/dev/full", "w", buffering=1))
     works, model.network = model.network, model.network._replace(net=None)
-    assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).done.wait(10)
+    assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).exception(10)
     model.network = works
     net.go.release()
-    assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).done.wait(10)
+    assert submit(model, images(1, 0), time.monotonic() + 60, lambda: True).result(10) is not None
     model.network = model.network._replace(stamp="another")
     for _ in range(9):
         net.go.release()
@@ -701,11 +701,8 @@ def slow(monkeypatch):
     model.network = model.network._replace(enough=4)
     net.batches.clear()
     yield model, net
-    model.close()
     for _ in range(9):
         net.go.release()
-    model.thread.join(5)
-    assert not model.thread.is_alive()
 
 
 def images(n, value):
@@ -736,7 +733,7 @@ def test_what_waits_while_a_batch_runs_makes_the_next(slow):
     for _ in range(3):
         net.go.release()
     for ticket, value in zip(tickets, (0, 2, 1, 1, 2)):
-        assert ticket.done.wait(10) and (ticket.logits == value).all() and len(ticket.logits) == len(ticket.pixels)
+        assert (ticket.result(10) == value).all() and len(ticket.result()) == len(ticket.pixels)
     assert net.batches == [1, 4, 2]
 
 
@@ -750,7 +747,7 @@ def test_half_of_what_waits_is_taken_where_it_is_enough(slow, waiting, batches):
     tickets += [submit(model, images(1, n), later, lambda: True) for n in range(waiting)]
     for _ in range(1 + len(batches)):
         net.go.release()
-    assert all(t.done.wait(10) for t in tickets) and net.batches == [1, *batches]
+    assert all(t.exception(10) is None for t in tickets) and net.batches == [1, *batches]
 
 
 def test_enough_images_for_a_batch():
@@ -774,7 +771,7 @@ def test_what_began_with_a_network_ends_with_it(slow):
     for _ in range(3):
         net.go.release()
     for ticket, network, value in ((first, old, 0), (second, old, 1), (third, new, 2)):
-        assert ticket.done.wait(10) and ticket.network is network and (ticket.logits == value).all()
+        assert (ticket.result(10) == value).all() and ticket.network is network
     assert net.batches == [1, 1, 1]
 
 
@@ -787,8 +784,8 @@ def test_expired_and_gone_requests_cost_nothing(slow):
                        ((time.monotonic() - 1, True), (later, False), (later, True)))
     net.go.release()
     net.go.release()
-    assert all(t.done.wait(10) for t in (first, old, gone, good))
-    assert (old.error.status, gone.error.status, good.error) == (504, 499, None) and net.batches == [1, 1]
+    assert old.exception(10).status == 504 and gone.exception(10).status == 499
+    assert first.exception(10) is good.exception(10) is None and net.batches == [1, 1]
 
 
 def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):
@@ -796,10 +793,10 @@ def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):
     works, model.network = model.network, model.network._replace(net=None)
     bad = submit(model, images(1, 0), time.monotonic() + 60, lambda: True)
     net.go.release()
-    assert bad.done.wait(10) and bad.error.status == 500
+    assert bad.exception(10).status == 500
     model.network = works
     good = submit(model, images(1, 5), time.monotonic() + 60, lambda: True)
-    assert good.done.wait(10) and (good.logits == 5).all() and "Traceback" in capsys.readouterr().err
+    assert (good.result(10) == 5).all() and "Traceback" in capsys.readouterr().err
 
 
 def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
@@ -807,14 +804,21 @@ def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
     model.args.max_delay_ms = 5000
     later, began = time.monotonic() + 60, time.monotonic()
     net.go.release()
-    assert submit(model, images(1, 1), later, lambda: True).done.wait(10) and time.monotonic() - began < 2
+    assert (submit(model, images(1, 1), later, lambda: True).result(10) == 1).all() and time.monotonic() - began < 2
     with model.expecting(1, later):
         first = submit(model, images(1, 1), later, lambda: True)
         net.go.release()
-        assert not first.done.wait(0.05)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            first.result(0.05)
         second = submit(model, images(3, 2), later, lambda: True)  # enough: the third is not waited for
-        assert first.done.wait(2) and second.done.wait(2)
+        assert first.exception(2) is second.exception(2) is None
     assert net.batches == [1, 4]
+
+
+def test_an_answer_is_not_waited_for_beyond_the_request_s_time(bare, slow):
+    bare.models["slow"] = slow[0]
+    status, _, answer = ask(bare.server_address[1], "POST", "/predict", picture(), X_Request_Timeout_Ms="500")
+    assert status == 504 and b"no answer within" in answer and slow[0].statistics.count == {"fail": 1}
 
 
 def test_slow_clients_are_cut_and_hinder_nobody(server):
@@ -865,7 +869,7 @@ def test_sighup_reads_a_changed_file_and_keeps_the_old_network_if_it_is_bad(netw
 
 
 def test_sighup_while_networks_are_read_is_answered_when_they_are(monkeypatch):
-    model, told = types.SimpleNamespace(network=types.SimpleNamespace(path="a"), close=lambda: None), []
+    model, told = types.SimpleNamespace(network=types.SimpleNamespace(path="a")), []
 
     def too_early(number, frame):
         raise AssertionError("nobody was there yet")
@@ -893,7 +897,7 @@ def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
     def hammer():
         while not done.is_set():
             statuses.append(ask(port, "POST", "/predict", image)[0])
-    with ThreadPoolExecutor(4) as pool:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(hammer) for _ in range(4)]
         try:
             for name in ("int8", "float", "int8"):
@@ -946,6 +950,7 @@ def test_drain_delay_goes_on_answering_though_not_ready(networks):
     assert kept.getresponse().read()
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: ask(port, "GET", "/v2/health/ready")[0] == 503)
+    assert ask(port, "GET", "/v2/models/resnet50/ready")[0] == 503
     assert ask(port, "POST", "/predict", picture())[0] == 200  # on a new connection
     kept.request("POST", "/predict", picture())
     assert kept.getresponse().status == 200  # and on an old one
@@ -1144,7 +1149,7 @@ def test_what_would_expire_in_the_queue_is_refused(networks):
     now, pixels = time.monotonic(), photographs(2, 32, 32)
     with model.expecting(2, now + 100):
         ticket = model.submit(model.network, pixels, now + 100, lambda: True)
-    assert ticket.done.wait(100) and model.pace > 0
+    assert ticket.exception(100) is None and model.pace > 0
     model.pace = 10.0
     with model.expecting(5, now + 1):  # nothing is ahead of these
         with model.expecting(1, now + 100), pytest.raises(serve.Refusal, match="6 images wait, which") as refused:
@@ -1152,7 +1157,6 @@ def test_what_would_expire_in_the_queue_is_refused(networks):
                 pass
         assert refused.value.status == 503 and refused.value.headers["Retry-After"] == "60"
     assert model.coming == 0
-    model.close()
 
 
 def test_large_jpegs_are_decoded_at_reduced_size(networks):
@@ -1168,7 +1172,6 @@ def test_large_jpegs_are_decoded_at_reduced_size(networks):
         full = serve.decode(model.network, file.getvalue(), args, gate).int()
         args.full_decode = False
         assert (fast != full).any() == reduced and (fast - full).abs().max() <= 3
-    model.close()
 
 
 @pytest.mark.parametrize("flags, code, text", [
