@@ -554,22 +554,6 @@ def read_form(body, content_type, most):
 
 # ------------------------------------------------------------------------------- Open Inference Protocol, version 2
 
-def metadata(model):
-    return dict(name=model.name, versions=[VERSION], platform="pytorch_resnet50",
-                inputs=[dict(name="pixels", datatype="UINT8", shape=[-1, 3, model.network.size, model.network.size])],
-                outputs=[dict(name="probabilities", datatype="FP32", shape=[-1, len(model.network.classes)])])
-
-
-def configuration(model):
-    return dict(name=model.name, platform="pytorch_resnet50", backend="resnet50", version_policy={"latest": {}},
-                max_batch_size=min(model.args.max_batch, model.args.max_images),
-                input=[dict(name="pixels", data_type="TYPE_UINT8", format="FORMAT_NCHW",
-                            dims=[3, model.network.size, model.network.size])],
-                output=[dict(name="probabilities", data_type="TYPE_FP32", dims=[len(model.network.classes)],
-                             label_filename="")],
-                dynamic_batching=dict(max_queue_delay_microseconds=int(model.args.max_delay_ms * 1000)))
-
-
 def split_binary(body, headers):
     """-> (the request's JSON as an object, the bytes of tensors behind it)"""
     length = headers.get("inference-header-content-length")
@@ -744,57 +728,39 @@ GRAY_GIF = "R0lGODdhAQABAIEAAICAgAAAAAAAAAAAACwAAAAAAQABAAAIBAABBAQAOw=="  # one
 
 
 def openapi(models):
-    """names -> the OpenAPI 3.1 document"""
-    text = {"schema": {"type": "string"}}
-    anything = {"schema": {"type": "object"}}
+    """names -> the OpenAPI 3.1 document of ROUTES"""
     error = {"description": "A reason", "content": {"application/json": {"schema": {
         "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}}}
     name = {"name": "name", "in": "path", "required": True,
             "schema": {"type": "string", "enum": list(models)}}
     topk = {"name": "topk", "in": "query", "schema": {"type": "integer", "minimum": 1, "maximum": 999999}}
     encoded = {"schema": {"type": "string", "format": "binary"}}
-    images = {"required": True, "content": {
-        "multipart/form-data": {"schema": {"type": "object", "required": ["image"],
-                                           "properties": {"image": encoded["schema"]}}},
-        **{f"image/{kind}": encoded for kind in ("jpeg", "png", "webp", "bmp", "gif")}}}
     tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": {
         "name": {"enum": ["pixels", "image"]}, "datatype": {"enum": [*TYPES, "BYTES"]}, "data": {"type": "array"},
         "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "parameters": {"type": "object"}}}
-    inference = {"required": True, "content": {"application/json": {
-        "example": {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [GRAY_GIF]}]},
-        "schema": {"type": "object", "required": ["inputs"], "properties": {
-            "id": {"type": "string"}, "parameters": {"type": "object"},
-            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
-            "outputs": {"type": "array", "maxItems": 2, "items": {
-                "type": "object", "required": ["name"], "properties": {
-                    "name": {"enum": ["probabilities", "logits"]}, "parameters": {"type": "object"}}}}}}}}}
-    several = {"application/json": {"schema": {"type": "array", "items": anything["schema"]}}}
+    bodies = {
+        "images": {"required": True, "content": {
+            "multipart/form-data": {"schema": {"type": "object", "required": ["image"],
+                                               "properties": {"image": encoded["schema"]}}},
+            **{f"image/{kind.lower()}": encoded for kind in FORMATS}}},
+        "tensors": {"required": True, "content": {"application/json": {
+            "example": {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [GRAY_GIF]}]},
+            "schema": {"type": "object", "required": ["inputs"], "properties": {
+                "id": {"type": "string"}, "parameters": {"type": "object"},
+                "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
+                "outputs": {"type": "array", "maxItems": 2, "items": {
+                    "type": "object", "required": ["name"], "properties": {
+                        "name": {"enum": ["probabilities", "logits"]}, "parameters": {"type": "object"}}}}}}}}}}
 
-    def operation(summary, *parameters, body=None, content=None, errors=()):
-        answers = {"200": {"description": "Success", "content": content or {"application/json": anything}},
-                   **{str(status): error for status in (400, 401, *errors)}}
-        return {"summary": summary, "parameters": list(parameters), "responses": answers,
-                **({"requestBody": body} if body else {})}
-    busy = (404, 408, 413, 415, 417, 503, 504)
-    classify = operation("Classes of an encoded image, or of a form's", topk, body=images, errors=busy)
-    by_name = {**classify, "parameters": [name, topk]}
-    paths = {
-        "/": {"get": operation("A page to try it", content={"text/html": text})},
-        "/predict": {"post": classify},
-        "/predictions/{name}": {"post": by_name, "put": by_name},
-        "/healthz": {"get": operation("Whether requests are welcome", errors=(503,))},
-        "/metrics": {"get": operation("Prometheus", content={"text/plain": text})},
-        "/openapi.json": {"get": operation("This")},
-        "/v2": {"get": operation("The server")},
-        "/v2/health/live": {"get": operation("Alive")},
-        "/v2/health/ready": {"get": operation("Ready", errors=(503,))},
-        "/v2/models/stats": {"get": operation("Statistics of all models")},
-        "/v2/models/{name}": {"get": operation("Inputs and outputs", name, errors=(404,))},
-        "/v2/models/{name}/ready": {"get": operation("Ready", name, errors=(404, 503))},
-        "/v2/models/{name}/config": {"get": operation("Triton's configuration", name, errors=(404,))},
-        "/v2/models/{name}/stats": {"get": operation("Statistics", name, errors=(404,))},
-        "/v2/models/{name}/infer": {"post": operation("Inference", name, body=inference, errors=busy)},
-        "/v2/repository/index": {"post": operation("The models", content=several, errors=(413,))}}
+    def operation(route):
+        kind, schema = route.content
+        answers = {"200": {"description": "Success", "content": {kind: {"schema": schema}}},
+                   **{str(status): error for status in (400, 401, *route.errors)}}
+        return {"summary": route.summary, "responses": answers,
+                "parameters": [name] * ("{name}" in route.path) + [topk] * (route.body == "images"),
+                **({"requestBody": bodies[route.body]} if route.body else {})}
+    paths = {route.path.format(name="{name}", version="", slash=""):
+             {method.lower(): operation(route) for method in route.methods} for route in ROUTES.values()}
     return {"openapi": "3.1.0", "info": {"title": "ResNet-50", "version": VERSION}, "paths": paths}
 
 
@@ -904,7 +870,8 @@ def as_json(value, status=200):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. A route is a method that takes the match of its pattern and returns (status, headers, body)."""
+    """One connection. A route's method takes the Model that the path names, or None, and returns (status, headers,
+    body)."""
 
     def setup(self):
         self.connection, self.idle = self.request, True
@@ -948,10 +915,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.method, self.path, self.minor, self.headers, self.images, self.model = "-", "-", 1, {}, 0, None
         try:
             self.method, self.path, self.minor, self.headers = read_head(self.stream)
-            route, match = self.route()
+            method, match = self.route()
             self.read_body()
             self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
-            status, headers, body = route(self, match)
+            status, headers, body = method(self, self.named(match))
             close = False
         except Refusal as refusal:
             status, headers, body = as_json({"error": refusal.text}, refusal.status)
@@ -982,19 +949,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                compute_output=now - self.inferred)
 
     def route(self):
-        """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
+        """-> the method that answers, and its pattern's match. All that can be refused before the body is read, is:
         what is left of a body unread closes the connection."""
         path, _, query = re.sub("(?i)^https?://[^/?]+/?", "/", self.path).partition("?")  # RFC 9112, 3.2.2
         path, self.query = urllib.parse.unquote(path), dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         asked = "GET" if self.method == "HEAD" else self.method
-        found = [(method, function, match) for method, pattern, function in ROUTES
-                 if (match := re.fullmatch(pattern, path))]
         body = "transfer-encoding" in self.headers or int(self.headers.get("content-length", 0)) > 0
+        found = [(route, match) for pattern, route in ROUTES.items() if (match := pattern.fullmatch(path))]
         if not found:
             raise Refusal(404, "nothing is here; /openapi.json lists what is", close=body)
-        if asked not in (method for method, _, _ in found):
-            raise Refusal(405, f"{self.method[:20]} is not for this path", close=body,
-                          Allow=", ".join(sorted({method for method, _, _ in found})))
+        route, match = found[0]
+        if asked not in route.methods:
+            raise Refusal(405, f"{self.method[:20]} is not for this path", close=body, Allow=", ".join(route.methods))
         if self.server.keys and path not in OPEN_PATHS and not self.authorised():
             raise Refusal(401, "this needs an API key: Authorization: Bearer KEY", close=body,
                           WWW_Authenticate="Bearer")
@@ -1005,7 +971,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(417, "nothing but 100-continue can be expected", close=True)
         if expected and body and self.minor and not self.stream.buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return next((function, match) for method, function, match in found if method == asked)
+        return route.answer, match
 
     def authorised(self):
         given = self.headers.get("x-api-key") or re.sub("^(?i:bearer) ", "", self.headers.get("authorization", ""))
@@ -1069,13 +1035,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------- routes
 
     def named(self, match):
-        name, version = match["name"], match.groupdict().get("version")
-        model = self.server.models.get(name)
-        if model is None:
+        name, version = (match.groupdict().get(key) for key in ("name", "version"))
+        if name is None:
+            return None
+        if name not in self.server.models:
             raise Refusal(404, f"Request for unknown model: '{name}' is not found")
         if version not in (None, VERSION):
             raise Refusal(404, f"Request for unknown model: '{name}' version {version} is not found")
-        return model
+        return self.server.models[name]
 
     def infer(self, model, network, images):
         """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes); self.ticket, self.decoded and
@@ -1097,9 +1064,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.inferred = time.monotonic()
         return logits
 
-    def predict(self, match):
-        model = self.named(match) if match.groupdict().get("name") else next(iter(self.server.models.values()))
-        self.model, network = model, model.network
+    def predict(self, model):
+        self.model = model = model or next(iter(self.server.models.values()))
+        network = model.network
         if not re.fullmatch("[1-9][0-9]{0,5}", self.query.get("topk", "5")):
             raise Refusal(400, "topk is no positive number")
         top = min(int(self.query.get("topk", 5)), len(network.classes))
@@ -1120,9 +1087,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                                "batch": self.ticket.batch})
         return as_json({**found[0], **more} if len(found) == 1 else {"predictions": found, **more})
 
-    def v2_infer(self, match):
-        self.model = model = self.named(match)
-        network = model.network
+    def v2_infer(self, model):
+        self.model, network = model, model.network
         request, tail = split_binary(self.body, self.headers)
         outputs = wanted_outputs(request, len(network.classes))
         if request is not None:
@@ -1134,66 +1100,84 @@ class Handler(http.server.BaseHTTPRequestHandler):
         logits = self.infer(model, network, images)
         return 200, *infer_response(model.name, network.classes, request, outputs, logits)
 
-    def live(self, match):
+    def live(self, model):
         return as_json({"live": True})
 
-    def ready(self, match):
+    def ready(self, model):
         ready = not self.server.draining
-        return as_json({"live": True, "ready": ready}, 200 if ready else 503)
+        return as_json({**({"name": model.name} if model else {"live": True}), "ready": ready}, 200 if ready else 503)
 
-    def model_ready(self, match):
-        model = self.named(match)
-        ready = not self.server.draining
-        return as_json({"name": model.name, "ready": ready}, 200 if ready else 503)
-
-    def server_metadata(self, match):
+    def server_metadata(self, model):
         return as_json(dict(name="resnet50", version=VERSION, extensions=EXTENSIONS))
 
-    def model_metadata(self, match):
-        return as_json(metadata(self.named(match)))
+    def model_metadata(self, model):
+        size, count = model.network.size, len(model.network.classes)
+        return as_json(dict(
+            name=model.name, versions=[VERSION], platform="pytorch_resnet50",
+            inputs=[dict(name="pixels", datatype="UINT8", shape=[-1, 3, size, size])],
+            outputs=[dict(name="probabilities", datatype="FP32", shape=[-1, count])]))
 
-    def model_configuration(self, match):
-        return as_json(configuration(self.named(match)))
+    def model_configuration(self, model):
+        size, count = model.network.size, len(model.network.classes)
+        return as_json(dict(
+            name=model.name, platform="pytorch_resnet50", backend="resnet50", version_policy={"latest": {}},
+            max_batch_size=min(self.args.max_batch, self.args.max_images),
+            input=[dict(name="pixels", data_type="TYPE_UINT8", format="FORMAT_NCHW", dims=[3, size, size])],
+            output=[dict(name="probabilities", data_type="TYPE_FP32", dims=[count], label_filename="")],
+            dynamic_batching=dict(max_queue_delay_microseconds=int(self.args.max_delay_ms * 1000))))
 
-    def model_statistics(self, match):
-        chosen = [self.named(match)] if match.groupdict().get("name") else self.server.models.values()
+    def model_statistics(self, model):
+        chosen = [model] if model else self.server.models.values()
         return as_json(dict(model_stats=[m.statistics.triton(m.name) for m in chosen]))
 
-    def repository_index(self, match):
+    def repository_index(self, model):
         return as_json([dict(name=name, version=VERSION, state="READY", reason="") for name in self.server.models])
 
-    def metrics(self, match):
+    def metrics(self, model):
         return 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self.server.metrics().encode()
 
-    def description(self, match):
+    def description(self, model):
         return as_json(openapi(self.server.models))
 
-    def page(self, match):
+    def page(self, model):
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " \
             "img-src 'self' blob: data:"
         return 200, {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy}, PAGE.encode()
 
 
+class Route(NamedTuple):
+    methods: list
+    path: str  # {name} of a model; {version} and {slash} may be missing
+    answer: Callable
+    summary: str  # this and all that follows: for openapi()
+    errors: tuple = ()
+    body: str | None = None
+    content: tuple = ("application/json", {"type": "object"})
+
+
 NAME = r"(?P<name>[A-Za-z0-9._-]{1,64})"
-MODEL = rf"/v2/models/{NAME}(?:/versions/(?P<version>[0-9]{{1,9}}))?"
-ROUTES = [(method, pattern, function) for method, pattern, function in (
-    ("GET", r"/", Handler.page),
-    ("POST", r"/predict", Handler.predict),
-    ("POST", rf"/predictions/{NAME}", Handler.predict),
-    ("PUT", rf"/predictions/{NAME}", Handler.predict),  # what curl -T sends
-    ("GET", r"/healthz", Handler.ready),
-    ("GET", r"/metrics", Handler.metrics),
-    ("GET", r"/openapi\.json", Handler.description),
-    ("GET", r"/v2/?", Handler.server_metadata),
-    ("GET", r"/v2/health/live", Handler.live),
-    ("GET", r"/v2/health/ready", Handler.ready),
-    ("GET", r"/v2/models/stats", Handler.model_statistics),
-    ("GET", MODEL, Handler.model_metadata),
-    ("GET", MODEL + "/ready", Handler.model_ready),
-    ("GET", MODEL + "/config", Handler.model_configuration),
-    ("GET", MODEL + "/stats", Handler.model_statistics),
-    ("POST", MODEL + "/infer", Handler.v2_infer),
-    ("POST", r"/v2/repository/index", Handler.repository_index))]
+PLACES = dict(name=NAME, version=r"(?:/versions/(?P<version>[0-9]{1,9}))?", slash="/?")
+MODEL = "/v2/models/{name}{version}"
+BUSY = (404, 408, 413, 415, 417, 503, 504)
+ROUTES = {re.compile(route.path.replace(".", r"\.").format(**PLACES)): route for route in (
+    Route(["GET"], "/", Handler.page, "A page to try it", content=("text/html", {"type": "string"})),
+    Route(["POST"], "/predict", Handler.predict, "Classes of an encoded image, or of a form's", BUSY, "images"),
+    Route(["POST", "PUT"], "/predictions/{name}", Handler.predict,  # PUT is what curl -T sends
+          "Classes of an encoded image, or of a form's", BUSY, "images"),
+    Route(["GET"], "/healthz", Handler.ready, "Whether requests are welcome", (503,)),
+    Route(["GET"], "/metrics", Handler.metrics, "Prometheus", content=("text/plain", {"type": "string"})),
+    Route(["GET"], "/openapi.json", Handler.description, "This"),
+    Route(["GET"], "/v2{slash}", Handler.server_metadata, "The server"),
+    Route(["GET"], "/v2/health/live", Handler.live, "Alive"),
+    Route(["GET"], "/v2/health/ready", Handler.ready, "Ready", (503,)),
+    Route(["GET"], "/v2/models/stats", Handler.model_statistics, "Statistics of all models"),
+    Route(["GET"], MODEL, Handler.model_metadata, "Inputs and outputs", (404,)),
+    Route(["GET"], MODEL + "/ready", Handler.ready, "Ready", (404, 503)),
+    Route(["GET"], MODEL + "/config", Handler.model_configuration, "Triton's configuration", (404,)),
+    Route(["GET"], MODEL + "/stats", Handler.model_statistics, "Statistics", (404,)),
+    Route(["POST"], MODEL + "/infer", Handler.v2_infer, "Inference", BUSY, "tensors"),
+    Route(["POST"], "/v2/repository/index", Handler.repository_index, "The models", (413,),
+          content=("application/json", {"type": "array", "items": {"type": "object"}})))}
 OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
 
 

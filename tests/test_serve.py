@@ -210,6 +210,8 @@ def test_pages_and_descriptions(server):
     described = json.loads(ask(server, "GET", "/openapi.json")[2])["paths"]
     assert len(described) == 16 and "/v2/models/{name}/infer" in described
     assert ask(server, "GET", "/")[2].count(b"http://") == 0  # no outside resource
+    assert json.loads(ask(server, "GET", "/v2/health/ready")[2]) == {"live": True, "ready": True}
+    assert json.loads(ask(server, "GET", "/v2/models/int8/ready")[2]) == {"name": "int8", "ready": True}
 
 
 def test_schemathesis(server, tmp_path):
@@ -594,9 +596,9 @@ def bare():
 
 
 def test_an_error_of_our_own_is_no_fault_of_the_request(bare, monkeypatch, capsys):
-    def route(self, match):
+    def answer(self, model):
         raise ValueError("ours")
-    monkeypatch.setattr(serve, "ROUTES", [("GET", "/", route)])
+    monkeypatch.setattr(serve, "ROUTES", {re.compile("/"): serve.Route(["GET"], "/", answer, "")})
     status, _, answer = ask(bare.server_address[1], "GET", "/")
     assert status == 500 and b"inside the server" in answer and "ValueError: ours" in capsys.readouterr().err
 
