@@ -23,12 +23,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
 import select
 import signal
 import socket
+import socketserver
 import ssl
 import sys
 import threading
@@ -52,6 +54,7 @@ from resnet50 import (
     add_model_args,
     between,
     device_name,
+    find_device,
     fuse,
     load_some_model,
     predict,
@@ -1181,8 +1184,8 @@ ROUTES = {re.compile(route.path.replace(".", r"\.").format(**PLACES)): route for
 OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
 
 
-class Server(http.server.ThreadingHTTPServer):
-    request_queue_size, daemon_threads, block_on_close = 1024, True, False
+class Server(socketserver.ThreadingTCPServer):
+    request_queue_size, daemon_threads, block_on_close, allow_reuse_address = 1024, True, False, True
 
     def __init__(self, args, models):
         self.args, self.models, self.draining = args, models, False
@@ -1193,18 +1196,15 @@ class Server(http.server.ThreadingHTTPServer):
         self.keys = read_keys(args.api_key_file)
         self.tls = read_tls(args)
         self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
-        self.allow_reuse_port = args.processes > 1
         try:
             super().__init__((args.host, args.port), Handler)
         except OSError as error:
             raise UserError(f"--host {args.host} --port {args.port}: {error.strerror or error}", 2) from error
 
-    def server_bind(self):  # without the look-up of a name that HTTPServer makes
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if self.allow_reuse_port:
+    def server_bind(self):
+        if self.args.processes > 1:  # allow_reuse_port does it from Python 3.11 on
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        super().server_bind()
 
     def process_request(self, request, client_address):
         with self.lock:
@@ -1394,15 +1394,6 @@ def check_args(args):
             say(f"only {args.max_connections} connections: the system allows {files} open files (ulimit -n)")
 
 
-def check_devices(devices):
-    """In the process that serves: CUDA that its parent has started does not survive a fork."""
-    for device in devices:
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}", 2) from error
-
-
 def reload(models):
     """Changed checkpoints; a bad one is told, and the network that serves goes on."""
     for name, model in models.items():
@@ -1443,7 +1434,8 @@ def arriving(numbers):
 def serve(args):
     """One process, until SIGTERM or SIGINT"""
     with arriving([signal.SIGHUP]) as signals:  # files that change after they were read are read again
-        check_devices(args.devices)
+        for device in args.devices:  # here, as CUDA that a parent has started does not survive a fork
+            find_device(device)
         if args.threads or args.processes > 1:
             torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // args.processes))
         models = open_models(args)
@@ -1459,48 +1451,32 @@ def serve(args):
         server.drain()
 
 
+def child(args):
+    """One of --processes. It puts away its parent's ways before a signal gets through."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: nobody serves on without the parent
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it has read nothing yet
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    run_script(serve, args, "serve.py")
+
+
 def supervise(args):
     """--processes: each child listens on the port itself; one that dies is replaced. Signals go on to all."""
-    children, stopping = set(), []
+    children, stopping = [], False
 
     def forward(number):
-        if number != signal.SIGHUP:
-            stopping.append(number)
-        for pid in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        for process in children:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
 
     def spawn():
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has put away its parent's ways
-        pid = os.fork()
-        if pid:
-            children.add(pid)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
-        code = 1
-        try:
-            with contextlib.suppress(OSError, AttributeError):
-                ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: nobody serves on without the parent
-            signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
-                signal.signal(number, signal.SIG_DFL)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it has read nothing yet
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            run_script(serve, args, "serve.py")
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code)
-
-    def ended():
-        """Processes that have ended since, and how"""
-        while children:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            children.discard(pid)
-            yield pid, status
+        children.append(multiprocessing.get_context("fork").Process(target=child, args=(args,)))
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        children[-1].start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:  # children share the port with whoever asks for that, also with another server's
@@ -1512,14 +1488,17 @@ def supervise(args):
             spawn()
         while children:
             if (number := next(signals)) != signal.SIGCHLD:
+                stopping = stopping or number != signal.SIGHUP
                 forward(number)
-            for pid, status in ended():
-                if not stopping:
-                    if code := os.WIFEXITED(status) and os.WEXITSTATUS(status):  # it could not start, nor could another
-                        forward(signal.SIGTERM)
-                        raise UserError(f"a process ended by itself with status {code}", code)
-                    say(f"process {pid} died; another takes its place")
-                    spawn()
+            for process in [p for p in children if p.exitcode is not None]:
+                children.remove(process)
+                if stopping:
+                    continue
+                if process.exitcode > 0:  # it could not start, nor could another
+                    forward(signal.SIGTERM)
+                    raise UserError(f"a process ended by itself with status {process.exitcode}", process.exitcode)
+                say(f"process {process.pid} died; another takes its place")
+                spawn()
 
 
 def main(args):
