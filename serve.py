@@ -13,6 +13,7 @@ strangers reach it (README.md says what for).
 """
 import argparse
 import base64
+import bisect
 import concurrent.futures
 import contextlib
 import ctypes
@@ -65,7 +66,7 @@ DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.p
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")  # what files begin with and pixels hardly ever
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
-TYPES = {"UINT8": np.uint8, "FP32": np.float32}  # of pixels
+TYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}  # of pixels
 EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository",
               "parameters"]
 VERSION = "1"
@@ -99,16 +100,14 @@ class Histogram:
         self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
 
     def add(self, value):
-        self.counts[next((i for i, b in enumerate(self.bounds) if value <= b), len(self.bounds))] += 1
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def lines(self, name, labels):
-        total = 0
-        for bound, count in zip([*self.bounds, "+Inf"], self.counts):
-            total += count
-            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
-        yield f"{name}_sum{{{labels}}} {self.sum:.9g}"
-        yield f"{name}_count{{{labels}}} {total}"
+    def samples(self, label):
+        """-> [(what follows the metric's name, value)]"""
+        totals = list(itertools.accumulate(self.counts))
+        return [*((f'_bucket{{{label},le="{bound}"}}', n) for bound, n in zip([*self.bounds, "+Inf"], totals)),
+                (f"_sum{{{label}}}", f"{self.sum:.9g}"), (f"_count{{{label}}}", totals[-1])]
 
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -123,17 +122,16 @@ class Statistics:
     def __init__(self):
         self.lock = threading.Lock()
         self.count, self.ns, self.images, self.last = Counter(), Counter(), 0, 0
-        self.batches = {}  # size -> [count, ns]
-        self.latency, self.waited, self.sizes = Histogram(SECONDS), Histogram(SECONDS), Histogram(SIZES)
+        self.batches, self.batch_ns = Counter(), Counter()  # by size
+        self.request_seconds, self.queue_seconds, self.batch_size = map(Histogram, (SECONDS, SECONDS, SIZES))
 
     def batch(self, size, seconds, waits):
         with self.lock:
-            entry = self.batches.setdefault(size, [0, 0])
-            entry[0] += 1
-            entry[1] += int(seconds * 1e9)
-            self.sizes.add(size)
+            self.batches[size] += 1
+            self.batch_ns[size] += int(seconds * 1e9)
+            self.batch_size.add(size)
             for wait in waits:
-                self.waited.add(wait)
+                self.queue_seconds.add(wait)
 
     def request(self, images, **seconds):
         """seconds: of PARTS that the request went through, success or fail among them"""
@@ -143,19 +141,20 @@ class Statistics:
                 self.ns[part] += int(value * 1e9)
             if "success" in seconds:
                 self.images += images
-                self.latency.add(seconds["success"])
+                self.request_seconds.add(seconds["success"])
             self.last = int(time.time() * 1000)
 
     def triton(self, name):
+        def duration(count, ns):
+            return dict(count=count, ns=ns)
         with self.lock:
-            def duration(count, ns):
-                return dict(count=count, ns=ns)
             return dict(
                 name=name, version=VERSION, last_inference=self.last, inference_count=self.images,
-                execution_count=sum(n for n, _ in self.batches.values()),
+                execution_count=sum(self.batches.values()),
                 inference_stats={p: duration(self.count[p], self.ns[p]) for p in self.PARTS},
-                batch_stats=[dict(batch_size=size, compute_input=duration(n, 0), compute_infer=duration(n, ns),
-                                  compute_output=duration(n, 0)) for size, (n, ns) in sorted(self.batches.items())])
+                batch_stats=[dict(batch_size=size, compute_input=duration(n, 0),
+                                  compute_infer=duration(n, self.batch_ns[size]), compute_output=duration(n, 0))
+                             for size, n in sorted(self.batches.items())])
 
 
 # ------------------------------------------------------------------------------------------------------- engine
@@ -358,21 +357,18 @@ def decode(network, encoded, args, gate):
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
+        if width * height > args.max_pixels:
+            raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
+        with gate:
+            return network.transform.encoded(encoded, FORMATS, args.exif, 0 if args.full_decode else 2).permute(2, 0, 1)
+    except Refusal:
+        raise
     except Image.UnidentifiedImageError:
         raise Refusal(400, f"not an image in any of {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError:
-        raise Refusal(413, f"the image has more than {args.max_pixels} pixels") from None
+    except ValueError as error:  # data.decode() says what is wrong
+        raise Refusal(400, str(error)[:200]) from None
     except Exception as error:  # decoders raise nearly everything on damaged headers
         raise Refusal(400, f"damaged image: {type(error).__name__}") from None
-    if width * height > args.max_pixels:
-        raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
-    with gate:
-        try:
-            return network.transform.encoded(encoded, FORMATS, args.exif, 0 if args.full_decode else 2).permute(2, 0, 1)
-        except ValueError as error:
-            raise Refusal(400, str(error)[:200]) from None
-        except Exception as error:
-            raise Refusal(400, f"the image cannot be decoded: {type(error).__name__}") from None
 
 
 # --------------------------------------------------------------------------------------------- the wire, strictly
@@ -514,13 +510,10 @@ def read_json(text):
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
     try:
-        depth = deepest = 0
         bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # so that strings end at the next quote: linear time
         bare = re.sub(rb'"[^"]*"?', b"", bare)
-        for bracket in re.findall(rb"[\[\]{}]", bare):
-            depth += 1 if bracket in b"[{" else -1
-            deepest = max(deepest, depth)
-        if deepest > DEPTH:
+        steps = (1 if bracket in b"[{" else -1 for bracket in re.findall(rb"[\[\]{}]", bare))
+        if max(itertools.accumulate(steps), default=0) > DEPTH:
             raise ValueError(f"nested deeper than {DEPTH}")
         value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
@@ -547,8 +540,7 @@ def read_form(body, content_type, most):
         disposition = re.search(rb"(?im)^content-disposition:\s*form-data;(.*)$", head)
         if not separator or not disposition:
             raise Refusal(400, "a part of the form has no Content-Disposition")
-        if re.search(rb'\bname="?image(\[\])?"?(\s*;|\s*$)', disposition[1]) \
-                or re.search(rb"\bfilename\*?=", disposition[1]):
+        if re.search(rb'\b(name="?image(\[\])?"?\s*(;|$)|filename\*?=)', disposition[1]):
             found.append(content)
     if not found:
         raise Refusal(400, "the form has no field named image")
@@ -618,9 +610,9 @@ def read_input(network, request, tail, limit):
         return binary_strings(tail, shape[0]) if size is not None else json_strings(tensor.get("data"), shape[0])
     count = math.prod(shape)
     if size is not None:
-        if size != count * np.dtype(TYPES[kind]).itemsize:
+        if size != count * TYPES[kind].itemsize:
             raise Refusal(400, f"binary_data_size of {name} does not fit its shape")
-        values = np.frombuffer(tail, np.dtype(TYPES[kind]).newbyteorder("<"))
+        values = np.frombuffer(tail, TYPES[kind])
     else:
         values = json_numbers(tensor.get("data"), count, kind)
     values = torch.from_numpy(values.reshape(shape).copy())
@@ -704,16 +696,13 @@ def infer_response(name, classes, request, outputs, logits):
             best = values.topk(top, 1)
             strings = [f"{v:f}:{i}:{classes[i]}" for row in zip(best.values.tolist(), best.indices.tolist())
                        for v, i in zip(*row)]
-            entry = dict(name=output, datatype="BYTES", shape=[len(values), top])
-            raw = b"".join(len(s).to_bytes(4, "little") + s for s in map(str.encode, strings)) if binary else None
-        else:
-            entry = dict(name=output, datatype="FP32", shape=list(values.shape))
-            strings, raw = None, values.numpy().astype("<f4").tobytes() if binary else None
+        entry = dict(name=output, datatype="BYTES" if top else "FP32", shape=[len(values), top or values.shape[1]])
         if binary:
-            entry["parameters"] = {"binary_data_size": len(raw)}
-            tails.append(raw)
+            tails.append(b"".join(len(s).to_bytes(4, "little") + s for s in map(str.encode, strings)) if top else
+                         values.numpy().astype("<f4").tobytes())
+            entry["parameters"] = {"binary_data_size": len(tails[-1])}
         else:
-            entry["data"] = strings if strings is not None else values.flatten().tolist()
+            entry["data"] = strings if top else values.flatten().tolist()
         entries.append(entry)
     answer = dict(model_name=name, model_version=VERSION, outputs=entries)
     if request and "id" in request:
@@ -990,11 +979,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, headers, body, keep):
         accepted = self.headers.get("accept-encoding", "") if len(body) > 1024 else ""
-        for encoding in ("gzip", "deflate"):
+        for encoding, compress in (("gzip", gzip.compress), ("deflate", zlib.compress)):
             if re.search(rf"\b{encoding}\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted):
-                stream = zlib.compressobj(1, zlib.DEFLATED, 31 if encoding == "gzip" else 15)
-                body = stream.compress(body) + stream.flush()
-                headers = {**headers, "Content-Encoding": encoding, "Vary": "Accept-Encoding"}
+                body, headers = compress(body, 1), {**headers, "Content-Encoding": encoding, "Vary": "Accept-Encoding"}
                 break
         head = [f"HTTP/1.1 {status} {self.responses.get(status, ('Unknown',))[0]}", f"Date: {self.date_time_string()}",
                 *(f"{k}: {v}" for k, v in headers.items()), f"Content-Length: {len(body)}",
@@ -1209,9 +1196,8 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request(self, request, client_address):
         with self.lock:
             full = len(self.handlers) >= self.args.max_connections
-            if full:
-                self.refused += 1
-            else:
+            self.refused += full
+            if not full:
                 self.handlers[request] = None
         if full:
             body = b'{"error": "too many connections"}'
@@ -1254,29 +1240,27 @@ class Server(socketserver.ThreadingTCPServer):
         """Prometheus' text format, 0.0.4"""
         with self.lock:
             answers, connections, refused = dict(self.answers), len(self.handlers), self.refused
+        models = [(f'model="{name}"', model) for name, model in self.models.items()]
         lines = []
 
-        def family(name, kind, text, *samples):
-            lines.extend([f"# HELP resnet50_{name} {text}", f"# TYPE resnet50_{name} {kind}", *samples])
+        def family(name, kind, text, samples):
+            lines.extend([f"# HELP resnet50_{name} {text}", f"# TYPE resnet50_{name} {kind}",
+                          *(f"resnet50_{name}{more} {value}" for more, value in samples)])
         family("requests_total", "counter", "Answers by HTTP status.",
-               *(f'resnet50_requests_total{{code="{code}"}} {n}' for code, n in sorted(answers.items())))
-        family("connections", "gauge", "Open connections.", f"resnet50_connections {connections}")
-        family("connections_refused_total", "counter", "Connections beyond --max-connections.",
-               f"resnet50_connections_refused_total {refused}")
-        family("uptime_seconds", "gauge", "Since the start.", f"resnet50_uptime_seconds {time.time() - self.since:.3f}")
-        models = [(f'model="{name}"', model) for name, model in self.models.items()]
+               [(f'{{code="{code}"}}', n) for code, n in sorted(answers.items())])
+        family("connections", "gauge", "Open connections.", [("", connections)])
+        family("connections_refused_total", "counter", "Connections beyond --max-connections.", [("", refused)])
+        family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.time() - self.since:.3f}")])
         family("images_total", "counter", "Images answered.",
-               *(f"resnet50_images_total{{{label}}} {m.statistics.images}" for label, m in models))
-        family("queue_images", "gauge", "Images that wait.",
-               *(f"resnet50_queue_images{{{label}}} {m.images}" for label, m in models))
-        for name, text, attribute in (("request_seconds", "Requests answered with success.", "latency"),
-                                      ("queue_seconds", "Waiting for a batch.", "waited"),
-                                      ("batch_size", "Images per batch.", "sizes")):
+               [(f"{{{label}}}", m.statistics.images) for label, m in models])
+        family("queue_images", "gauge", "Images that wait.", [(f"{{{label}}}", m.images) for label, m in models])
+        for name, text in (("request_seconds", "Requests answered with success."),
+                           ("queue_seconds", "Waiting for a batch."), ("batch_size", "Images per batch.")):
             samples = []
             for label, m in models:
                 with m.statistics.lock:
-                    samples += getattr(m.statistics, attribute).lines(f"resnet50_{name}", label)
-            family(name, "histogram", text, *samples)
+                    samples += getattr(m.statistics, name).samples(label)
+            family(name, "histogram", text, samples)
         return "\n".join(lines) + "\n"
 
 
@@ -1383,7 +1367,7 @@ def check_args(args):
         raise UserError("--processes needs a --port", 2)
     if not args.host:
         raise UserError("--host is empty; 0.0.0.0 or :: is every interface", 2)
-    Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow's own limit would come first
+    Image.MAX_IMAGE_PIXELS = None  # decode() has a limit, and Pillow's own would come first
     spare = 64  # files beside the connections: the listening socket, checkpoints, what Python opens
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < args.max_connections + spare:

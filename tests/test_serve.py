@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -233,6 +234,7 @@ def test_metrics_are_prometheus(server):
     buckets = [int(n) for n in re.findall(r'request_seconds_bucket\{model="float",le="[^"]+"\} (\d+)', text)]
     count = int(re.search(r'request_seconds_count\{model="float"\} (\d+)', text)[1])
     assert buckets == sorted(buckets) and buckets[-1] == count > 0
+    assert re.search(r'batch_size_bucket\{model="float",le="1"\} [1-9]', text)  # bounds are of their buckets
 
 
 # ------------------------------------------------------------------------------------- Open Inference Protocol
@@ -489,6 +491,7 @@ def test_a_connection_is_kept_and_nothing_runs_into_the_next_request(server):
     (picture("JPEG")[:-100], 400, "cut short"), (picture("PNG")[:-80], 400, "damaged"),
     (picture("TIFF"), 400, "not an image in any of"), (picture("PPM"), 400, "not an image"),
     (picture("JPEG", (600, 500)), 413, "600 x 500 pixels"),
+    (struct.pack("<2s5I4H6I", b"BM", 54, 0, 54, 40, 30000, 20000, 0, 1, 24, *[0] * 6), 413, "30000 x 20000 pixels"),
     (b"%PDF-1.4", 400, "not an image")], ids=lambda v: repr(v)[:30])
 def test_wrong_images(server, body, status, text):
     found, _, answer = ask(server, "POST", "/predict", body)
