@@ -760,21 +760,19 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>ResNet-50</title><link rel="icon" href="data:,">
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem; color: #222;
-  background: #fff }
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 60rem; padding: 1rem }
 #drop { border: 2px dashed #888; border-radius: .5rem; padding: 1.5rem; text-align: center; cursor: pointer }
 #drop:focus-visible, #drop.over { border-color: #06c; outline: 3px solid #9cf }
 #result { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1rem 0 }
 #picture { max-width: min(100%, 20rem); max-height: 20rem; object-fit: contain }
 #bars { flex: 1 1 16rem; list-style: none; margin: 0; padding: 0 }
 #bars li { position: relative; margin: .25rem 0; padding: .15rem .5rem; z-index: 0; overflow-wrap: anywhere }
-#bars li span { position: absolute; inset: 0; right: auto; background: #bcdcff; z-index: -1; border-radius: .2rem }
+#bars li span { position: absolute; inset: 0; right: auto; background: #06c4; z-index: -1; border-radius: .2rem }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem }
 figure { margin: 0 }
-svg { width: 100%; height: 4rem; background: #f4f4f4 } figcaption { font-size: .85rem; color: #555 }
-#error { color: #a00 } input { position: absolute; opacity: 0; width: 1px; height: 1px }
-@media (prefers-color-scheme: dark) { body { background: #181818; color: #eee } #bars li span { background: #14508c }
-svg { background: #262626 } figcaption { color: #aaa } #error { color: #f88 } }
+svg { width: 100%; height: 4rem; background: #8882 } figcaption { font-size: .85rem; opacity: .7 }
+#error { color: light-dark(#a00, #f88) } input { position: absolute; opacity: 0; width: 1px; height: 1px }
 </style></head><body>
 <h1>ResNet-50</h1>
 <div id="drop" role="button" tabindex="0" aria-label="Choose an image">
@@ -820,32 +818,33 @@ document.ondragover = e => { e.preventDefault(); $("drop").classList.add("over")
 document.ondragleave = () => $("drop").classList.remove("over");
 document.ondrop = e => { e.preventDefault(); $("drop").classList.remove("over"); take(e.dataTransfer.files); };
 document.onpaste = e => take(e.clipboardData.files);
-const charts = ["images per second", "images per batch", "milliseconds per request"].map(title => {
+const charts = [  // of what is between two polls: the one over the other
+  ["images per second", "images_total", "uptime_seconds", 1],
+  ["images per batch", "batch_size_sum", "batch_size_count", 1],
+  ["milliseconds per request", "request_seconds_sum", "request_seconds_count", 1000],
+].map(([title, over, under, scale]) => {
   const figure = document.createElement("figure");
   figure.innerHTML = `<svg viewBox="0 0 60 10" preserveAspectRatio="none" aria-hidden="true"><polyline fill="none"
     stroke="#06c" stroke-width=".3"/></svg><figcaption></figcaption>`;
   $("charts").append(figure);
-  return {title, values: [], line: figure.querySelector("polyline"), caption: figure.querySelector("figcaption")};
+  return {title, over, under, scale, values: [], line: figure.querySelector("polyline"),
+    caption: figure.querySelector("figcaption")};
 });
 let last;
 async function poll() {
   try {
-    const answer = await fetch("metrics"), text = await answer.text(), now = {time: performance.now()};
+    const answer = await fetch("metrics"), text = await answer.text();
     if (!answer.ok) throw new Error(text);  // a proxy may keep them to itself: no charts, instead of zeros
-    const sum = name => [...text.matchAll(new RegExp(`^resnet50_${name}{.*} (.*)$`, "gm"))]
+    const sum = name => [...text.matchAll(new RegExp(`^resnet50_${name}(?:{.*})? (.*)$`, "gm"))]
       .reduce((s, m) => s + +m[1], 0);
-    for (const name of ["images_total", "batch_size_sum", "batch_size_count", "request_seconds_sum",
-      "request_seconds_count"]) now[name] = sum(name);
-    if (last) {
-      const d = name => now[name] - last[name], ratio = (a, b) => b ? a / b : 0;
-      [1000 * d("images_total") / d("time"), ratio(d("batch_size_sum"), d("batch_size_count")),
-        1000 * ratio(d("request_seconds_sum"), d("request_seconds_count"))].forEach((value, i) => {
-        const chart = charts[i], top = Math.max(1e-9, ...chart.values, value);
-        chart.values = [...chart.values, value].slice(-60);
-        chart.line.setAttribute("points", chart.values.map((v, x) => `${x},${9.8 - 9.6 * v / top}`).join(" "));
-        chart.caption.textContent = `${chart.title}: ${value.toFixed(1)} (a minute's most: ${top.toFixed(1)})`;
-      });
-    }
+    const now = charts.map(chart => [sum(chart.over), sum(chart.under)]);
+    if (last) charts.forEach((chart, i) => {
+      const [over, under] = [0, 1].map(k => now[i][k] - last[i][k]), value = under ? chart.scale * over / under : 0;
+      const top = Math.max(1e-9, ...chart.values, value);
+      chart.values = [...chart.values, value].slice(-60);
+      chart.line.setAttribute("points", chart.values.map((v, x) => `${x},${9.8 - 9.6 * v / top}`).join(" "));
+      chart.caption.textContent = `${chart.title}: ${value.toFixed(1)} (a minute's most: ${top.toFixed(1)})`;
+    });
     last = now;
   } catch (error) { last = undefined; }
   setTimeout(poll, 1000);
