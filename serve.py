@@ -229,11 +229,14 @@ class Model:
                        enough)
 
     def reload(self):
-        """Whether the file had changed. What was there serves until the new network is warm, and on if it is bad."""
-        if stamp_of(self.network.path) == self.network.stamp:
-            return False
-        self.network = self.load(self.network.path)
-        return True
+        """A changed file. What was there serves until the new network is warm, and on if it is bad."""
+        told = "unchanged"
+        if stamp_of(self.network.path) != self.network.stamp:
+            try:
+                self.network, told = self.load(self.network.path), "reloaded"
+            except Exception as error:  # whatever is wrong with the file, the server stays up
+                told = f"NOT reloaded: {error}"
+        say(f"{self.name}: {told}")
 
     @contextlib.contextmanager
     def expecting(self, images, deadline):
@@ -896,7 +899,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one(self):
         """One request and its answer. -> whether the connection goes on"""
         self.idle, self.body, self.ticket = True, b"", None  # who is quiet holds no memory
-        if self.server.closing:
+        if self.server.fileno() < 0:  # closed by drain(): nothing that has not begun is answered any more
             return False
         self.stream.deadline = time.monotonic() + self.args.idle_timeout
         if not self.stream.buffer:
@@ -946,10 +949,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, self.query = urllib.parse.unquote(path), dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         asked = "GET" if self.method == "HEAD" else self.method
         body = "transfer-encoding" in self.headers or int(self.headers.get("content-length", 0)) > 0
-        found = [(route, match) for pattern, route in ROUTES.items() if (match := pattern.fullmatch(path))]
-        if not found:
+        route, match = next(((r, m) for pattern, r in ROUTES.items() if (m := pattern.fullmatch(path))), (None, None))
+        if route is None:
             raise Refusal(404, "nothing is here; /openapi.json lists what is", close=body)
-        route, match = found[0]
         if asked not in route.methods:
             raise Refusal(405, f"{self.method[:20]} is not for this path", close=body, Allow=", ".join(route.methods))
         if self.server.keys and path not in OPEN_PATHS and not self.authorised():
@@ -989,7 +991,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.answers[status] += 1
         if status != 499:
             self.connection.settimeout(self.args.head_timeout + len(body) / 65536)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, EOFError):
                 self.connection.sendall("\r\n".join(head).encode("latin-1") + (b"" if self.method == "HEAD" else body))
                 if not keep:
                     self.part()
@@ -1003,13 +1005,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         would throw away what it has not read yet."""
         self.goodbye()
         self.connection.shutdown(socket.SHUT_WR)  # from here on TLS is read as it comes
-        until, left = time.monotonic() + 1, 1 << 20
-        while left > 0 and (wait := until - time.monotonic()) > 0:
-            self.connection.settimeout(wait)
-            received = self.connection.recv(65536)
-            if not received:
-                return
-            left -= len(received)
+        self.stream.deadline, left = time.monotonic() + 1, 1 << 20
+        while left > 0:
+            self.stream.buffer.clear()
+            self.stream.fill()
+            left -= len(self.stream.buffer)
 
     def alive(self):
         """False when the client has closed its end."""
@@ -1175,7 +1175,6 @@ class Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, args, models):
         self.args, self.models, self.draining = args, models, False
-        self.closing = False  # nothing that has not begun is answered any more
         self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
         self.lock, self.handlers = threading.Condition(), {}
         self.answers, self.refused, self.since = Counter(), 0, time.time()
@@ -1227,7 +1226,6 @@ class Server(socketserver.ThreadingTCPServer):
         time.sleep(self.args.drain_delay)
         self.shutdown()
         self.server_close()  # who comes now is refused at once, and may ask another server
-        self.closing = True
         with self.lock:
             for request, handler in self.handlers.items():
                 if handler is None or handler.idle:
@@ -1377,16 +1375,6 @@ def check_args(args):
             say(f"only {args.max_connections} connections: the system allows {files} open files (ulimit -n)")
 
 
-def reload(models):
-    """Changed checkpoints; a bad one is told, and the network that serves goes on."""
-    for name, model in models.items():
-        try:
-            told = "reloaded" if model.reload() else "unchanged"
-        except Exception as error:  # whatever is wrong with the file, the server stays up
-            told = f"NOT reloaded: {error}"
-        say(f"{name}: {told}")
-
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -1430,7 +1418,8 @@ def serve(args):
         paths = {name: model.network.path for name, model in models.items()}
         say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
         while next(signals) == signal.SIGHUP:
-            reload(models)
+            for model in models.values():
+                model.reload()
         server.drain()
 
 
