@@ -67,9 +67,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")  # what files begin with and pixels hardly ever
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
 TYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}  # of pixels
-EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository",
-              "parameters"]
 VERSION = "1"
+METADATA = dict(name="resnet50", version=VERSION, extensions=[
+    "binary_tensor_data", "classification", "model_configuration", "statistics", "model_repository", "parameters"])
 DEAR = 0.1  # what a batch may cost beside its images, as a share of these
 
 
@@ -864,8 +864,7 @@ def as_json(value, status=200):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. A route's method takes the Model that the path names, or None, and returns (status, headers,
-    body)."""
+    """One connection"""
 
     def setup(self):
         self.connection, self.idle = self.request, True
@@ -909,10 +908,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.method, self.path, self.minor, self.headers, self.images, self.model = "-", "-", 1, {}, 0, None
         try:
             self.method, self.path, self.minor, self.headers = read_head(self.stream)
-            method, match = self.route()
+            function, match = self.route()
             self.read_body()
             self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
-            status, headers, body = method(self, self.named(match))
+            status, headers, body = function(self, self.named(match))
             close = False
         except Refusal as refusal:
             status, headers, body = as_json({"error": refusal.text}, refusal.status)
@@ -943,7 +942,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                compute_output=now - self.inferred)
 
     def route(self):
-        """-> the method that answers, and its pattern's match. All that can be refused before the body is read, is:
+        """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
         what is left of a body unread closes the connection."""
         path, _, query = re.sub("(?i)^https?://[^/?]+/?", "/", self.path).partition("?")  # RFC 9112, 3.2.2
         path, self.query = urllib.parse.unquote(path), dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -1089,15 +1088,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         logits = self.infer(model, network, images)
         return 200, *infer_response(model.name, network.classes, request, outputs, logits)
 
-    def live(self, model):
-        return as_json({"live": True})
-
     def ready(self, model):
         ready = not self.server.draining
         return as_json({**({"name": model.name} if model else {"live": True}), "ready": ready}, 200 if ready else 503)
-
-    def server_metadata(self, model):
-        return as_json(dict(name="resnet50", version=VERSION, extensions=EXTENSIONS))
 
     def model_metadata(self, model):
         size, count = model.network.size, len(model.network.classes)
@@ -1119,14 +1112,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
         chosen = [model] if model else self.server.models.values()
         return as_json(dict(model_stats=[m.statistics.triton(m.name) for m in chosen]))
 
-    def repository_index(self, model):
-        return as_json([dict(name=name, version=VERSION, state="READY", reason="") for name in self.server.models])
-
     def metrics(self, model):
-        return 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, self.server.metrics().encode()
+        """Prometheus' text format, 0.0.4"""
+        server = self.server
+        with server.lock:
+            answers, connections, refused = dict(server.answers), len(server.handlers), server.refused
+        models = [(f'model="{name}"', m) for name, m in server.models.items()]
+        lines = []
 
-    def description(self, model):
-        return as_json(openapi(self.server.models))
+        def family(name, kind, text, samples):
+            lines.extend([f"# HELP resnet50_{name} {text}", f"# TYPE resnet50_{name} {kind}",
+                          *(f"resnet50_{name}{more} {value}" for more, value in samples)])
+        family("requests_total", "counter", "Answers by HTTP status.",
+               [(f'{{code="{code}"}}', n) for code, n in sorted(answers.items())])
+        family("connections", "gauge", "Open connections.", [("", connections)])
+        family("connections_refused_total", "counter", "Connections beyond --max-connections.", [("", refused)])
+        family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.time() - server.since:.3f}")])
+        family("images_total", "counter", "Images answered.",
+               [(f"{{{label}}}", m.statistics.images) for label, m in models])
+        family("queue_images", "gauge", "Images that wait.", [(f"{{{label}}}", m.images) for label, m in models])
+        for name, text in (("request_seconds", "Requests answered with success."),
+                           ("queue_seconds", "Waiting for a batch."), ("batch_size", "Images per batch.")):
+            samples = []
+            for label, m in models:
+                with m.statistics.lock:
+                    samples += getattr(m.statistics, name).samples(label)
+            family(name, "histogram", text, samples)
+        return 200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, ("\n".join(lines) + "\n").encode()
 
     def page(self, model):
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; " \
@@ -1137,7 +1149,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Route(NamedTuple):
     methods: list
     path: str  # {name} of a model; {version} and {slash} may be missing
-    answer: Callable
+    answer: Callable  # Handler, Model that the path names or None -> (status, headers, body)
     summary: str  # this and all that follows: for openapi()
     errors: tuple = ()
     body: str | None = None
@@ -1155,9 +1167,9 @@ ROUTES = {re.compile(route.path.replace(".", r"\.").format(**PLACES)): route for
           "Classes of an encoded image, or of a form's", BUSY, "images"),
     Route(["GET"], "/healthz", Handler.ready, "Whether requests are welcome", (503,)),
     Route(["GET"], "/metrics", Handler.metrics, "Prometheus", content=("text/plain", {"type": "string"})),
-    Route(["GET"], "/openapi.json", Handler.description, "This"),
-    Route(["GET"], "/v2{slash}", Handler.server_metadata, "The server"),
-    Route(["GET"], "/v2/health/live", Handler.live, "Alive"),
+    Route(["GET"], "/openapi.json", lambda handler, model: as_json(openapi(handler.server.models)), "This"),
+    Route(["GET"], "/v2{slash}", lambda handler, model: as_json(METADATA), "The server"),
+    Route(["GET"], "/v2/health/live", lambda handler, model: as_json({"live": True}), "Alive"),
     Route(["GET"], "/v2/health/ready", Handler.ready, "Ready", (503,)),
     Route(["GET"], "/v2/models/stats", Handler.model_statistics, "Statistics of all models"),
     Route(["GET"], MODEL, Handler.model_metadata, "Inputs and outputs", (404,)),
@@ -1165,8 +1177,9 @@ ROUTES = {re.compile(route.path.replace(".", r"\.").format(**PLACES)): route for
     Route(["GET"], MODEL + "/config", Handler.model_configuration, "Triton's configuration", (404,)),
     Route(["GET"], MODEL + "/stats", Handler.model_statistics, "Statistics", (404,)),
     Route(["POST"], MODEL + "/infer", Handler.v2_infer, "Inference", BUSY, "tensors"),
-    Route(["POST"], "/v2/repository/index", Handler.repository_index, "The models", (413,),
-          content=("application/json", {"type": "array", "items": {"type": "object"}})))}
+    Route(["POST"], "/v2/repository/index", lambda handler, model: as_json(
+              [dict(name=name, version=VERSION, state="READY", reason="") for name in handler.server.models]),
+          "The models", (413,), content=("application/json", {"type": "array", "items": {"type": "object"}})))}
 OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
 
 
@@ -1232,33 +1245,6 @@ class Server(socketserver.ThreadingTCPServer):
                     with contextlib.suppress(OSError):  # not SSLSocket.shutdown, after which it would say no goodbye
                         socket.socket.shutdown(handler.connection if handler else request, socket.SHUT_RD)
             self.lock.wait_for(lambda: not self.handlers, self.args.drain_timeout)
-
-    def metrics(self):
-        """Prometheus' text format, 0.0.4"""
-        with self.lock:
-            answers, connections, refused = dict(self.answers), len(self.handlers), self.refused
-        models = [(f'model="{name}"', model) for name, model in self.models.items()]
-        lines = []
-
-        def family(name, kind, text, samples):
-            lines.extend([f"# HELP resnet50_{name} {text}", f"# TYPE resnet50_{name} {kind}",
-                          *(f"resnet50_{name}{more} {value}" for more, value in samples)])
-        family("requests_total", "counter", "Answers by HTTP status.",
-               [(f'{{code="{code}"}}', n) for code, n in sorted(answers.items())])
-        family("connections", "gauge", "Open connections.", [("", connections)])
-        family("connections_refused_total", "counter", "Connections beyond --max-connections.", [("", refused)])
-        family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.time() - self.since:.3f}")])
-        family("images_total", "counter", "Images answered.",
-               [(f"{{{label}}}", m.statistics.images) for label, m in models])
-        family("queue_images", "gauge", "Images that wait.", [(f"{{{label}}}", m.images) for label, m in models])
-        for name, text in (("request_seconds", "Requests answered with success."),
-                           ("queue_seconds", "Waiting for a batch."), ("batch_size", "Images per batch.")):
-            samples = []
-            for label, m in models:
-                with m.statistics.lock:
-                    samples += getattr(m.statistics, name).samples(label)
-            family(name, "histogram", text, samples)
-        return "\n".join(lines) + "\n"
 
 
 def read_keys(path):
