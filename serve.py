@@ -751,9 +751,9 @@ def openapi(models):
         kind, schema = route.content
         answers = {"200": {"description": "Success", "content": {kind: {"schema": schema}}},
                    **{str(status): error for status in (400, 401, *route.errors)}}
-        return {"summary": route.summary, "responses": answers,
+        return {"summary": route.summary,
                 "parameters": [name] * ("{name}" in route.path) + [topk] * (route.body == "images"),
-                **({"requestBody": bodies[route.body]} if route.body else {})}
+                "responses": answers, **({"requestBody": bodies[route.body]} if route.body else {})}
     paths = {route.path.format(name="{name}", version="", slash=""):
              {method.lower(): operation(route) for method in route.methods} for route in ROUTES.values()}
     return {"openapi": "3.1.0", "info": {"title": "ResNet-50", "version": VERSION}, "paths": paths}
