@@ -83,6 +83,12 @@ class Refusal(Exception):
         self.headers = {k.replace("_", "-"): v for k, v in headers.items()}
 
 
+def require(condition, text):
+    """400 with this text where a request does not hold what it has to"""
+    if not condition:
+        raise Refusal(400, text)
+
+
 def say(text, to="stderr"):
     """A line, in one piece whatever other threads and processes print. Answers go on when nobody reads it any more."""
     with contextlib.suppress(OSError, AttributeError):
@@ -355,8 +361,7 @@ def stamp_of(path):
 
 def decode(network, encoded, args, gate):
     """Encoded bytes -> uint8 (3, crop, crop). The size is looked at before any pixel is decoded."""
-    if not encoded:
-        raise Refusal(400, "the image is empty")
+    require(encoded, "the image is empty")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
@@ -521,32 +526,28 @@ def read_json(text):
         value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the JSON cannot be read: {str(error)[:100]}") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, "the JSON is no object")
+    require(isinstance(value, dict), "the JSON is no object")
     return value
 
 
 def read_form(body, content_type, most):
     """multipart/form-data of up to `most` parts -> contents of those named image and of those that are files"""
     match = re.search(r'(?i:boundary)=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', content_type)
-    if not match:
-        raise Refusal(400, "multipart without a boundary")
+    require(match, "multipart without a boundary")
     edge = b"--" + (match[1] or match[2]).encode("latin-1")
     pieces = (b"\r\n" + body).split(b"\r\n" + edge, most + 3)  # the first is what RFC 2046 calls the preamble
     if len(pieces) > most + 2:
         raise Refusal(413, f"more than {most} parts")
-    if len(pieces) < 3 or not pieces[-1].startswith(b"--"):
-        raise Refusal(400, "the multipart body does not have and end with its boundary")
+    require(len(pieces) >= 3 and pieces[-1].startswith(b"--"),
+            "the multipart body does not have and end with its boundary")
     found = []
     for piece in pieces[1:-1]:
         head, separator, content = piece.partition(b"\r\n\r\n")
         disposition = re.search(rb"(?im)^content-disposition:\s*form-data;(.*)$", head)
-        if not separator or not disposition:
-            raise Refusal(400, "a part of the form has no Content-Disposition")
+        require(separator and disposition, "a part of the form has no Content-Disposition")
         if re.search(rb'\b(name="?image(\[\])?"?\s*(;|$)|filename\*?=)', disposition[1]):
             found.append(content)
-    if not found:
-        raise Refusal(400, "the form has no field named image")
+    require(found, "the form has no field named image")
     return found
 
 
@@ -557,8 +558,8 @@ def split_binary(body, headers):
     length = headers.get("inference-header-content-length")
     if length is None:
         return read_json(body), b""
-    if not re.fullmatch("[0-9]{1,12}", length) or int(length) > len(body):
-        raise Refusal(400, "Inference-Header-Content-Length lies outside the body")
+    require(re.fullmatch("[0-9]{1,12}", length) and int(length) <= len(body),
+            "Inference-Header-Content-Length lies outside the body")
     if int(length) == 0:  # the body is the only input, a batch of one, and so shall the answer be
         return None, body
     return read_json(body[:int(length)]), body[int(length):]
@@ -566,15 +567,13 @@ def split_binary(body, headers):
 
 def flag(parameters, name, default):
     value = parameters.get(name, default)
-    if not isinstance(value, bool):
-        raise Refusal(400, f"parameter {name} is no boolean")
+    require(isinstance(value, bool), f"parameter {name} is no boolean")
     return value
 
 
 def parameters_of(item):
     parameters = item.get("parameters", {})
-    if not isinstance(parameters, dict):
-        raise Refusal(400, "parameters is no object")
+    require(isinstance(parameters, dict), "parameters is no object")
     return parameters
 
 
@@ -585,43 +584,37 @@ def read_input(network, request, tail, limit):
     pixels  UINT8 (n, 3, H, W); or FP32, normalised by the network's mean and deviation, taken to the nearest pixel
     image   BYTES (n) or (n, 1): encoded images"""
     inputs = request.get("inputs")
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise Refusal(400, "inputs must be a list of one tensor")
+    require(isinstance(inputs, list) and len(inputs) == 1 and isinstance(inputs[0], dict),
+            "inputs must be a list of one tensor")
     tensor, parameters = inputs[0], parameters_of(inputs[0])
     name, kind, shape = (tensor.get(key) for key in ("name", "datatype", "shape"))
-    if name not in ("pixels", "image"):
-        raise Refusal(400, "unexpected inference input; expected pixels or image")
-    if kind not in (*TYPES, "BYTES"):
-        raise Refusal(400, f"datatype of {name} must be {', '.join(TYPES)} or BYTES")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2 ** 31 for n in shape):
-        raise Refusal(400, f"shape of {name} must be a list of whole numbers")
-    wanted = (3, network.size, network.size)
+    require(name in ("pixels", "image"), "unexpected inference input; expected pixels or image")
+    require(kind in (*TYPES, "BYTES"), f"datatype of {name} must be {', '.join(TYPES)} or BYTES")
+    require(isinstance(shape, list) and all(type(n) is int and 0 <= n < 2 ** 31 for n in shape),
+            f"shape of {name} must be a list of whole numbers")
     if kind == "BYTES":
-        if len(shape) != 1 and shape[1:] != [1]:
-            raise Refusal(400, f"shape of {name} must be [n] or [n, 1] for BYTES")
-    elif len(shape) != 4 or tuple(shape[1:]) != wanted:
-        raise Refusal(400, f"shape of {name} must be [n, {', '.join(map(str, wanted))}]")
-    if not 1 <= shape[0] <= limit:
-        raise Refusal(400, f"{name}: a request holds 1 to {limit} images")
-    size = parameters.get("binary_data_size")
-    if size is not None:
-        if type(size) is not int or size != len(tail) or "data" in tensor:
-            raise Refusal(400, f"binary_data_size of {name} is not what follows the JSON")
-    elif tail:
-        raise Refusal(400, "bytes follow the JSON that no input claims")
-    if kind == "BYTES":
-        return binary_strings(tail, shape[0]) if size is not None else json_strings(tensor.get("data"), shape[0])
-    count = math.prod(shape)
-    if size is not None:
-        if size != count * TYPES[kind].itemsize:
-            raise Refusal(400, f"binary_data_size of {name} does not fit its shape")
-        values = np.frombuffer(tail, TYPES[kind])
+        require(len(shape) == 1 or shape[1:] == [1], f"shape of {name} must be [n] or [n, 1] for BYTES")
     else:
+        wanted = [3, network.size, network.size]
+        require(shape[1:] == wanted, f"shape of {name} must be [n, {', '.join(map(str, wanted))}]")
+    require(1 <= shape[0] <= limit, f"{name}: a request holds 1 to {limit} images")
+    size = parameters.get("binary_data_size")
+    if size is None:
+        require(not tail, "bytes follow the JSON that no input claims")
+    else:
+        require(type(size) is int and size == len(tail) and "data" not in tensor,
+                f"binary_data_size of {name} is not what follows the JSON")
+    if kind == "BYTES":
+        return json_strings(tensor.get("data"), shape[0]) if size is None else binary_strings(tail, shape[0])
+    count = math.prod(shape)
+    if size is None:
         values = json_numbers(tensor.get("data"), count, kind)
+    else:
+        require(size == count * TYPES[kind].itemsize, f"binary_data_size of {name} does not fit its shape")
+        values = np.frombuffer(tail, TYPES[kind])
     values = torch.from_numpy(values.reshape(shape).copy())
     if kind == "FP32":
-        if not values.isfinite().all():
-            raise Refusal(400, f"{name} holds values that are not finite")
+        require(values.isfinite().all(), f"{name} holds values that are not finite")
         mean, std = (torch.tensor(network.net.preprocess[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
         values = (values * std + mean).round().clamp(0, 255).to(torch.uint8)
     return values
@@ -648,8 +641,7 @@ def json_strings(values, count):
     """BYTES in JSON: text cannot hold an image, so it must be in base64"""
     flat = [v for item in values for v in (item if isinstance(item, list) else [item])] \
         if isinstance(values, list) else []
-    if len(flat) != count or not all(isinstance(v, str) for v in flat):
-        raise Refusal(400, f"data must be {count} strings")
+    require(len(flat) == count and all(isinstance(v, str) for v in flat), f"data must be {count} strings")
     try:
         return [base64.b64decode(v, validate=True) for v in flat]
     except ValueError:
@@ -663,8 +655,7 @@ def binary_strings(tail, count):
         size = int.from_bytes(tail[at:at + 4], "little")
         found.append(tail[at + 4:at + 4 + size])
         at += 4 + size
-    if at != len(tail) or len(found) != count:
-        raise Refusal(400, f"the lengths of {count} BYTES do not fill the binary data")
+    require(at == len(tail) and len(found) == count, f"the lengths of {count} BYTES do not fill the binary data")
     return found
 
 
@@ -674,18 +665,17 @@ def wanted_outputs(request, classes):
         return [("probabilities", True, 0)]
     binary = flag(parameters_of(request), "binary_data_output", False)
     outputs = request.get("outputs", [])
-    if not isinstance(outputs, list) or len(outputs) > 2 or not all(isinstance(o, dict) for o in outputs):
-        raise Refusal(400, "outputs must be a list of probabilities, logits or both")
-    if not isinstance(request.get("id", ""), str) or len(request.get("id", "")) > 1024:
-        raise Refusal(400, "id is no text of up to 1024 characters")
+    require(isinstance(outputs, list) and len(outputs) <= 2 and all(isinstance(o, dict) for o in outputs),
+            "outputs must be a list of probabilities, logits or both")
+    require(isinstance(request.get("id", ""), str) and len(request.get("id", "")) <= 1024,
+            "id is no text of up to 1024 characters")
     found = []
     for output in outputs or [{"name": "probabilities"}]:
         parameters, name = parameters_of(output), output.get("name")
         top = parameters.get("classification", 0)
-        if name not in ("probabilities", "logits") or name in (n for n, _, _ in found):
-            raise Refusal(400, "unexpected inference output; expected probabilities or logits, each once")
-        if type(top) is not int or top < 0:
-            raise Refusal(400, "parameter classification is no whole number")
+        require(name in ("probabilities", "logits") and name not in (n for n, _, _ in found),
+                "unexpected inference output; expected probabilities or logits, each once")
+        require(type(top) is int and top >= 0, "parameter classification is no whole number")
         found.append((name, flag(parameters, "binary_data", binary), min(top, classes)))
     return found
 
@@ -1036,8 +1026,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes); self.ticket, self.decoded and
         self.inferred say what it took and when that was."""
         timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
-        if not re.fullmatch("[0-9]{1,9}", timeout) or int(timeout) < 1:
-            raise Refusal(400, "X-Request-Timeout-Ms is no number of milliseconds")
+        require(re.fullmatch("[0-9]{1,9}", timeout) and int(timeout) >= 1,
+                "X-Request-Timeout-Ms is no number of milliseconds")
         deadline = self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
         begin = time.monotonic()
         with model.expecting(len(images), deadline):
@@ -1055,8 +1045,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def predict(self, model):
         self.model = model = model or next(iter(self.server.models.values()))
         network = model.network
-        if not re.fullmatch("[1-9][0-9]{0,5}", self.query.get("topk", "5")):
-            raise Refusal(400, "topk is no positive number")
+        require(re.fullmatch("[1-9][0-9]{0,5}", self.query.get("topk", "5")), "topk is no positive number")
         top = min(int(self.query.get("topk", 5)), len(network.classes))
         kind = self.headers.get("content-type", "")
         encoded = [self.body]
