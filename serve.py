@@ -427,17 +427,16 @@ class Stream:
         return taken
 
     def fields(self):
-        """Headers or trailers, and the empty line behind -> [(lower-case name, value)]"""
-        found, left = [], HEAD_BYTES
+        """Headers or trailers, and the empty line behind: yields (lower-case name, value)"""
+        left, count = HEAD_BYTES, 0
         while line := self.line(left, "headers", 431):
-            left -= len(line) + 2
-            if len(found) >= HEADERS:
+            left, count = left - len(line) - 2, count + 1
+            if count > HEADERS:
                 raise malformed("too many headers", 431)
             field = FIELD.fullmatch(line)
             if not field:
                 raise malformed("a header is malformed")
-            found.append((field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")))
-        return found
+            yield field[1].decode().lower(), field[2].strip(b" \t").decode("latin-1")
 
     def chunked(self, limit):
         """The body of a Transfer-Encoding: chunked; Refusal 413 beyond `limit` bytes or 65,536 chunks"""
@@ -451,7 +450,7 @@ class Stream:
             if len(body) + size > limit:
                 raise Refusal(413, f"the body is larger than {limit} bytes", close=True)
             if size == 0:
-                self.fields()  # trailers, which nobody here asks for
+                list(self.fields())  # trailers, which nobody here asks for
                 return bytes(body)
             self.deadline += size / 65536  # as a body has whose length is known
             body += self.read(size)
