@@ -33,6 +33,7 @@ import compress
 import data
 import resnet50
 import serve
+from tests.bench.serve import free_port
 from tests.conftest import ROOT
 from tests.fuzz_serve import fuzz, resident
 from tests.test_int8 import build, photographs
@@ -1005,12 +1006,6 @@ def test_keys_and_tls(networks, tls, tmp_path):
         assert not raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1")
     assert secure("/healthz") == 200
     stop(process)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_behind_nginx_as_the_readme_has_it(server, net, tmp_path):
