@@ -564,16 +564,14 @@ def split_binary(body, headers):
     return read_json(body[:int(length)]), body[int(length):]
 
 
-def flag(parameters, name, default):
-    value = parameters.get(name, default)
-    require(isinstance(value, bool), f"parameter {name} is no boolean")
-    return value
-
-
-def parameters_of(item):
+def parameter(item, name, default=None):
+    """-> a parameter of the request or of one of its tensors; of the default's type, where there is one"""
     parameters = item.get("parameters", {})
     require(isinstance(parameters, dict), "parameters is no object")
-    return parameters
+    value = parameters.get(name, default)
+    require(default is None or type(value) is type(default),
+            f"parameter {name} is no {'boolean' if isinstance(default, bool) else 'whole number'}")
+    return value
 
 
 def read_input(network, request, tail, limit):
@@ -585,7 +583,7 @@ def read_input(network, request, tail, limit):
     inputs = request.get("inputs")
     require(isinstance(inputs, list) and len(inputs) == 1 and isinstance(inputs[0], dict),
             "inputs must be a list of one tensor")
-    tensor, parameters = inputs[0], parameters_of(inputs[0])
+    tensor = inputs[0]
     name, kind, shape = (tensor.get(key) for key in ("name", "datatype", "shape"))
     require(name in ("pixels", "image"), "unexpected inference input; expected pixels or image")
     require(kind in (*TYPES, "BYTES"), f"datatype of {name} must be {', '.join(TYPES)} or BYTES")
@@ -597,7 +595,7 @@ def read_input(network, request, tail, limit):
         wanted = [3, network.size, network.size]
         require(shape[1:] == wanted, f"shape of {name} must be [n, {', '.join(map(str, wanted))}]")
     require(1 <= shape[0] <= limit, f"{name}: a request holds 1 to {limit} images")
-    size = parameters.get("binary_data_size")
+    size = parameter(tensor, "binary_data_size")
     if size is None:
         require(not tail, "bytes follow the JSON that no input claims")
     else:
@@ -662,7 +660,7 @@ def wanted_outputs(request, classes):
     """-> [(name, whether binary, classes to name or 0)]"""
     if request is None:
         return [("probabilities", True, 0)]
-    binary = flag(parameters_of(request), "binary_data_output", False)
+    binary = parameter(request, "binary_data_output", False)
     outputs = request.get("outputs", [])
     require(isinstance(outputs, list) and len(outputs) <= 2 and all(isinstance(o, dict) for o in outputs),
             "outputs must be a list of probabilities, logits or both")
@@ -670,12 +668,11 @@ def wanted_outputs(request, classes):
             "id is no text of up to 1024 characters")
     found = []
     for output in outputs or [{"name": "probabilities"}]:
-        parameters, name = parameters_of(output), output.get("name")
-        top = parameters.get("classification", 0)
+        name, top = output.get("name"), parameter(output, "classification", 0)
         require(name in ("probabilities", "logits") and name not in (n for n, _, _ in found),
                 "unexpected inference output; expected probabilities or logits, each once")
-        require(type(top) is int and top >= 0, "parameter classification is no whole number")
-        found.append((name, flag(parameters, "binary_data", binary), min(top, classes)))
+        require(top >= 0, "parameter classification is no whole number")
+        found.append((name, parameter(output, "binary_data", binary), min(top, classes)))
     return found
 
 
