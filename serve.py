@@ -373,6 +373,8 @@ def decode(network, encoded, args, gate):
         raise
     except Image.UnidentifiedImageError:
         raise Refusal(400, f"not an image in any of {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError:
+        raise Refusal(413, f"the image has more than {args.max_pixels} pixels") from None
     except ValueError as error:  # data.decode() says what is wrong
         raise Refusal(400, str(error)[:200]) from None
     except Exception as error:  # decoders raise nearly everything on damaged headers
@@ -1335,7 +1337,7 @@ def check_args(args):
         raise UserError("--processes needs a --port", 2)
     if not args.host:
         raise UserError("--host is empty; 0.0.0.0 or :: is every interface", 2)
-    Image.MAX_IMAGE_PIXELS = None  # decode() has a limit, and Pillow's own would come first
+    Image.MAX_IMAGE_PIXELS = args.max_pixels  # Pillow's own comes first; a WebP that is open holds its pixels already
     spare = 64  # files beside the connections: the listening socket, checkpoints, what Python opens
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < args.max_connections + spare:

@@ -489,7 +489,8 @@ def test_a_connection_is_kept_and_nothing_runs_into_the_next_request(server):
     (picture("JPEG")[:-100], 400, "cut short"), (picture("PNG")[:-80], 400, "damaged"),
     (picture("TIFF"), 400, "not an image in any of"), (picture("PPM"), 400, "not an image"),
     (picture("JPEG", (600, 500)), 413, "600 x 500 pixels"),
-    (struct.pack("<2s5I4H6I", b"BM", 54, 0, 54, 40, 30000, 20000, 0, 1, 24, *[0] * 6), 413, "30000 x 20000 pixels"),
+    (struct.pack("<2s5I4H6I", b"BM", 54, 0, 54, 40, 30000, 20000, 0, 1, 24, *[0] * 6), 413, "more than 250000"),
+    (struct.pack("<4sI8sI4s4B", b"RIFF", 22, b"WEBPVP8X", 10, bytes(4), 255, 63, 0, 255) + b"\x3f\0", 413, "more than"),
     (b"%PDF-1.4", 400, "not an image")], ids=lambda v: repr(v)[:30])
 def test_wrong_images(server, body, status, text):
     found, _, answer = ask(server, "POST", "/predict", body)
