@@ -125,6 +125,7 @@ def test_no_more_is_made_ahead_than_memory_has_a_bound_for(workers):
 def test_progress_is_lines_or_on_a_terminal_one_line(live, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "BLOCK", 40)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: live, raising=False)
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: os.terminal_size((80, 24)))
     pack(folder, tmp_path / "x", "--raw", 16, "--workers", 0)
     said = capsys.readouterr().err
     assert said.count("\n") == (1 if live else 3) and said.count("\r") == (3 if live else 0)
