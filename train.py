@@ -884,15 +884,15 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     """Reads what save_training wrote into the given objects -> what the last evaluation found, if there was one. Raises
     UserError if the run is another one."""
     checkpoint = load_checkpoint(path)
-    if "optimizer" not in checkpoint:
-        raise UserError(f"{path}: holds no training state (best.pt and foreign files do not); "
-                        "start from it with --checkpoint")
+    if missing := [key for key in ("optimizer", *progress) if key not in checkpoint]:
+        raise UserError(f"{path}: holds no training state of this version, no {missing[0]} (best.pt and foreign files "
+                        "have none); start from it with --checkpoint")
     if checkpoint["classes"] != list(classes):
         raise UserError(f"{path}: was trained on other classes than these {len(classes)}")
     if {**checkpoint["config"], "drop_path": 0, "dropout": 0} != {**model.config, "drop_path": 0, "dropout": 0}:
         raise UserError(f"{path}: holds another network: {checkpoint['config']}")
     for key in ("opt", "best_by"):  # the optimizer's state and the best value so far mean nothing to another
-        saved = checkpoint["args"][key]
+        saved = checkpoint["args"].get(key, getattr(args, key))
         if saved != getattr(args, key):
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved}, not {getattr(args, key)}",
                             code=2)

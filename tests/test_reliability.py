@@ -316,7 +316,12 @@ def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
     assert done.returncode == 0 and (out / "notes.txt").read_text() == "mine", done.stderr
     (out / "best.pt").rename(tmp_path / "best.pt")
     done = run(*flags(tiny, tmp_path / "other", "--resume", tmp_path / "best.pt"))
-    assert done.returncode == 3 and "no training state" in done.stderr
+    assert done.returncode == 3 and "no training state of this version, no optimizer" in done.stderr
+    older = torch.load(out / "last.pt", weights_only=True)
+    del older["averaged"], older["args"]["best_by"]
+    torch.save(older, tmp_path / "older.pt")
+    done = run(*flags(tiny, tmp_path / "other", "--resume", tmp_path / "older.pt"))
+    assert done.returncode == 3 and "older.pt: holds no training state of this version, no averaged" in done.stderr
     assert run(*flags(tiny, tmp_path / "other", "--resume", tmp_path / "none.pt")).returncode == 3
     last = out / "last.pt"
     last.write_bytes(last.read_bytes()[:1000])
