@@ -710,8 +710,8 @@ def infer_response(name, classes, request, outputs, logits):
 GRAY_GIF = "R0lGODdhAQABAIEAAICAgAAAAAAAAAAAACwAAAAAAQABAAAIBAABBAQAOw=="  # one pixel, base64
 
 
-def openapi(models):
-    """names -> the OpenAPI 3.1 document of ROUTES"""
+def openapi(models, keys):
+    """Names of the models, and whether requests need a key -> the OpenAPI 3.1 document of ROUTES"""
     error = {"description": "A reason", "content": {"application/json": {"schema": {
         "type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}}}
     name = {"name": "name", "in": "path", "required": True,
@@ -741,10 +741,15 @@ def openapi(models):
                    **{str(status): error for status in (400, 401, *route.errors)}}
         return {"summary": route.summary,
                 "parameters": [name] * ("{name}" in route.path) + [topk] * (route.body == "images"),
-                "responses": answers, **({"requestBody": bodies[route.body]} if route.body else {})}
+                "responses": answers, **({"requestBody": bodies[route.body]} if route.body else {}),
+                **({"security": []} if keys and route.path in OPEN_PATHS else {})}
     paths = {route.path.format(name="{name}", version="", slash=""):
              {method.lower(): operation(route) for method in route.methods} for route in ROUTES.values()}
-    return {"openapi": "3.1.0", "info": {"title": "ResNet-50", "version": VERSION}, "paths": paths}
+    schemes = {"bearer": {"type": "http", "scheme": "bearer"},
+               "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
+    secured = {"security": [{name: []} for name in schemes], "components": {"securitySchemes": schemes}}
+    return {"openapi": "3.1.0", "info": {"title": "ResNet-50", "version": VERSION}, "paths": paths,
+            **(secured if keys else {})}
 
 
 PAGE = """<!doctype html>
@@ -1154,7 +1159,8 @@ ROUTES = {re.compile(route.path.replace(".", r"\.").format(**PLACES)): route for
           "Classes of an encoded image, or of a form's", BUSY, "images"),
     Route(["GET"], "/healthz", Handler.ready, "Whether requests are welcome", (503,)),
     Route(["GET"], "/metrics", Handler.metrics, "Prometheus", content=("text/plain", {"type": "string"})),
-    Route(["GET"], "/openapi.json", lambda handler, model: as_json(openapi(handler.server.models)), "This"),
+    Route(["GET"], "/openapi.json", lambda handler, model: as_json(
+        openapi(handler.server.models, bool(handler.server.keys))), "This"),
     Route(["GET"], "/v2{slash}", lambda handler, model: as_json(METADATA), "The server"),
     Route(["GET"], "/v2/health/live", lambda handler, model: as_json({"live": True}), "Alive"),
     Route(["GET"], "/v2/health/ready", Handler.ready, "Ready", (503,)),
@@ -1201,8 +1207,10 @@ class Server(socketserver.ThreadingTCPServer):
             body = b'{"error": "too many connections"}'
             with contextlib.suppress(OSError):
                 request.setblocking(False)
-                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-                             b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+                if not self.tls:  # whose clients would take plain text for damage
+                    request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                                 b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                                 % (len(body), body))
             self.shutdown_request(request)
             return
         try:
@@ -1396,8 +1404,9 @@ def serve(args):
         server.drain()
 
 
-def child(args):
-    """One of --processes. It puts away its parent's ways before a signal gets through."""
+def child(args, pause):
+    """One of --processes. It puts away its parent's ways before a signal gets through, and begins after `pause`
+    seconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG: nobody serves on without the parent
     signal.set_wakeup_fd(-1)
@@ -1405,12 +1414,13 @@ def child(args):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it has read nothing yet
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    time.sleep(pause)
     run_script(serve, args, "serve.py")
 
 
 def supervise(args):
     """--processes: each child listens on the port itself; one that dies is replaced. Signals go on to all."""
-    children, stopping = [], False
+    children, stopping, pause, died = [], False, 0, -math.inf
 
     def forward(number):
         for process in children:
@@ -1418,7 +1428,7 @@ def supervise(args):
                 os.kill(process.pid, number)
 
     def spawn():
-        children.append(multiprocessing.get_context("fork").Process(target=child, args=(args,)))
+        children.append(multiprocessing.get_context("fork").Process(target=child, args=(args, pause)))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         children[-1].start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -1442,7 +1452,10 @@ def supervise(args):
                 if process.exitcode > 0:  # it could not start, nor could another
                     forward(signal.SIGTERM)
                     raise UserError(f"a process ended by itself with status {process.exitcode}", process.exitcode)
-                say(f"process {process.pid} died; another takes its place")
+                # where each dies while it loads, for want of memory, the others shall not starve of the attempts
+                pause = min(2 * pause + 1, 60) if time.monotonic() - died < 2 * pause + 60 else 0
+                died = time.monotonic()
+                say(f"process {process.pid} died; another takes its place" + f" in {pause} s" * bool(pause))
                 spawn()
 
 
