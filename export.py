@@ -37,9 +37,8 @@ from torch.nn import functional as F
 
 import csrc
 import data
-from csrc.reference import MULT_BITS
+from csrc.reference import GATE_BITS, MULT_BITS, gate_int8
 from resnet50 import (
-    GATE_BITS,
     Cascade,
     FloatStep,
     UserError,
@@ -99,7 +98,7 @@ def avg_pool_int8(x, mult):
     return (x.double().sum((2, 3)) * (mult / 2.0 ** MULT_BITS).double()).round().clamp(0, 255).to(torch.uint8)
 
 
-PLAIN = {f.__name__: f for f in (conv_int8, gemm_int8, max_pool_int8, avg_pool_int8)}
+PLAIN = {f.__name__: f for f in (conv_int8, gemm_int8, max_pool_int8, avg_pool_int8, gate_int8)}
 
 
 class Exported(nn.Module):
@@ -318,7 +317,7 @@ class Graph:
         return self.op("Gemm", self.read(step.x), weight, bias, transB=1)
 
     def add_gate(self, step, module, floating):
-        """What Int8Gate.forward does; gates are (N, C, 1, 1) throughout."""
+        """What gate_int8 does; gates are (N, C, 1, 1) throughout."""
         names = [step.x, step.residual or step.x]
         zeros = [0 if floating else z for z in module.zeros.tolist()]
         maps = [self.read(n, True) if floating else self.floats(self.buffers[n][0], zero=z)

@@ -620,7 +620,6 @@ REACH, HEADROOM = 2 ** 24 - 2 ** 22, 2 ** 20
 # It divides every mult. acc * mult / 2^22 is then exact in float32 where it does not saturate, and a runtime of ONNX
 # files, which requantizes in float32, rounds as csrc/ does
 EXACT = 64
-GATE_BITS = 12  # a gate is an integer / 2^12, and a sum of two gated values stays exact in float32 (below 2^24)
 
 
 class Int8Conv(nn.Module):
@@ -713,8 +712,7 @@ class FloatStep(nn.Module):
 
 
 class Int8Gate(nn.Module):
-    """Attention between uint8 maps: the gates, one per image and channel, come from float64, are rounded to integers,
-    and from there on everything is exact. Maps in float32 give float32, and nothing is rounded.
+    """Attention between uint8 maps: csrc.gate_int8. Maps in float32 give float32, and nothing is rounded.
 
     squeeze-and-excitation  x (N, C, H, W), residual the same -> relu(gate(x) * x + residual)
     split attention         x (N, 2 C, H, W), two branches    -> gate(x) * branch a + (1 - gate(x)) * branch b"""
@@ -728,28 +726,17 @@ class Int8Gate(nn.Module):
         self.register_buffer("zeros", torch.zeros(2, dtype=torch.int32))
         self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
 
-    def gate(self, pooled):
-        """float64 (N, C), mean over H and W -> what fc2 says"""
-        hidden = F.relu(F.linear(pooled, self.fc1.weight.double(), self.fc1.bias.double()))
-        return F.linear(hidden, self.fc2.weight.double(), self.fc2.bias.double())
-
     def forward(self, x, residual=None):
-        mean = x.double().mean((2, 3))
+        fc1, fc2 = self.fc1, self.fc2
         if not x.is_floating_point():
-            mean = (mean - self.zeros[0]) * self.scales[0]
-        if residual is None:
-            first, second = self.gate(sum(mean.chunk(2, 1))).chunk(2, 1)
-            gates = [(first - second).sigmoid(), (second - first).sigmoid()]
-            maps = x.chunk(2, 1)
-        else:
-            gates, maps = [self.gate(mean).sigmoid(), torch.ones_like(mean)], (x, residual)
-        if x.is_floating_point():
-            return F.relu(sum(value * gate.float()[:, :, None, None] for value, gate in zip(maps, gates)))
-        acc = 0.0
-        for value, gate, scale, zero in zip(maps, gates, self.scales, self.zeros):
-            factor = (gate * (scale / self.scale * 2 ** GATE_BITS)).round_().float()[:, :, None, None]
-            acc = acc + (value.float() - zero) * factor
-        return (acc / 2 ** GATE_BITS).round_().clamp_(0, 255).to(torch.uint8)
+            return csrc.gate_int8(x, residual, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+                                  torch.cat([self.scales, self.scale.view(1)]), self.zeros)
+        mean = x.mean((2, 3))
+        if residual is not None:
+            return F.relu(x * fc2(F.relu(fc1(mean))).sigmoid()[:, :, None, None] + residual)
+        (a, b), (first, second) = x.chunk(2, 1), fc2(F.relu(fc1(sum(mean.chunk(2, 1))))).chunk(2, 1)
+        share = (first - second).sigmoid()[:, :, None, None]
+        return share * a + (1 - share) * b
 
 
 class Int8ResNet50(Flat, nn.Module):

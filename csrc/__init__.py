@@ -450,6 +450,14 @@ def avg_pool_int8(x, mult):
     return _ops().avg_pool_int8(x, mult)
 
 
+def gate_int8(x, residual, weight1, bias1, weight2, bias2, scales, zeros):
+    """uint8 (N, C, H, W) NHWC, residual the same: relu(gate(x) * x + residual); or without residual (N, 2 C, H, W), two
+    branches: gate(x) * a + (1 - gate(x)) * b -> uint8 (N, C, H, W). The gate's layers are float32 (inner, C), (inner),
+    (C or 2 C, inner), (C or 2 C); scales float64 (3) of both maps and of the result, zeros int32 (2) of both maps. What
+    exactly: reference.gate_int8."""
+    return _ops().gate_int8(x, residual, weight1, bias1, weight2, bias2, scales, zeros)
+
+
 def jpeg_sizes(files, places):
     """files, a list of uint8 (bytes), places int64 (N, 3): which of them, offset and length -> int64 (N, 2): height and
     width of those JPEGs that crop_images decodes: 8-bit grey or colour, with an end. Zeros for all others."""

@@ -27,6 +27,8 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
         "bool relu=True, int[] stride=[1, 1], int[] padding=[0, 0], int groups=1) -> Tensor");
   m.def("max_pool_int8(Tensor x, int kernel, int stride, int padding) -> Tensor");
   m.def("avg_pool_int8(Tensor x, Tensor mult) -> Tensor");
+  m.def("gate_int8(Tensor x, Tensor? residual, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
+        "Tensor scales, Tensor zeros) -> Tensor");
   m.def("jpeg_sizes(Tensor[] files, Tensor places) -> Tensor");
   m.def("jpeg_restart(Tensor file, int pixels) -> Tensor");
   m.def("crop_images(Tensor(a!) out, Tensor[] files, Tensor places, Tensor sizes, Tensor crops, str kernel, int gap) "
@@ -71,6 +73,34 @@ Tensor gemm_int8(const Tensor& a, const Tensor& b, const OptionalTensor& bias, c
   Tensor out = torch::stable::empty({a.size(0), b.size(0)}, type);
   r50::gemm_int8(data<uint8_t>(a), data<int8_t>(b), data<int32_t>(bias), data<int32_t>(mult), data<float>(scale),
                  a.size(0), b.size(0), a.size(1), out.mutable_data_ptr(), threads());
+  return out;
+}
+
+Tensor gate_int8(const Tensor& x, const OptionalTensor& residual, const Tensor& weight1, const Tensor& bias1,
+                 const Tensor& weight2, const Tensor& bias2, const Tensor& scales, const Tensor& zeros) {
+  const char* op = "gate_int8";
+  check(x, op, "x", ScalarType::Byte, "uint8", {-1, -1, -1, -1}, "(N, C, H, W)", CPU);
+  const int64_t maps = residual ? 1 : 2, n = x.size(0), c = x.size(1) / maps, h = x.size(2), w = x.size(3);
+  STD_TORCH_CHECK(x.size(1) == maps * c, op, ": x must be (N, 2 C, H, W) without a residual, got ", x.size(1),
+                  " channels");
+  if (residual) check(*residual, op, "residual", ScalarType::Byte, "uint8", {n, c, h, w}, "like x (N, C, H, W)", CPU);
+  check(weight1, op, "weight1", ScalarType::Float, "float32", {-1, c}, "(inner, C)", CPU);
+  const int64_t inner = weight1.size(0);
+  check_vector(bias1, op, "bias1", ScalarType::Float, "float32", inner, CPU);
+  check(weight2, op, "weight2", ScalarType::Float, "float32", {maps * c, inner}, "(C or 2 C, inner)", CPU);
+  check_vector(bias2, op, "bias2", ScalarType::Float, "float32", maps * c, CPU);
+  check_vector(scales, op, "scales", ScalarType::Double, "float64", 3, CPU);
+  check_vector(zeros, op, "zeros", ScalarType::Int, "int32", 2, CPU);
+  const auto* scale = data<double>(scales);
+  const auto* zero = data<int32_t>(zeros);
+  STD_TORCH_CHECK(scale[0] >= 0 && scale[1] >= 0 && scale[0] + scale[1] <= 16 * scale[2] && scale[2] > 0, op,
+                  ": scales must be 0 or more, and the first two together at most 16 times the last (3,)");
+  STD_TORCH_CHECK(std::min(zero[0], zero[1]) >= 0 && std::max(zero[0], zero[1]) <= 255, op,
+                  ": zeros must be 0 to 255 (2,)");
+  Tensor out = new_nhwc(x, n, c, h, w, ScalarType::Byte);
+  r50::gate_int8({n, h * w, c, inner, data<uint8_t>(x), data<uint8_t>(residual), data<float>(weight1),
+                  data<float>(bias1), data<float>(weight2), data<float>(bias2), scale, zero},
+                 static_cast<uint8_t*>(out.mutable_data_ptr()), threads());
   return out;
 }
 
@@ -152,6 +182,7 @@ double peak_macs(std::string kind, int64_t milliseconds) { return r50::peak_macs
 STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) {
   m.impl("conv_int8", TORCH_BOX(&conv_int8));
   m.impl("gemm_int8", TORCH_BOX(&gemm_int8));
+  m.impl("gate_int8", TORCH_BOX(&gate_int8));
   m.impl("pack_int8", TORCH_BOX(&pack_int8));
   m.impl("pack_bf16", TORCH_BOX(&pack_bf16));
   m.impl("network_int8", TORCH_BOX(&network_int8));

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 MULT_BITS = 22  # y = acc * mult / 2^22
 MAX_GAIN = 2 ** 15
+GATE_BITS = 12  # a gate is an integer / 2^12
 FLOATS = torch.float32, torch.bfloat16, torch.float16  # the last on CUDA only, where there are kernels
 MAX_NUMEL = 2 ** 31  # the kernels address the pixels of a batch with int32
 MAX_RESIZED = 2 ** 28  # pixels of a resized box, whole, which is what PyTorch makes of it before the crop
@@ -103,6 +104,21 @@ def check_avg_pool_int8(x, mult):
     expect("avg_pool_int8", torch.uint8, ("N", "C", "H", "W"), x=x)
     expect("avg_pool_int8", torch.int32, (1,), x.device, mult=mult)
     return x.shape[:2]
+
+
+def check_gate_int8(x, residual, weight1, bias1, weight2, bias2, scales, zeros):
+    op, d, maps = "gate_int8", x.device, 2 if residual is None else 1
+    expect(op, torch.uint8, ("N", "C", "H", "W"), x=x)
+    refuse(x.shape[1] % maps, f"{op}: x must be (N, 2 C, H, W) without a residual, got {x.shape[1]} channels")
+    c, inner = x.shape[1] // maps, len(weight1)
+    expect(op, torch.uint8, tuple(x.shape), d, residual=residual)
+    expect(op, torch.float32, ("inner", c), d, weight1=weight1)
+    expect(op, torch.float32, (maps * c, inner), d, weight2=weight2)
+    expect(op, torch.float32, (inner,), d, bias1=bias1)
+    expect(op, torch.float32, (maps * c,), d, bias2=bias2)
+    expect(op, torch.float64, (3,), d, scales=scales)
+    expect(op, torch.int32, (2,), d, zeros=zeros)
+    return x.shape[0], c, *x.shape[2:]
 
 
 def check_jpeg_sizes(files, places):
@@ -256,6 +272,32 @@ def avg_pool_int8(x, mult):
     return requantize(x.sum((2, 3), dtype=torch.int64), (mult + pixels // 2) // pixels).to(torch.uint8)
 
 
+def gate_int8(x, residual, weight1, bias1, weight2, bias2, scales, zeros):
+    """Attention between uint8 maps, which stand for scale * (value - zero): gates, one per image and channel, come from
+    float64, are rounded to integers / 2^12, and from there on everything is exact (in float32 below 2^24, which is why
+    the first two scales together are at most 16 times the result's, the third).
+
+    squeeze-and-excitation  x (N, C, H, W), residual the same -> relu(gate(x) * x + residual)
+    split attention         x (N, 2 C, H, W), two branches    -> gate(x) * branch a + (1 - gate(x)) * branch b
+
+    gate: weight2 relu(weight1 mean + bias1) + bias2, float32 (C or 2 C, inner) and (inner, C), of the mean over H and W
+    (split attention: of both branches' sum), through a sigmoid (split attention: of the difference of two such)."""
+    mean = (x.double().mean((2, 3)) - zeros[0]) * scales[0]
+    pooled = sum(mean.chunk(2, 1)) if residual is None else mean
+    hidden = F.relu(F.linear(pooled, weight1.double(), bias1.double()))
+    told = F.linear(hidden, weight2.double(), bias2.double())
+    if residual is None:
+        (first, second), maps = told.chunk(2, 1), x.chunk(2, 1)
+        gates = (first - second).sigmoid(), (second - first).sigmoid()
+    else:
+        gates, maps = (told.sigmoid(), torch.ones_like(told)), (x, residual)
+    acc = 0.0
+    for value, gate, scale, zero in zip(maps, gates, scales[:2], zeros):
+        factor = (gate * (scale / scales[2] * 2 ** GATE_BITS)).round_().float()[:, :, None, None]
+        acc = acc + (value.float() - zero) * factor
+    return nhwc((acc / 2 ** GATE_BITS).round_().clamp_(0, 255), torch.uint8)
+
+
 def jpeg_sizes(files, places):
     """Which JPEGs crop_images decodes: PyTorch itself none"""
     return torch.zeros_like(places[:, :2])
@@ -321,6 +363,7 @@ def bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
 OPERATIONS = {"conv_int8": (check_conv_int8, conv_int8), "gemm_int8": (check_gemm_int8, gemm_int8),
               "max_pool_int8": (check_max_pool_int8, max_pool_int8),
               "avg_pool_int8": (check_avg_pool_int8, avg_pool_int8),
+              "gate_int8": (check_gate_int8, gate_int8),
               "jpeg_sizes": (check_jpeg_sizes, jpeg_sizes), "jpeg_restart": (check_jpeg_restart, jpeg_restart),
               "crop_images": (check_crop_images, crop_images),
               "conv_bn_relu": (check_conv_bn_relu, conv_bn_relu), "bn_relu": (check_bn_relu, bn_relu),

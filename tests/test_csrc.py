@@ -1,6 +1,7 @@
 """The extension's build and its operations, native and plain PyTorch, against references written out in numpy."""
 import concurrent.futures
 import fcntl
+import fractions
 import hashlib
 import importlib.util
 import json
@@ -471,6 +472,102 @@ def test_pools_are_maxima_and_rounded_means(kernel, stride, padding):
         assert np.array_equal(got.numpy(), means.clip(0, 255))
 
 
+def gate_case(n, c, h, w, inner, split=False, seed=0):
+    """Arguments of gate_int8 whose gates and results spread over their range"""
+    generator, maps = torch.Generator().manual_seed(seed), 1 + split
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+    return dict(x=u8(n, maps * c, h, w, seed=seed), residual=None if split else u8(n, c, h, w, seed=seed + 1),
+                weight1=normal(inner, c) / c ** 0.5, bias1=normal(inner), weight2=normal(maps * c, inner),
+                bias2=normal(maps * c), scales=torch.tensor([0.021, 0.013, 0.019], dtype=torch.float64),
+                zeros=torch.tensor([100, 100 if split else 7], dtype=torch.int32))
+
+
+def naive_gate(x, residual, weight1, bias1, weight2, bias2, scales, zeros):
+    """A pixel at a time, and the mixing in whole numbers"""
+    a = x.numpy().astype(np.int64).transpose(0, 2, 3, 1)
+    (sa, sb, out), (za, zb), c = scales.tolist(), zeros.tolist(), x.shape[1] // (1 if residual is not None else 2)
+    pooled = (a.mean((1, 2)) - za) * sa
+    pooled = pooled if residual is not None else pooled[:, :c] + pooled[:, c:]
+    weights = [t.numpy().astype(np.float64) for t in (weight1, bias1, weight2, bias2)]
+    told = np.maximum(pooled @ weights[0].T + weights[1], 0) @ weights[2].T + weights[3]
+    b = residual.numpy().astype(np.int64).transpose(0, 2, 3, 1) if residual is not None else a[..., c:]
+    gates = (1 / (1 + np.exp(-told)), np.ones_like(told)) if residual is not None else (
+        1 / (1 + np.exp(told[:, c:] - told[:, :c])), 1 / (1 + np.exp(told[:, :c] - told[:, c:])))
+    first, second = (np.rint(g * (s / out * 4096)).astype(np.int64) for g, s in zip(gates, (sa, sb)))
+    found = np.zeros((*a.shape[:3], c), np.uint8)
+    for n, y, k in np.ndindex(found.shape[:3]):
+        acc = (a[n, y, k, :c] - za) * first[n] + (b[n, y, k] - zb) * second[n]
+        found[n, y, k] = np.clip([round(fractions.Fraction(int(v), 4096)) for v in acc], 0, 255)  # half to even
+    return found.transpose(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("n, c, h, w, inner",
+                         [(1, 1, 1, 1, 1), (2, 7, 3, 5, 3), (1, 64, 17, 19, 16), (3, 300, 7, 7, 21)])
+def test_gates_are_those_of_a_naive_loop(threads, split, n, c, h, w, inner):
+    arguments, before = gate_case(n, c, h, w, inner, split, seed=c), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        y = both("gate_int8", **arguments)
+    finally:
+        torch.set_num_threads(before)
+    assert y.shape == (n, c, h, w) and y.is_contiguous(memory_format=NHWC)
+    np.testing.assert_array_equal(y.numpy(), naive_gate(**arguments))
+
+
+@pytest.mark.parametrize("value", [0, 255])
+@pytest.mark.parametrize("zero", [0, 255])
+@pytest.mark.parametrize("bias", [-500.0, 0.0, 500.0])
+def test_gates_at_the_ends_of_their_range(value, zero, bias):
+    """Gates of 0 and 1, and sums up to 2^24; halves between two integers, which go to the even one."""
+    arguments = gate_case(2, 9, 300, 3, 5)
+    for map_ in (arguments["x"], arguments["residual"]):
+        map_.fill_(value)
+    arguments.update(bias2=torch.full((9,), bias), zeros=torch.full((2,), zero, dtype=torch.int32),
+                     weight2=torch.zeros(9, 5))
+    for scales in ((8.0, 8.0, 1.0), (1.0, 0.0, 1.0), (0.5, 0.125, 1.0)):
+        arguments["scales"] = torch.tensor(scales, dtype=torch.float64)
+        np.testing.assert_array_equal(both("gate_int8", **arguments).numpy(), naive_gate(**arguments))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(scales=torch.tensor([8.0, 8.1, 1.0], dtype=torch.float64)), "scales must be"),
+    (dict(scales=torch.tensor([float("nan"), 1.0, 1.0], dtype=torch.float64)), "scales must be"),
+    (dict(scales=torch.zeros(3, dtype=torch.float64)), "scales must be"),
+    (dict(zeros=torch.tensor([0, 256], dtype=torch.int32)), "zeros must be"),
+    (dict(zeros=torch.tensor([-1, 0], dtype=torch.int32)), "zeros must be")])
+def test_gates_that_could_overflow_are_refused(native, change, message):
+    with pytest.raises(RuntimeError, match=message):
+        operation("gate_int8")(**{**gate_case(1, 4, 2, 2, 3), **change})
+
+
+@pytest.mark.parametrize("name", ["weight", "mult", "bias", "gain", "weight2"])
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_that_change_in_place_are_noticed(name, last):
+    """Packed weights are kept between calls."""
+    arguments = case(1, 12, 6, 5, 70, 3, padding=1, residual=True, second=(9, 1))
+    both("conv_int8", **arguments)
+    before = both("conv_int8", **arguments)
+    values = arguments[name].view(-1) if arguments[name].dim() == 1 else arguments[name].permute(0, 2, 3, 1).view(-1)
+    at = -1 if last else 0
+    values[at] = -values[at] if name != "mult" else values[at] + 5000
+    assert not torch.equal(both("conv_int8", **arguments), before)
+
+
+def test_another_tensor_in_the_place_of_kept_weights():
+    memory = torch.empty(1 << 12, dtype=torch.int8)
+    for seed, (o, c) in enumerate([(8, 16), (16, 8), (8, 16), (4, 16), (8, 16)]):
+        weight = memory[:o * c].view(o, 1, 1, c).permute(0, 3, 1, 2)
+        weight.copy_(s8(o, c, 1, 1, seed=seed))
+        arguments = dict(case(1, c, 3, 3, o, 1), weight=weight)
+        np.testing.assert_array_equal(both("conv_int8", **arguments).numpy(), naive_conv(**arguments))
+        x, b = u8(5, c, seed=seed), weight.reshape(o, c)
+        assert b.data_ptr() == memory.data_ptr() and torch.equal(both("gemm_int8", x, b), (x.long() @ b.long().T).int())
+
+
 # ------------------------------------------------------------------------------------------- what is refused
 
 def arguments_of(name):
@@ -489,6 +586,7 @@ def arguments_of(name):
                              stride=[1, 1], padding=[0, 0], groups=1),
         "max_pool_int8": dict(x=x, kernel=3, stride=2, padding=1),
         "avg_pool_int8": dict(x=x, mult=s32(1, 0, MULT_ONE)),
+        "gate_int8": gate_case(2, 6, 5, 4, 3),
         "bn_relu": dict(x=f, weight=vector, bias=vector, residual=f, eps=1e-5, relu=True),
         "bn_relu_backward": dict(grad=f, y=f, x=f, weight=vector, mean=vector, invstd=vector, relu=True, residual=True),
     }[name]
@@ -496,7 +594,7 @@ def arguments_of(name):
 
 def spoiled(tensor):
     """The tensor with a wrong dtype, number of dimensions, size, no elements, and its memory in the wrong order."""
-    yield "dtype", tensor.double()
+    yield "dtype", tensor.to(torch.int16)
     yield "dimensions", tensor[None]
     if tensor.dim() == 4:
         yield "layout", torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)

@@ -136,6 +136,7 @@ Bytes allocate(int64_t bytes);
 
 struct PackedShape {  // what packing needs to know; weights are (o, taps, k) elements each
   int o, operands, taps[2], k[2];
+  bool operator==(const PackedShape&) const = default;
 };
 // gain may be null; `allocate` gets the blob's size and gives its memory. Throws where an accumulator could leave
 // int32.

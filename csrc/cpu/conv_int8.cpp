@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
+#include <vector>
 
 #include "layout.h"
 #include "pool.h"
@@ -17,6 +20,67 @@ constexpr int64_t CHUNK_BYTES = 1 << 30;  // images of one pass; offsets are int
 
 PackedShape merged(int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t c2) {
   return {int(o), c2 ? 2 : 1, {int(kh), 1}, {int(kw * c), int(c2)}};
+}
+
+// Weights that were packed lately. Packing takes longer than an image's convolution, but weights may change in place
+// and their memory may become another tensor's: so a blob is used again only where all bytes that it was made of are
+// still the same.
+struct Recent {
+  Isa isa;
+  const void* where;
+  PackedShape shape;
+  std::vector<uint8_t> source;
+  Bytes blob;
+};
+constexpr size_t RECENT_BYTES = 256u << 20;  // of sources; blobs are about as large
+std::mutex recent_mutex;
+std::list<std::shared_ptr<const Recent>> recent_ones;  // the last used first
+
+std::shared_ptr<const Recent> packed(const PackedShape& shape, const int8_t* const weights[2], const int32_t* mult,
+                                     const int32_t* bias, const int32_t* gain) {
+  struct Part {
+    const void* data;
+    size_t bytes;
+  };
+  const size_t vector = sizeof(int32_t) * shape.o;
+  const Part parts[] = {{weights[0], size_t(shape.o) * shape.taps[0] * shape.k[0]},
+                        {weights[1], size_t(shape.o) * shape.taps[1] * shape.k[1]},
+                        {mult, vector}, {bias, vector}, {gain, gain ? vector : 0}};
+  size_t bytes = 0;
+  for (const Part& part : parts) bytes += part.bytes;
+  std::shared_ptr<const Recent> found;
+  {
+    std::lock_guard<std::mutex> lock(recent_mutex);
+    for (auto it = recent_ones.begin(); it != recent_ones.end(); ++it)
+      if ((*it)->isa == isa() && (*it)->where == weights[0] && (*it)->shape == shape && (*it)->source.size() == bytes) {
+        recent_ones.splice(recent_ones.begin(), recent_ones, it);
+        found = *it;
+        break;
+      }
+  }
+  if (found) {
+    const uint8_t* at = found->source.data();
+    bool same = true;
+    for (const Part& part : parts)
+      if (same && part.bytes) same = std::memcmp(at, part.data, part.bytes) == 0, at += part.bytes;
+    if (same) return found;
+  }
+  auto made = std::make_shared<Recent>(Recent{isa(), weights[0], shape, {}, {}});
+  pack_int8(isa(), shape, weights, mult, bias, gain, [&](int64_t size) { return (made->blob = allocate(size)).get(); });
+  made->source.reserve(bytes);
+  for (const Part& part : parts) {
+    const auto* from = static_cast<const uint8_t*>(part.data);
+    if (part.bytes) made->source.insert(made->source.end(), from, from + part.bytes);
+  }
+  std::lock_guard<std::mutex> lock(recent_mutex);
+  recent_ones.remove(found);
+  recent_ones.push_front(made);
+  size_t total = 0;
+  for (auto it = recent_ones.begin(); it != recent_ones.end();) {
+    total += (*it)->source.size();
+    it = total > RECENT_BYTES ? recent_ones.erase(it) : std::next(it);
+  }
+  return made;
 }
 
 // An operand that kernels can read: the caller's own memory where no read leaves it, else a bordered copy with room
@@ -77,15 +141,13 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
   const int cg = int(a.c / a.groups), og = int(a.o / a.groups), border = int(std::max(a.pad_h, a.pad_w));
   PackedShape shape =
       a.groups == 1 ? merged(og, a.kh, a.kw, cg, a.c2) : PackedShape{og, 1, {int(a.kh * a.kw), 0}, {cg, 0}};
-  Bytes blob;
-  const auto into_blob = [&](int64_t bytes) { return (blob = allocate(bytes)).get(); };
   const int64_t per_image =
       std::max({(a.h + border) * (a.w + border) * a.c, oh * int64_t(ow) * a.o, a.h2 * a.w2 * a.c2, int64_t(1)});
   const int chunk = int(std::clamp<int64_t>(CHUNK_BYTES / per_image, 1, a.n));
   for (int g = 0; g < a.groups; g++) {
     const int8_t* const weights[2] = {a.weight + int64_t(g) * og * a.kh * a.kw * cg, a.weight2};
-    pack_int8(isa(), shape, weights, a.mult + g * og, a.bias + g * og, a.gain ? a.gain + g * og : nullptr, into_blob);
-    const auto* w = reinterpret_cast<const Packed*>(blob.get());
+    const auto kept = packed(shape, weights, a.mult + g * og, a.bias + g * og, a.gain ? a.gain + g * og : nullptr);
+    const auto* w = reinterpret_cast<const Packed*>(kept->blob.get());
     const auto padded = [&](int i) { return w->kpad[i] != w->k[i] || alignment() > 1; };
     for (int64_t n = 0; n < a.n; n += chunk) {
       const int images = int(std::min<int64_t>(chunk, a.n - n));
@@ -115,13 +177,11 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
 void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale,
                int64_t m, int64_t n, int64_t k, void* out, int threads) {
   const PackedShape shape = merged(n, 1, 1, k, 0);
-  Bytes blob;
   const std::unique_ptr<int32_t[]> zeros(new int32_t[n]());
   const int8_t* const weights[2] = {b, nullptr};
-  pack_int8(isa(), shape, weights, mult ? mult : zeros.get(), bias ? bias : zeros.get(), nullptr,
-            [&](int64_t bytes) { return (blob = allocate(bytes)).get(); });
+  const auto kept = packed(shape, weights, mult ? mult : zeros.get(), bias ? bias : zeros.get(), nullptr);
   Conv conv;
-  conv.w = reinterpret_cast<const Packed*>(blob.get());
+  conv.w = reinterpret_cast<const Packed*>(kept->blob.get());
   const bool own = conv.w->kpad[0] != conv.w->k[0] || alignment() > 1;
   const int element = mult ? 1 : 4;
   const int64_t chunk = std::clamp<int64_t>(CHUNK_BYTES / std::max(k, n * element), 1, m);

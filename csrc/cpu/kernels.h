@@ -34,6 +34,15 @@ void conv_int8(const ConvInt8&, uint8_t* out, int threads);
 // a (m, k) x b (n, k): with mult uint8, else with scale float, else int32. bias may be null.
 void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int32_t* mult, const float* scale,
                int64_t m, int64_t n, int64_t k, void* out, int threads);
+struct GateInt8 {
+  int64_t n, pixels, c, inner;
+  const uint8_t* x;         // (n, pixels, c), without residual (n, pixels, 2 c)
+  const uint8_t* residual;  // (n, pixels, c) or null
+  const float *weight1, *bias1, *weight2, *bias2;  // (inner, c), (inner), (c, inner) or (2 c, inner), (c) or (2 c)
+  const double* scales;                            // of both maps and of the result; both at most 16 of its
+  const int32_t* zeros;                            // of both maps, 0 to 255
+};
+void gate_int8(const GateInt8&, uint8_t* out, int threads);  // out: (n, pixels, c)
 // The blob for a step of a network plan: (o, kh, kw, c) weights, and (o, c2) for a second operand (weight2 may be
 // null).
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,

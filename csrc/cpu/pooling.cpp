@@ -9,13 +9,6 @@
 #include <emmintrin.h>
 #endif
 
-// The loops are plain so that the compiler vectorizes them; the loader picks a body.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED)
-#define WIDEST __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
-#else
-#define WIDEST
-#endif
-
 namespace r50 {
 
 // n bytes less n others, as bfloat16: whole numbers of 8 bits and a sign, of which the lower half of a float is 0

@@ -3,6 +3,13 @@
 #pragma once
 #include "layout.h"
 
+// Of functions with plain loops, which the compiler vectorizes; the loader picks a body.
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED)
+#define WIDEST __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#else
+#define WIDEST
+#endif
+
 namespace r50 {
 
 // pixels, contiguous NHWC of c channels, into the interior of a bordered buffer; bfloat16: less value[c], exactly
