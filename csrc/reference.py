@@ -295,7 +295,8 @@ def gate_int8(x, residual, weight1, bias1, weight2, bias2, scales, zeros):
     for value, gate, scale, zero in zip(maps, gates, scales[:2], zeros):
         factor = (gate * (scale / scales[2] * 2 ** GATE_BITS)).round_().float()[:, :, None, None]
         acc = acc + (value.float() - zero) * factor
-    return nhwc((acc / 2 ** GATE_BITS).round_().clamp_(0, 255), torch.uint8)
+    y = (acc / 2 ** GATE_BITS).round_().clamp_(0, 255).to(torch.uint8)
+    return y.contiguous(memory_format=torch.channels_last)  # not nhwc(), which would fix the size in a traced file
 
 
 def jpeg_sizes(files, places):
