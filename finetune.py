@@ -111,7 +111,8 @@ def strategy(text):
 def get_args_parser():
     p = train.Parser(RECIPES, lambda args: args.task, prog="finetune.py",
                      description="Fine-tune a pretrained network on a folder of images.",
-                     epilog="Defaults shown as None come from --strategy or from the checkpoint.")
+                     epilog="The defaults are those of --task. Where None is shown, --strategy or the checkpoint may "
+                            "have one.")
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--task", choices=RECIPES, default="classify")
     g.add_argument("--model", metavar="NAME", help="a classifier of torchvision's, with --weights or --checkpoint")

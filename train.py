@@ -95,14 +95,15 @@ NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args
 
 class Parser(argparse.ArgumentParser):
     """Defaults come from the recipe, usual(args) where none is named, then from --config or the resumed run's
-    args.json; flags win over both."""
+    args.json; flags win over both. --help shows those that its own command line would have."""
 
     def __init__(self, recipes, usual, **options):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
         self.recipes, self.usual = recipes, usual
 
     def parse_known_args(self, args=None, namespace=None):
-        first, _ = super().parse_known_args(args, argparse.Namespace())
+        words = [w for w in (sys.argv[1:] if args is None else args) if w not in ("-h", "--help")]
+        first, _ = super().parse_known_args(words, argparse.Namespace())
         saved, known = {}, {a.dest for a in self._actions}
         try:
             path = first.config or (first.resume and resumed_args_path(first))
@@ -159,7 +160,7 @@ def batch_size(text):
 def get_args_parser():
     p = Parser(RECIPES, lambda args: "v1" if args.data else "demo", prog="train.py",
                description="Train ResNet-50 on a folder of images.",
-               epilog="Defaults shown as None come from --recipe: " + ", ".join(RECIPES) + ".")
+               epilog="The defaults are those of --recipe: with --recipe NAME --help, NAME's.")
     p.add_argument("--recipe", choices=RECIPES, help="set of defaults; demo without --data, else v1")
     return add_training_args(p)
 

@@ -3,6 +3,7 @@ recipes."""
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import xml.dom.minidom
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import data
+import finetune
 import train
 from resnet50 import PREPROCESS, ResNet50, UserError, predict, save_checkpoint
 from tests.conftest import ROOT
@@ -405,6 +407,20 @@ def test_help_of_every_script():
     for script in ("train.py", "data.py", "resnet50.py"):
         done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0 and "--" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("module, flags", [
+    (train, ()), (train, ("--data", "x")), (train, ("--recipe", "a1")), (train, ("--eval-only",)),
+    (finetune, ()), (finetune, ("--task", "detect"))])
+def test_help_shows_the_defaults_that_its_command_line_has(module, flags, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as caught:
+        module.get_args_parser().parse_args([*flags, "--help"])
+    shown, wanted = capsys.readouterr().out, module.get_args_parser().parse_args(flags)
+    assert caught.value.code == 0
+    for key in ("weight_decay", "lr", "lr_base_size", "batch_size", "crop_scale", "image_size", "model_ema_decay"):
+        value, = re.findall(rf"^ *--{key.replace('_', '-')} \S+\s+\S.*\(default:? (\S+)\)$", shown, re.M)
+        assert value == str(getattr(wanted, key)), key
 
 
 def test_user_error_is_one_line():
