@@ -163,22 +163,22 @@ def changed(args, **values):
 def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
-    train.check_args(args)
     usual = get_args_parser().parse_args(["--task", args.task] + ["--eval-only"] * args.eval_only)
     kind = args.strategy.partition(":")[0]
     any_kind = kind == "auto" or args.search or args.resume  # args.json has what auto has chosen
-    for fits, partner, names in (
-            (args.task == "detect", "--task detect", DETECTS), (args.task == "classify", "--task classify", CLASSIFIES),
-            (kind in ("head", "gradual") or any_kind, "--strategy head and gradual", ("views",)),
-            (kind == "gradual" or any_kind, "--strategy gradual", ("unfreeze_every",)),
-            (kind == "lora", "--strategy lora", ("lora_rank", "lora_alpha")),
-            (kind == "adapter", "--strategy adapter", ("adapter_channels",)),
-            (kind == "full", "--strategy full", ("fused_bn", "sync_bn")),  # a frozen batch-norm computes no statistics
-            (kind not in ("head", "lora", "adapter") or args.resume, "a --strategy that trains the network's weights",
-             ("l2_sp",) + ("layer_decay",) * (args.layer_decay != 1)),
-            (args.target_domain, "--target-domain", ("align", "align_weight"))):
-        if wrong := [] if fits else [k for k in names if getattr(args, k) != getattr(usual, k)]:
-            refuse(f"--{wrong[0].replace('_', '-')} goes with {partner}")
+    train.refuse_unused(
+        args, usual, (args.task == "detect", "--task detect", *DETECTS),
+        (args.task == "classify", "--task classify", *CLASSIFIES),
+        (kind in ("head", "gradual") or any_kind, "--strategy head and gradual", "views"),
+        (kind == "gradual" or any_kind, "--strategy gradual", "unfreeze_every"),
+        (kind == "lora", "--strategy lora", "lora_rank", "lora_alpha"),
+        (kind == "adapter", "--strategy adapter", "adapter_channels"),
+        (kind == "full", "--strategy full", "fused_bn", "sync_bn"),  # a frozen batch-norm computes no statistics
+        (kind not in ("head", "lora", "adapter") or args.resume, "a --strategy that trains the network's weights",
+         "l2_sp", *["layer_decay"] * (args.layer_decay != 1)),
+        (args.target_domain, "--target-domain", "align", "align_weight"),
+        (not args.eval_only, "training, not with --eval-only", "target_domain", "search", "then", "lr_find"))
+    train.check_args(args, usual)
     if args.task == "detect":
         if not args.data:
             refuse("--task detect needs --data")

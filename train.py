@@ -1020,20 +1020,39 @@ def wrap(model, args, world, amp):
     return net
 
 
-def check_args(args):
+def refuse_unused(args, usual, *rows):
+    """UserError for a flag that is not as `usual` and would do nothing; rows of whether it is honoured, what it goes
+    with, and names of such flags"""
+    for fits, partner, *names in rows:
+        if wrong := [] if fits else [k for k in names if getattr(args, k) != getattr(usual, k)]:
+            raise UserError(f"--{wrong[0].replace('_', '-')} goes with {partner}", code=2)
+
+
+def check_args(args, usual):
+    """`usual` is what args are where nothing but a recipe or task is asked for"""
+    refuse_unused(
+        args, usual, (args.lr_scheduler == "multistep", "--lr-scheduler multistep", "lr_milestones", "lr_gamma"),
+        (args.lr_scheduler == "restarts", "--lr-scheduler restarts", "lr_restart_epochs"),
+        (args.lr_scheduler != "multistep", "--lr-scheduler cosine, linear and restarts", "lr_min"),
+        (args.lr_warmup_epochs, "--lr-warmup-epochs", "lr_warmup_decay"),
+        (args.opt in ("sgd", "nesterov", "lars"), "--opt sgd, nesterov and lars", "momentum"),
+        (args.loss == "focal", "--loss focal", "focal_gamma"),
+        (args.loss != "bce", "--loss ce and focal", "class_weights"),
+        (args.model_ema_decay, "--model-ema-decay", "model_ema_steps"),
+        (args.auto_augment == "ra", "--auto-augment ra", "ra_magnitude", "ra_std"),
+        (args.eval_only, "--eval-only", "fused"),
+        (not args.eval_only, "training; --eval-only scores what --checkpoint names", "resume"))
     px, begin, end = args.progressive or (16, 0, 1)
     refused = {
         "--swa-start and --model-ema-decay exclude each other": args.swa_start is not None and args.model_ema_decay,
         "--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)":
             args.compile and args.grad_checkpointing,
-        "--class-weights works with --loss ce and focal": args.loss == "bce" and args.class_weights != "none",
         "--balanced and --repeated-aug exclude each other": args.balanced and args.repeated_aug > 1,
         "--shuffle-chunk excludes --balanced, which draws images one by one": args.balanced and args.shuffle_chunk,
         "--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)":
             args.sync_bn and args.fused_bn,
         "--sync-bn: PyTorch has synchronised batch-norm on CUDA only":
             args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1,
-        "--fused goes with --eval-only": args.fused and not args.eval_only,
         f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16, and FROM and TO lie in [0, 1], in this order":
             not (px >= 16 and 0 <= begin <= end <= 1)}
     for text, wrong in refused.items():
@@ -1336,7 +1355,7 @@ def run_processes(args, work):
 
 
 def main(args):
-    check_args(args)
+    check_args(args, get_args_parser().parse_args(["--recipe", args.recipe]))
     return run_processes(args, lambda world, stop: eval_only(args, world) if args.eval_only
                          else train(args, world, stop))
 

@@ -56,6 +56,29 @@ def test_a_network_is_scored_as_its_checkpoint_says_where_flags_do_not(flags, ch
     assert train.preprocess_of(parse("--eval-only", *flags), base) == {**base, **changes}
 
 
+@pytest.mark.parametrize("flags, partner", [
+    (("--lr-milestones", 2, 4), "--lr-scheduler multistep"), (("--lr-gamma", 0.5), "--lr-scheduler multistep"),
+    (("--lr-restart-epochs", 2), "--lr-scheduler restarts"), (("--momentum", 0.5), "--opt sgd"),
+    (("--recipe", "v1", "--lr-min", 0.01), "--lr-scheduler cosine"), (("--focal-gamma", 3), "--loss focal"),
+    (("--recipe", "v1", "--lr-warmup-decay", 0.5), "--lr-warmup-epochs"), (("--ra-magnitude", 5), "--auto-augment ra"),
+    (("--model-ema-decay", 0, "--model-ema-steps", 5), "--model-ema-decay"), (("--fused",), "--eval-only"),
+    (("--class-weights", "balanced", "--loss", "bce"), "--loss ce"), (("--eval-only", "--resume", "x.pt"), "training")])
+def test_flags_that_would_do_nothing_are_refused(flags, partner, monkeypatch):
+    monkeypatch.setattr(train, "run_processes", lambda *a: pytest.fail("it was to be refused before"))
+    with pytest.raises(UserError, match=f" goes with {partner}") as caught:
+        train.main(parse(*flags))
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("flags", [
+    ("--lr-scheduler", "multistep", "--lr-milestones", 2, 4), ("--recipe", "v1", "--lr-scheduler", "cosine"),
+    ("--recipe", "a1", "--auto-augment", "none", "--opt", "sgd", "--lr-scheduler", "multistep", "--loss", "focal"),
+    ("--recipe", "v2", "--model-ema-decay", 0, "--lr-warmup-epochs", 0), ("--eval-only", "--fused")])
+def test_what_a_recipe_sets_is_no_flag_that_was_given(flags):
+    args = parse(*flags)
+    train.check_args(args, parse("--recipe", args.recipe))
+
+
 def test_config_round_trip(tmp_path):
     args = parse("--recipe", "a2", "--lr", 0.25, "--lr-milestones", 1, 2, "--progressive", 160, 0.5, 0.75, "--seed", 5)
     saved = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
