@@ -78,7 +78,7 @@ RECIPES = dict(  # by --task
     classify=dict(batch_size=32, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5,
                   label_smoothing=0.1, crop_scale=0.25, image_size=None, interpolation=None, head_lr_mult=10.0),
     detect=dict(epochs=6, batch_size=4, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0,
-                lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, head_lr_mult=3.0))
+                lr_warmup_epochs=0.5, clip_grad_norm=10.0, image_size=320, max_size=640, head_lr_mult=3.0))
 AUGMENTATION = tuple(a.dest for a in data.add_augment_args(argparse.ArgumentParser())._group_actions)
 DETECTS = ("trainable_stages", "max_size", "nms_threshold", "detections", "score_threshold")  # --task detect's flags
 CLASSIFIES = (  # and those that it has no use for
@@ -136,7 +136,7 @@ def get_args_parser():
                    help="compare N settings of strategy and rate by successive halving, then train the best")
     g = p.add_argument_group("detection")
     g.add_argument("--trainable-stages", type=int, choices=range(5), default=3, help="of the network, from the top")
-    g.add_argument("--max-size", type=positive, default=640, metavar="PX",
+    g.add_argument("--max-size", type=positive, metavar="PX",
                    help="of an image's long side, where --image-size is its short one")
     g.add_argument("--nms-threshold", type=above_zero, metavar="IOU",
                    help="of two found boxes that overlap more the better one stays (0.5)")
@@ -1409,7 +1409,8 @@ def detect(args, world, stop, most=16):
         model, checkpoint = load_detector(path)
         model.roi_heads.nms_thresh = args.nms_threshold or model.config["nms"]
         model.roi_heads.detections_per_img = args.detections or model.config["detections"]
-        args.image_size, args.max_size = model.config["image_size"], model.config["max_size"]
+        args.image_size = args.image_size or model.config["image_size"]
+        args.max_size = args.max_size or model.config["max_size"]
         sets, result = open_boxes(args.data, args, checkpoint["classes"]), dict(checkpoint=path)
         print("\n".join(sets[4]), file=sys.stderr)
     else:

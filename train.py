@@ -124,7 +124,7 @@ class Parser(argparse.ArgumentParser):
             for key in ("val_size", "val_resize", "progressive"):  # these belong to the recipe's own image size
                 recipe.pop(key, None)
         if first.eval_only:  # the checkpoint says how it wants its images, unless the command line does
-            recipe.update(image_size=None, val_size=None, val_resize=None, interpolation=None)
+            recipe.update(dict.fromkeys(known & {"image_size", "val_size", "val_resize", "interpolation", "max_size"}))
         self.set_defaults(**{**recipe, **saved, **({"recipe": name} if "recipe" in known else {})})
         return super().parse_known_args(args, namespace)
 

@@ -570,6 +570,19 @@ def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, mo
     assert scored["map50"] == pytest.approx(result["map50"], abs=1e-6) and scored["images"] == 5
 
 
+def test_a_detector_is_scored_at_its_own_sizes_unless_flags_name_others(tune, folder, tmp_path):
+    path, scores = tune("--epochs", 1, "--max-size", 80)["checkpoint"], []
+    for sizes, flags in ((dict(), ()), (dict(), ("--image-size", 40)), (dict(image_size=40), ()),
+                         (dict(), ("--max-size", 48)), (dict(max_size=48), ())):
+        changed = torch.load(path, weights_only=True)
+        changed["config"].update(sizes)
+        torch.save(changed, tmp_path / "changed.pt")
+        found = finetune.main(parse("--eval-only", "--checkpoint", tmp_path / "changed.pt", "--data", folder,
+                                    "--workers", 0, "--batch-size", 3, *flags))
+        scores.append([found[key] for key in ("map", "map50", "recall")])
+    assert scores[1] == scores[2] and scores[3] == scores[4] and scores[0] not in scores[1:]
+
+
 def test_only_what_is_scored_is_read_to_score(tune, folder, tmp_path):
     path = tune("--epochs", 1)["checkpoint"]
     expected = tune("--eval-only", "--checkpoint", path)
