@@ -1448,8 +1448,9 @@ def check_args(args):
             (args.distill and not trains, "--distill teaches in training: give it --epochs or --qat"),
             (args.qat and args.kd_features,
              "--kd-features: not with --qat, whose network computes without the modules that make these maps"),
-            (args.qat and "epochs" in flags and args.epochs and not (goals or args.student),
-             "--epochs: --qat trains for --qat-epochs")):
+            ("epochs" in flags and args.epochs and not (
+                args.auto or goals or args.student or args.distill and not args.qat),
+             "--epochs: " + ("--qat trains for --qat-epochs" if args.qat else "nothing here is trained for them"))):
         if wrong:
             refuse(text)
     wanted = stage_list(argparse.Namespace(**{**vars(args), "stages": None, "rounds": 1}))

@@ -888,7 +888,8 @@ def check_args(args):
             ("--bench", args.bench, args.dynamic_batch, "--dynamic-batch"),
             ("--data", args.data, graph, "--format onnx or tensorrt"),
             ("--images", args.images != 64, args.data, "--data"),
-            ("--max-batch", args.max_batch != 32, args.dynamic_batch, "--dynamic-batch")):
+            ("--max-batch", args.max_batch != 32, args.dynamic_batch and args.format not in ("onnx", "torchscript"),
+             "--dynamic-batch and --format torch-export, aot-inductor or tensorrt")):
         if given and not fits:
             refuse(f"{flag} goes with {partner}")
     if args.dynamic_batch and args.batch_size != 1:

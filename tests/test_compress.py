@@ -509,7 +509,7 @@ def test_target_latency_is_approached_whatever_the_table_says(call, trained, mon
 @pytest.mark.parametrize("flags", [("--sparsity", 0.9), ("--sparsity-2-4",), ("--sparsity-2-4", "--int8"),
                                    ("--int4-weights", 32)])
 def test_smaller_files(call, flags):
-    result = call(*flags, "--epochs", 1, "--calib-images", 20)
+    result = call(*flags, *["--epochs", 1] * ("--int4-weights" not in flags), "--calib-images", 20)
     state = resnet50.load_checkpoint(result["checkpoint"])["model"]
     weights = {k: v for k, v in state.items() if v.ndim > 1 and not k.startswith("conv1")}
     zeros = sum(int((v == 0).sum()) for v in weights.values()) / sum(v.numel() for v in weights.values())
@@ -680,6 +680,7 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--int8", "--lr", "0.1"), 2, "--lr goes with training"),
     (("--int8", "--batch-size", "8"), 2, "--batch-size goes with training"),
     (("--qat", "--epochs", "30"), 2, "--epochs: --qat trains for --qat-epochs"),
+    (("--int8", "--epochs", "30"), 2, "--epochs: nothing here is trained"),
     (("--qat", "--distill", "self", "--kd-features", "1"), 2, "--kd-features: not with --qat"),
     (("--prune", "0.5", "--calib-images", "1"), 2, "one calibration image has no batch-norm statistics"),
     (("--prune", "0.5", "--rounds", "2", "--stages", "finetune", "prune"), 2, "finetune right after prune"),

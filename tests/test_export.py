@@ -438,7 +438,9 @@ def test_preprocessing_beside_the_file_is_that_of_its_size(checkpoint, call):
     ("float", ["--quantize-adds"], "--quantize-adds goes with an int8"), ("float", ["--bench"], "--bench goes with"),
     ("float", ["--top-k", 8], "--top-k 8: the network has 7"),
     ("float", ["--batch-size", 2, "--dynamic-batch"], "exclude"),
-    ("float", ["--max-batch", 9], "--max-batch goes with"), ("float", ["--dynamic-batch", "--max-batch", 4], "up to 5"),
+    ("float", ["--max-batch", 9, "--format", "torch-export"], "--max-batch goes with --dynamic-batch"),
+    ("float", ["--dynamic-batch", "--max-batch", 64], "--max-batch goes with --dynamic-batch and --format"),
+    ("float", ["--dynamic-batch", "--max-batch", 4, "--format", "torch-export"], "up to 5"),
     ("float", ["--name", "a/b"], "--name a/b"), ("float", ["--name", ""], "--name : expected"),
     ("float", ["--images", 3], "--images goes with --data"),
     ("float", ["--data", "x", "--format", "torchscript"], "--data goes with")])
