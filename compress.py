@@ -4,7 +4,7 @@
   python compress.py --int8 --checkpoint FILE --data FOLDER   # post-training quantization alone: minutes
   python compress.py --qat --checkpoint FILE --data FOLDER    # quantization-aware training
   python compress.py --target-latency 5 --int8                # milliseconds per image on this machine
-  python compress.py --distill FILE --student resnet18        # a student taught by FILE
+  python compress.py --checkpoint FILE --distill self --student resnet18   # a student taught by FILE
   python compress.py --cascade SMALL BIG                      # BIG sees only what SMALL is unsure of
   torchrun --nproc_per_node=8 compress.py --prune 0.5 --data /imagenet --epochs 50
 
@@ -1342,7 +1342,8 @@ def get_args_parser():
     g.add_argument("--per-tensor", action="store_true", help="one scale for all of a layer's weights, not per channel")
     g.add_argument("--float-layers", nargs="+", default=[], metavar="LAYER", help="stay float, such as conv1 and fc")
     g.add_argument("--max-drop", type=between(-100.0, 100.0, float), metavar="POINTS",
-                   help="return layers to float until no more is lost; with --auto and --cascade what may be lost")
+                   help="return layers to float until no more is lost; with --auto (1 if not given) and --cascade "
+                        "(0.5) what may be lost")
     g.add_argument("--int4-weights", type=positive, metavar="GROUP",
                    help="4-bit weights in the file, one scale per so many; computes in float")
     g.add_argument("--calib-images", type=positive, default=256, metavar="N")
