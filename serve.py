@@ -1335,7 +1335,10 @@ def open_models(args):
         named[name] = path
     if named and (args.checkpoint or args.weights):
         raise UserError("--model excludes --checkpoint and --weights", 2)
-    return {name: Model(name, args, path) for name, path in (named or {"resnet50": args.checkpoint}).items()}
+    models = {name: Model(name, args, path) for name, path in (named or {"resnet50": args.checkpoint}).items()}
+    if args.amp_dtype != "float32" and not any(hasattr(model.network.net, "dtype") for model in models.values()):
+        raise UserError(f"--amp-dtype {args.amp_dtype}: no network here is a float ResNet-50", 2)
+    return models
 
 
 def check_args(args):

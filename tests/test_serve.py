@@ -182,6 +182,16 @@ def test_float_networks_in_bfloat16(networks, net):
     assert any("bfloat16, 32 pixels" in line for line in process.log)
 
 
+def test_amp_dtype_that_no_network_takes_is_refused(networks):
+    def opened(*flags):
+        return serve.open_models(serve.get_args_parser().parse_args(
+            ["--device", "cpu", "--max-batch", "2", "--amp-dtype", "bfloat16", *flags]))
+    with pytest.raises(resnet50.UserError, match="--amp-dtype bfloat16: no network") as caught:
+        opened("--checkpoint", networks["int8"])
+    assert caught.value.code == 2
+    assert len(opened(*(f"--model={name}={path}" for name, path in networks.items()))) == 2
+
+
 def test_several_images_in_one_form(server, net):
     images = [picture(seed=s) for s in range(3)]
     body, headers = form(*images)
