@@ -685,6 +685,8 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
             notes.append(f"{val_root}: no image of {some([classes[i] for i in absent], 5)}")
     elif eval_only and val_split is None and not split:
         train, val = None, train
+        notes.append(f"{root}: no val/: what a network was trained on may be scored too; --val-split 0.1 scores what "
+                     "training here holds out")
     else:
         train, val = hash_split(train, val_split)
         notes.append(f"{root}: no val/, {len(val)} of {len(train) + len(val)} images held out by a hash of their names")

@@ -217,7 +217,11 @@ def test_split_by_hash_is_stable(tmp_path):
     make(tmp_path, {"a": 90})  # more images arrive: no earlier one changes sides
     second = data.open_folder(root, val_split=0.2)
     assert held <= {second[1].path(i) for i in range(len(second[1]))}
-    assert len(data.open_folder(root, eval_only=True)[1]) == 150
+    _, everything, *_, notes = data.open_folder(root, eval_only=True)
+    assert len(everything) == 150 and "--val-split 0.1 scores what training here holds out" in notes[-1]
+    held_out = [[part.name(i) for i in range(len(part))] for part in (
+        data.open_folder(root)[1], data.open_folder(root, val_split=0.1, eval_only=True)[1])]
+    assert held_out[0] == held_out[1] and len(held_out[0]) < 40  # as the note says
     assert len(data.open_folder(make(tmp_path / "t", {"train/a": 50}), eval_only=True)[1]) < 40  # never what is trained
     with pytest.raises(UserError, match="has its own val"):
         data.open_folder(make(tmp_path / "v", {"train/a": 1, "val/a": 1}), val_split=0.3)
