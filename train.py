@@ -1167,6 +1167,8 @@ def train(args, world, stop, plan=Plan()):
         f"{order.steps} steps per epoch, learning rate "
         f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {peak:g}"]
         + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
+    if args.lr_scheduler == "multistep" and min(args.lr_milestones) >= args.epochs:
+        log.say(f"note: the rate never falls in {args.epochs} epochs; --lr-milestones, or --lr-scheduler cosine")
     new = plan.model is make_model and not (args.checkpoint or args.weights)
     if new and args.image_size <= 40 and model.config["stem"] == "standard":
         log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
