@@ -1615,16 +1615,8 @@ def finish(report, **more):
 
 def main(args):
     check_args(args)
-    if args.device == "cpu":
-        train.keep_freed_memory()
-    world = train.World(args.device, args.dist_timeout)
-    stop = train.Stop(world)
-    try:
-        result = cascade(args, world, stop) if args.cascade else compress(args, world, stop)
-        return result if world.rank == 0 else None
-    finally:
-        stop.close()
-        world.close()
+    run = argparse.Namespace(**vars(args), eval_only=False, deterministic=False)
+    return train.run_processes(run, functools.partial(cascade if args.cascade else compress, args))
 
 
 if __name__ == "__main__":

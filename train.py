@@ -1349,8 +1349,8 @@ def run_processes(args, work):
             return result if world.rank == 0 else None
     except (RuntimeError, ValueError) as error:
         if "more than 1 value per channel" in str(error):
-            raise UserError(f"--batch-size {args.batch_size}: leaves a batch-norm a single value per channel, at least "
-                            "2 are needed here", code=2) from error
+            raise UserError("--batch-size: leaves a batch-norm a single value per channel, at least 2 are needed here",
+                            code=2) from error
         if "DataLoader worker" in str(error):  # killed: almost always shared memory
             raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
                             "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error

@@ -711,6 +711,12 @@ def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags
     assert not list((tmp_path / "out").glob("*.pt")) and open(trained, "rb").read() == before
 
 
+def test_batches_that_cannot_be_normalised_are_refused_in_one_line(call):
+    with pytest.raises(UserError, match="--batch-size: leaves a batch-norm a single value") as caught:
+        call("--prune", 0.5, "--epochs", 1, "--batch-size", 1, "--calib-images", 8)
+    assert caught.value.code == 2
+
+
 def test_other_flags_do_not_resume_and_inputs_are_not_overwritten(call, tmp_path, trained):
     call("--int8", "--calib-images", 10)
     with pytest.raises(UserError, match="--resume: --prune was null in") as caught:

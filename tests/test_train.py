@@ -129,7 +129,7 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
 @pytest.mark.parametrize("flags, complaint", [
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"),
-    (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--batch-size", 1], "--batch-size 1: leaves a"),
+    (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--batch-size", 1], "--batch-size: leaves a"),
     (["--device", "cuda:7"], "no CUDA device"), (["--progressive", 0, 0, 1], "--progressive 0 0 1: PX"),
     (["--progressive", 32, 0.5, 0.2], "in this order"),
     (["--swa-start", 0, "--model-ema-decay", 0.9], "exclude"),
