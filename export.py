@@ -3,7 +3,7 @@
   python export.py --dynamic-batch                              # runs/compress/best.pt or the like -> ONNX
   python export.py --checkpoint FILE --pixels --softmax         # from uint8 pixels to probabilities
   python export.py --format torchscript | torch-export | aot-inductor | tensorrt
-  python export.py --dynamic-batch --bench                      # every runtime that is installed, in alternation
+  python export.py --dynamic-batch --pixels --bench             # every runtime that is installed, in alternation
 
 ONNX files of int8 networks are in Q/DQ form and compute what our own int8 program does, bit by bit: activations are
 counted in their own steps, so all scales are whole numbers / 2^22. What else a file says of itself (classes,

@@ -115,7 +115,7 @@ def get_args_parser():
                             "have one.")
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--task", choices=RECIPES, default="classify")
-    g.add_argument("--model", metavar="NAME", help="a classifier of torchvision's, with --weights or --checkpoint")
+    g.add_argument("--model", metavar="NAME", help="torchvision's classifier, of --checkpoint or --weights (DEFAULT)")
     g.add_argument("--list-models", action="store_true", help="what --model takes")
     g.add_argument("--strategy", type=strategy, default="auto", metavar="NAME", help="auto, head, gradual, layers:N, "
                    "full, lora or adapter")
