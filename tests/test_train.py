@@ -1,10 +1,11 @@
 """The parts of train.py against torch, float64 and plain loops: schedules, losses, optimizers, averages, evaluation,
 recipes."""
+import importlib
 import json
 import math
 import os
 import re
-import subprocess
+import shlex
 import sys
 import xml.dom.minidom
 
@@ -426,10 +427,22 @@ def test_tensorboard_log(tiny, tmp_path, run):
     assert len(events.Scalars("step/loss")) == 3 and len(events.Scalars("epoch/top1")) == 1
 
 
-def test_help_of_every_script():
-    for script in ("train.py", "data.py", "resnet50.py"):
-        done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0 and "--" in done.stdout, done.stderr
+@pytest.mark.parametrize("name", ["train", "data", "resnet50", "finetune", "compress", "export", "serve"])
+def test_commands_that_are_shown_are_understood(name):
+    """By the flags of the script: those of the README and of the script's own head. Its help can be written, too."""
+    script = importlib.import_module(name)
+    assert f"--{'data' if name == 'data' else 'checkpoint'}" in script.get_args_parser().format_help()
+    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
+        text = f.read() + script.__doc__
+    shown = re.findall(rf"^ *(?:\w+=\w+ )?(?:python|torchrun .*) {name}\.py(.*)", text, re.M)
+    assert len(shown) > 3
+    for flags in shown:
+        flags = shlex.split(flags.partition("  #")[0].partition("|")[0], comments=True)
+        args = script.get_args_parser().parse_args([flag for flag in flags if flag != "..."])
+        if name == "train":
+            train.check_args(args, parse("--recipe", args.recipe))
+        elif name in ("finetune", "compress", "export"):
+            script.check_args(args)
 
 
 @pytest.mark.parametrize("module, flags", [
