@@ -938,8 +938,8 @@ def open_data(args, world, classes=None, wnids=None):
 def eval_only(args, world):
     model, checkpoint, source = load_model(args, defaults=[os.path.join(args.out, "best.pt")])
     if model is None:
-        raise UserError(f"no checkpoint: train one (python train.py writes {args.out}/best.pt) or name one "
-                        "with --checkpoint FILE or --weights IMAGENET1K_V2")
+        raise UserError(f"no {args.out}/best.pt: train a network (python train.py), or name one with --checkpoint FILE "
+                        "or --weights IMAGENET1K_V2")
     classes, wnids = checkpoint["classes"], checkpoint["wnids"]
     _, val, folder_classes, _, notes = open_data(args, world, classes, wnids)
     if classes is None and len(folder_classes) != model.config["num_classes"]:
