@@ -1007,10 +1007,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """False when the client has closed its end."""
         with contextlib.suppress(OSError, ValueError):
             poll = select.poll()  # select() knows descriptors up to 1023
-            poll.register(self.connection, select.POLLIN)
-            if not self.server.tls and poll.poll(0):
-                return bool(self.stream.buffer) or bool(self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-            return True
+            poll.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))  # seen through TLS too
+            return bool(self.stream.buffer) or not poll.poll(0)
         return False
 
     # ------------------------------------------------------------------------------------------------- routes

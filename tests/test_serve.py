@@ -545,16 +545,19 @@ def test_whole_numbers_beyond_64_bits_are_floats():
     assert serve.json_numbers([10 ** 30, -10 ** 30, 0.5], 3, "FP32").tolist() == np.float32([1e30, -1e30, 0.5]).tolist()
 
 
-def test_clients_beyond_the_descriptors_that_select_knows():
+@pytest.mark.parametrize("tls", [None, "a context"])
+def test_clients_that_go_beyond_the_descriptors_that_select_knows(tls):
     here, there = socket.socketpair()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2048:
         pytest.skip("few open files are allowed here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
     with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD, 1500)) as far:
-        handler = types.SimpleNamespace(server=types.SimpleNamespace(tls=None), connection=far,
+        handler = types.SimpleNamespace(server=types.SimpleNamespace(tls=tls), connection=far,
                                         stream=types.SimpleNamespace(buffer=b""))
         assert far.fileno() >= 1500 and serve.Handler.alive(handler)
+        there.sendall(b"what goes on")
+        assert serve.Handler.alive(handler)
         there.close()
         assert not serve.Handler.alive(handler)
 
