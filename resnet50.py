@@ -50,7 +50,7 @@ class UserError(Exception):
     (2 usage, 3 data or checkpoint, 4 training diverged, 75 stopped with the state saved)."""
 
     def __init__(self, message, code=3):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(" ".join(filter(None, map(str.strip, str(message).splitlines()))))  # blanks may be a name's
         self.code = code
 
 

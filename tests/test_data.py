@@ -195,6 +195,14 @@ def test_missing_folder():
         data.open_folder("/nowhere")
 
 
+def test_a_name_is_said_as_it_is():
+    """It will be looked for: two blanks, and the narrow one that macOS puts into the names of screenshots"""
+    name = "/a  b/Screenshot at 1.02\u202fPM.png"
+    with pytest.raises(UserError) as caught:
+        data.open_folder(name)
+    assert str(caught.value) == f"{name}: no such folder" and str(UserError("of\n  two\n\nlines")) == "of two lines"
+
+
 def test_class_list_maps_folder_names(tmp_path):
     root = make(tmp_path, {"n03": 2, "n01": 1})
     classes, wnids = ["tench", "crane", "shark", "crane"], ["n01", "n02", "n03", "n04"]
