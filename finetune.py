@@ -863,8 +863,9 @@ def report(model, val, classes, args, world, most=24):
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([["true \\ predicted", *classes, "accuracy"]] + [
             [c, *row, per_class[c]] for c, row in zip(classes, matrix)])
-        write_atomic(os.path.join(args.out, "confusion.csv"), table.getvalue().encode())
-        write_atomic(os.path.join(args.out, "confusion.svg"), confusion_svg(matrix, classes).encode())
+        for name, text in (("csv", table.getvalue()), ("svg", confusion_svg(matrix, classes))):
+            # a class has its folder's name, which may be any bytes
+            write_atomic(os.path.join(args.out, f"confusion.{name}"), text.encode(errors="backslashreplace"))
         tiles = []
         for i in wrong[:most]:
             image = data.load(val.path(i), args.exif)

@@ -230,7 +230,8 @@ class Model:
             enough = enough_images(seconds(1), seconds(batch), batch, unit)
         number = str(getattr(net, "dtype", net.precision)).removeprefix("torch.")
         say(f"{self.name}: {source}, {number}, {size} pixels")
-        classes = list(checkpoint["classes"] or map(str, range(net.config["num_classes"])))
+        classes = [c.encode(errors="backslashreplace").decode()  # a folder's name may be any bytes, an answer not
+                   for c in checkpoint["classes"] or map(str, range(net.config["num_classes"]))]
         return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source),
                        enough)
 

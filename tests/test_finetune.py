@@ -685,6 +685,19 @@ def test_no_mistakes_leave_no_picture_of_an_earlier_run_s(shapes, tmp_path, monk
     assert seen == [True, False]
 
 
+def test_the_report_of_a_class_whose_name_is_no_text(shapes, tmp_path):
+    """A folder as it comes out of an old archive, with bytes that are no UTF-8"""
+    root = shutil.copytree(shapes, tmp_path / "set")
+    for split in ("train", "val"):
+        os.rename(root / split / "ring", os.path.join(os.fsencode(root / split), b"K\xfcche, gr\xfcn"))
+    _, val, classes, _, _ = data.open_folder(str(root))
+    found = finetune.report(new_network(3), val, classes, parse("--workers", 0, "--out", tmp_path), train.World())
+    assert found["per_class"].keys() == set(classes)
+    with open(tmp_path / "confusion.csv", newline="", encoding="utf-8") as f:
+        assert next(csv.reader(f))[1:4] == ["K\\udcfcche, gr\\udcfcn", "disk", "square"]
+    xml.dom.minidom.parse(str(tmp_path / "confusion.svg"))
+
+
 def test_confusion_picture_with_odd_and_many_names():
     names = ['a "b" <c> & d', "x" * 60] + [f"class {i}" for i in range(98)]
     for n in (1, 2, 61, 100):

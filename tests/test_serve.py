@@ -572,6 +572,28 @@ def test_a_port_in_use_is_told_before_processes_share_it(networks):
         assert process.wait(60) == 2 and "in use" in process.stderr.read()
 
 
+def loaded(checkpoint, **fields):
+    """-> serve's arguments and Network of a copy of that checkpoint with other classes or args"""
+    path = os.path.join(os.path.dirname(checkpoint), "copy.pt")
+    resnet50.save_checkpoint(path, resnet50.build_model(resnet50.load_checkpoint(checkpoint), path),
+                             **{"classes": CLASSES, **fields})
+    args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "1"])
+    return args, serve.Model("m", args, path).network
+
+
+def test_class_names_that_are_no_text(networks):
+    """Folders as they come out of old archives: a name whose bytes are no UTF-8"""
+    names = [os.fsdecode(b"gr\xfcn"), *CLASSES[1:]]
+    _, network = loaded(networks["float"], classes=names)
+    outputs = [("logits", True, 7), ("probabilities", False, 7)]
+    headers, body = serve.infer_response("m", network.classes, {}, outputs, torch.zeros(1, 7))
+    length = int(headers["Inference-Header-Content-Length"])
+    texts = serve.binary_strings(body[length:], 7)
+    found = [text.decode().split(":", 2)[2] for text in texts]
+    assert sorted(found) == sorted(["gr\\udcfcn", *CLASSES[1:]])
+    assert [d.encode().decode().split(":", 2)[2] for d in json.loads(body[:length])["outputs"][1]["data"]] == found
+
+
 def test_a_network_whose_outputs_are_not_finite_does_not_serve(networks, tmp_path):
     checkpoint = resnet50.load_checkpoint(networks["float"])
     model = resnet50.build_model(checkpoint, "float")
