@@ -1592,7 +1592,7 @@ def cascade(args, world, stop):
     if not count and (sure == 1).any():  # which no threshold sends on
         raise UserError(f"{args.cascade[0]}: gives wrong answers a probability of 1, more than --max-drop allows")
     say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")
-    saved = dict(checkpoint, classes=checkpoint["classes"] or sets.classes, args={})
+    saved = dict(checkpoint, classes=checkpoint["classes"] or sets.classes, args=dict(exif=sets.exif))
     report, path = Report(args, sets, world, stop, saved), os.path.join(args.out, "best.pt")
     report.add("big", big, args.cascade[1])
     report.add("small", small, args.cascade[0])

@@ -673,7 +673,7 @@ def export(model, checkpoint, args, path):
     about = describe(model, checkpoint, args, exported)
     sizes = (1, 2, 5) if args.dynamic_batch else (args.batch_size,) * -(-5 // args.batch_size)
     cases = [Case(p, model, exported) for p in example_pixels(args.image_size, sum(sizes)).split(sizes)]
-    images = real_images(args, model, exported) if args.data else []
+    images = real_images(args, model, checkpoint, exported) if args.data else []
     kind = about["precision"]
     if kind == "int8" and (model.config["attention"] != "none" or model.config.get("float_layers")):
         kind = "mixed"  # what is computed in floats decides how an int8 value near a half is rounded
@@ -824,10 +824,11 @@ def bench(model, args, exported, path):
     return table
 
 
-def real_images(args, model, exported):
+def real_images(args, model, checkpoint, exported):
     """The first --images of --data as Cases of one image each, or of the file's batch"""
     files = data.scan_unlabelled(args.data)
-    images = data.Images(files, lambda epoch: data.eval_transform(geometry(model, args.image_size)))
+    images = data.Images(files, lambda epoch: data.eval_transform(geometry(model, args.image_size)),
+                         exif=bool(checkpoint["args"].get("exif")))
     batch = 1 if args.dynamic_batch else args.batch_size
     pixels, _, complaints = images.batch([(0, i, 0) for i in range(min(args.images, len(files)))])
     if complaints:

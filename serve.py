@@ -174,6 +174,7 @@ class Network(NamedTuple):
     classes: list
     stamp: tuple
     enough: int  # images of the smallest batch that is about as fast, per image, as the largest
+    exif: bool  # whether photographs are turned as their tags say: as in the network's training
 
 
 def enough_images(one, many, batch, unit):
@@ -233,7 +234,7 @@ class Model:
         classes = [c.encode(errors="backslashreplace").decode()  # a folder's name may be any bytes, an answer not
                    for c in checkpoint["classes"] or map(str, range(net.config["num_classes"]))]
         return Network(source, net, size, data.eval_transform(net.preprocess), classes, stamp or stamp_of(source),
-                       enough)
+                       enough, self.args.exif or bool(checkpoint["args"].get("exif")))
 
     def reload(self):
         """A changed file. What was there serves until the new network is warm, and on if it is bad."""
@@ -369,7 +370,8 @@ def decode(network, encoded, args, gate):
         if width * height > args.max_pixels:
             raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
         with gate:
-            return network.transform.encoded(encoded, FORMATS, args.exif, 0 if args.full_decode else 2).permute(2, 0, 1)
+            gap = 0 if args.full_decode else 2
+            return network.transform.encoded(encoded, FORMATS, network.exif, gap).permute(2, 0, 1)
     except Refusal:
         raise
     except Image.UnidentifiedImageError:
@@ -1291,7 +1293,8 @@ def get_args_parser():
     g.add_argument("--full-decode", action="store_true",
                    help="decode JPEGs whole, even where a half, a quarter or an eighth of their size has twice the "
                         "short side that the network resizes to")
-    g.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")
+    g.add_argument("--exif", action="store_true",
+                   help="turn images as their orientation tags say, even where training did not")
     g = p.add_argument_group("address")
     g.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all interfaces")
     g.add_argument("--port", type=between(0, 65535), default=8000, help="0: any that is free")

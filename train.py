@@ -955,7 +955,8 @@ def eval_only(args, world):
         model, amp = fuse(model, amp or torch.float32), None  # it casts by itself
     if args.compile:
         model.compile()
-    dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=args.exif)
+    exif = args.exif or bool(checkpoint["args"].get("exif"))  # as in the network's training
+    dataset = data.Images(val, lambda _: data.eval_transform(model.preprocess), exif=exif)
     size = 32 if args.batch_size == "auto" else args.batch_size
     if world.rank == 0:
         print("\n".join(notes + [f"{source} on {len(val)} images, "

@@ -646,6 +646,9 @@ def test_photographs_are_turned_where_training_turned_them(call, tmp_path, train
     found = [call("--int8", "--data", folder, "--calib-images", 10, "--out", tmp_path / f"out{i}", checkpoint=file)
              for i, (folder, file) in enumerate([(tiny, trained), (tmp_path / "turned", str(tmp_path / "exif.pt"))])]
     assert found[0]["before"]["top5"] == found[1]["before"]["top5"] and torch.equal(made[0][0], made[1][0])
+    both = call("--cascade", tmp_path / "exif.pt", tmp_path / "exif.pt", "--data", tmp_path / "turned",
+                "--calib-images", 10, "--out", tmp_path / "both")
+    assert resnet50.load_checkpoint(both["checkpoint"])["args"]["exif"] and torch.equal(made[0][0], made[2][0])
 
 
 def test_images_without_labels(call, tmp_path, tiny):

@@ -11,7 +11,9 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from PIL import Image
 
+import data
 import export
 import resnet50
 from resnet50 import ResNet50, UserError, save_checkpoint
@@ -485,6 +487,18 @@ def test_images_of_a_folder_are_compared(checkpoint, call, tiny, monkeypatch):
     monkeypatch.setattr(export, "RUNTIMES", {"json": broken})
     assert call(checkpoint("plain", "int8"), "--overwrite")["runtimes"] == {
         "json": {"error": "ValueError: no such instruction"}}
+
+
+def test_images_are_turned_where_training_turned_them(tmp_path):
+    tag, model = Image.Exif(), build("plain")
+    tag[0x0112] = 6
+    picture = Image.fromarray(photographs(1, 40, 60)[0].permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "a.png", exif=tag)
+    save_checkpoint(str(tmp_path / "c.pt"), model, classes=CLASSES, args=dict(exif=True))
+    args = export.get_args_parser().parse_args(["--data", str(tmp_path), "--image-size", "32", "--dynamic-batch"])
+    case, = export.real_images(args, model, resnet50.load_checkpoint(tmp_path / "c.pt"), export.Exported(model))
+    transform = data.eval_transform(export.geometry(model, 32))
+    assert torch.equal(case.pixels[0].permute(1, 2, 0), transform(picture.transpose(Image.Transpose.ROTATE_270)))
 
 
 QUICK = "import copy, torch\nexport.BENCH_SECONDS = 0.0\ntorch.compile = lambda module, **k: copy.copy(module)\n"

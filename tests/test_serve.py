@@ -572,12 +572,12 @@ def test_a_port_in_use_is_told_before_processes_share_it(networks):
         assert process.wait(60) == 2 and "in use" in process.stderr.read()
 
 
-def loaded(checkpoint, **fields):
+def loaded(checkpoint, *flags, **fields):
     """-> serve's arguments and Network of a copy of that checkpoint with other classes or args"""
     path = os.path.join(os.path.dirname(checkpoint), "copy.pt")
     resnet50.save_checkpoint(path, resnet50.build_model(resnet50.load_checkpoint(checkpoint), path),
                              **{"classes": CLASSES, **fields})
-    args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "1"])
+    args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "1", *flags])
     return args, serve.Model("m", args, path).network
 
 
@@ -592,6 +592,17 @@ def test_class_names_that_are_no_text(networks):
     found = [text.decode().split(":", 2)[2] for text in texts]
     assert sorted(found) == sorted(["gr\\udcfcn", *CLASSES[1:]])
     assert [d.encode().decode().split(":", 2)[2] for d in json.loads(body[:length])["outputs"][1]["data"]] == found
+
+
+def test_photographs_are_turned_where_training_turned_them(networks):
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    encoded = picture("JPEG", exif=tag)
+    for flags, trained in (((), False), (["--exif"], False), ((), True)):
+        args, network = loaded(networks["float"], *flags, args=dict(exif=trained))
+        pixels = serve.decode(network, encoded, args, contextlib.nullcontext())
+        wanted = network.transform(data.decode(encoded, exif=bool(flags or trained)))
+        assert torch.equal(pixels.permute(1, 2, 0), wanted)
 
 
 def test_a_network_whose_outputs_are_not_finite_does_not_serve(networks, tmp_path):
@@ -733,7 +744,7 @@ class Slow:
 def slow(monkeypatch):
     """-> (Model of a Slow network, its network)"""
     net = Slow()
-    monkeypatch.setattr(serve, "load_some_model", lambda *a, **k: (net, dict(classes=None), "slow"))
+    monkeypatch.setattr(serve, "load_some_model", lambda *a, **k: (net, dict(classes=None, args={}), "slow"))
     args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "4", "--max-queue", "6"])
     model = serve.Model("slow", args, None)
     model.network = model.network._replace(enough=4)

@@ -11,6 +11,7 @@ import xml.dom.minidom
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -342,6 +343,22 @@ def test_flags_change_what_eval_only_scores(scored, tiny, capsys):
     train.main(parse("--eval-only", "--checkpoint", scored[0], "--data", tiny, "--workers", 0, "--device", "cpu",
                      "--val-resize", 50))
     assert "50 -> 32 px" in capsys.readouterr().err
+
+
+def test_photographs_are_scored_as_they_were_trained_on(scored, tiny, tmp_path):
+    """A network that was trained with --exif sees them turned, whether the flag is repeated or not."""
+    path, model, files, plain, _ = scored
+    tag = Image.Exif()
+    tag[0x0112] = 3  # upside down
+    for i in range(len(files)):
+        turned = tmp_path / "set" / "val" / f"{files.name(i)}.png"
+        turned.parent.mkdir(parents=True, exist_ok=True)
+        data.load(files.path(i)).rotate(180).save(turned, exif=tag)
+    save_checkpoint(str(tmp_path / "exif.pt"), model, classes=list(data.DEMO_CLASSES), args=dict(exif=True))
+    for file, flags in ((tmp_path / "exif.pt", ()), (path, ["--exif"])):
+        result = train.main(parse("--eval-only", "--checkpoint", file, "--data", tmp_path / "set", "--workers", 0,
+                                  "--device", "cpu", *flags))
+        assert {k: result[k] for k in plain} == pytest.approx(plain, rel=1e-4)
 
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py"])  # which of them wrote OUT/best.pt is not known
