@@ -87,7 +87,9 @@ def decode(data, formats=TRAIN_FORMATS, exif=False, short_side=None):
         if short_side:
             image.draft(None, (short_side, short_side))
         image.load()
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation)) if exif else None
+        turn = None
+        with contextlib.suppress(SyntaxError, ValueError, struct.error):  # a damaged block beside good pixels
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation)) if exif else None
         if turn is not None:
             image = image.transpose(turn)
         if image.mode.startswith("I") or image.mode == "F":

@@ -123,6 +123,14 @@ def test_a_damaged_tag_beside_the_orientation_refuses_no_image():
     assert np.array_equal(data.decode(bad, exif=True), data.decode(encoded, exif=True))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_exif_block_refuses_no_image(kind):
+    """As programs leave it that wipe where a photograph was taken"""
+    for block in (bytes(30), b"II*\0", b"text that is no TIFF file"):
+        encoded = encode(picture(), kind, exif=b"Exif\0\0" + block)
+        assert np.array_equal(data.decode(encoded, exif=True), Image.open(io.BytesIO(encoded)).convert("RGB"))
+
+
 def test_every_path_finds_an_orientation():
     """Behind 64 KiB of other metadata, or in XMP alone, where Pillow reads it too"""
     from PIL import ImageOps
