@@ -112,10 +112,11 @@ def jpeg_ends(data):
 
 
 def grey16(image):
-    """Modes I;16, I and F hold 16-bit grey (PNG, TIFF); PIL's own conversion to 8 bits would saturate at 255."""
+    """Modes I;16, I and F hold 16-bit grey (PNG, TIFF); PIL's own conversion to 8 bits would saturate at 255. Floats up
+    to 1 are shares of white, and up to 255 bytes."""
     values = np.nan_to_num(np.asarray(image)).astype(np.float64)  # float TIFFs may have NaN where there is nothing
-    if image.mode == "F" and values.max(initial=0) <= 1:
-        values = values * 65535
+    if image.mode == "F" and (most := values.max(initial=0)) <= 255:
+        values *= 65535 if most <= 1 else 257
     return Image.fromarray((values.clip(0, 65535) / 256).astype(np.uint8))
 
 

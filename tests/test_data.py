@@ -53,6 +53,8 @@ def test_float_tiff():
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     got = np.asarray(data.decode(encode(Image.fromarray(values), "TIFF")))[..., 0]
     assert abs(got / 255 - values).max() < 0.01
+    for most in (255, 65535):
+        assert np.array_equal(np.asarray(data.decode(encode(Image.fromarray(most * values), "TIFF")))[..., 0], got)
     holed = values.copy()
     holed[0, 3] = np.nan
     other = np.asarray(data.decode(encode(Image.fromarray(holed), "TIFF")))[..., 0]
