@@ -683,9 +683,6 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
     if val_root:
         val, more = scan(val_root, index, allow_empty=True)
         notes += more
-        absent = np.setdiff1d(train.labels, val.labels) if train else ()
-        if len(absent):
-            notes.append(f"{val_root}: no image of {some([classes[i] for i in absent], 5)}")
     elif eval_only and val_split is None and not split:
         train, val = None, train
         notes.append(f"{root}: no val/: what a network was trained on may be scored too; --val-split 0.1 scores what "
@@ -693,6 +690,9 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
     else:
         train, val = hash_split(train, val_split)
         notes.append(f"{root}: no val/, {len(val)} of {len(train) + len(val)} images held out by a hash of their names")
+    for part, other, name in ((train, val, "training"), (val, train, "validation")) if train else ():
+        if len(absent := np.setdiff1d(other.labels, part.labels)):
+            notes.append(f"{part.root}: no {name} image of {some([classes[i] for i in absent], 5)}")
     return train, val, classes, wnids, notes
 
 
@@ -1373,9 +1373,10 @@ def main(args):
         import_imagenet(args.import_imagenet, args.out, args.val_labels)
     root = args.out or args.data or make_demo()
     train, val, classes, _, notes = open_folder(root, val_split=args.val_split)
-    other = collections.Counter(os.path.splitext(f)[1] or f for _, files in walk(root) for f in files
-                                if not f.lower().endswith(EXTENSIONS))
-    if other:
+    there, used = (collections.Counter(os.path.splitext(f)[1] or f for f in names) for names in (
+        (f for _, files in walk(root) for f in files),
+        (files.name(i) for files in (train, val) for i in range(len(files)))))
+    if other := there - used:
         notes.append(f"{root}: ignored {', '.join(f'{n} {kind}' for kind, n in other.most_common(9))}")
     for note in notes:
         print(note, file=sys.stderr)

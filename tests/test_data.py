@@ -185,7 +185,8 @@ def test_classes_come_from_train_alone(tmp_path):
                            "train/.ipynb_checkpoints": 1})
     train, val, classes, _, notes = data.open_folder(root)
     assert classes == ["a10", "a9", "b"] and sorted(train.labels) == [0, 0, 1, 2, 2] and sorted(val.labels) == [1, 1, 2]
-    assert any(".ipynb_checkpoints ignored" in n for n in notes) and any("no image of a10" in n for n in notes)
+    assert any(".ipynb_checkpoints ignored" in n for n in notes)
+    assert any("no validation image of a10" in n for n in notes)
     assert all(os.path.exists(train.path(i)) and classes[train.labels[i]] in train.path(i) for i in range(len(train)))
 
 
@@ -271,11 +272,23 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 def test_what_is_ignored_is_said(tmp_path, capsys):
     root = make(tmp_path, {"train/a": 2, "train/b": 2, "val/a": 1, "train/.git": 1})
-    for name in ("a/1.heic", "a/2.heic", "b/notes.txt"):
+    for name in ("a/1.heic", "a/2.heic", "b/notes.txt", "a/._0.jpg", "of no class.JPG"):
         (tmp_path / "train" / name).write_bytes(b"")
+    make(tmp_path, {"test/a": 3}, ".png")  # what is neither train/ nor val/
     data.main(data.get_args_parser().parse_args(["--data", root]))
     said = capsys.readouterr().err
-    assert f"{root}: ignored 2 .heic, 1 .txt\n" in said and "hidden folder .git ignored" in said
+    ignored = said.split(f"{root}: ignored ")[1].split("\n")[0].split(", ")
+    assert ignored[:2] == ["3 .png", "2 .heic"] and sorted(ignored[2:]) == ["1 .JPG", "1 .jpg", "1 .txt"]
+    assert "hidden folder .git ignored" in said
+
+
+def test_classes_that_a_split_leaves_without_images_are_named(tmp_path):
+    root = make(tmp_path, {f"c{i}": 1 for i in range(30)})
+    train, val, classes, _, notes = data.open_folder(root)
+    for part, name, here in ((train, "training", val), (val, "validation", train)):
+        assert len(np.unique(part.labels)) + len(np.unique(here.labels)) == 30
+        first = classes[min(set(range(30)) - set(part.labels.tolist()))]
+        assert any(f"no {name} image of {first}" in n for n in notes), notes
 
 
 def test_files_keep_any_name():
