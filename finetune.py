@@ -895,10 +895,13 @@ class Boxes(NamedTuple):
     ignored: np.ndarray
 
 
-def find_image(names, folders):
-    """-> path of the first of these names that one of the folders holds; ValueError where none does"""
-    for path in (os.path.join(f, n) for n in names for f in folders):
+def find_image(names, folders, who, taken):
+    """-> path of the first of these names that one of the folders holds; ValueError where none does, or where another
+    than `who` has `taken` it: the boxes of one of them would be lost"""
+    for path in (os.path.normpath(os.path.join(f, n)) for n in names for f in folders):
         if os.path.isfile(path):
+            if (other := taken.setdefault(path, who)) != who:
+                raise ValueError(f"its image {path} is that of {other} too")
             return path
     raise ValueError(f"its image {names[0]} is not in {' or '.join(folders)}")
 
@@ -907,14 +910,14 @@ def read_voc(paths, folders):
     """Pascal-VOC xml files -> [(image's path, [(class, x1, y1, x2, y2, area, crowd, ignored)])], and the complaints
     about single files. An image is looked for under the name in its file, then under the file's own; coordinates count
     from 1 and include the last pixel."""
-    entries, complaints = [], []
+    entries, complaints, taken = [], [], {}
     for path in paths:
         try:
             root, found = xml.etree.ElementTree.parse(path).getroot(), []
             named = os.path.basename((root.findtext("filename") or "").replace("\\", "/"))
             stem = os.path.splitext(os.path.basename(path))[0]
             names = [named] * bool(named) + [stem + e for ext in data.EXTENSIONS for e in (ext, ext.upper())]
-            image = find_image(names, folders)
+            image = find_image(names, folders, path, taken)
             for item in root.iter("object"):
                 box = item.find("bndbox")
                 x1, y1, x2, y2 = (float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
@@ -930,10 +933,13 @@ def read_voc(paths, folders):
 def read_coco(path, folders):
     """COCO json -> the same, and the complaints about single images and boxes"""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             content = json.load(f)
-        names = {c["id"]: c["name"] for c in content["categories"]}
-        by_image, entries, complaints = {i["id"]: [] for i in content["images"]}, [], []
+        names = {c["id"]: str(c["name"]) for c in content["categories"]}
+        by_image, entries, complaints, taken = {}, [], [], {}
+        for item in content["images"]:
+            if by_image.setdefault(item["id"], found := []) is not found:
+                raise ValueError(f"two images have the id {item['id']}")
         for a in content["annotations"]:
             try:
                 x, y, w, h = map(float, a["bbox"])
@@ -943,9 +949,10 @@ def read_coco(path, folders):
                 complaints.append(f"{path}: annotation {a.get('id')}: {type(error).__name__}: {error}")
         for item in content["images"]:
             try:
-                entries.append((find_image([item["file_name"]], folders), by_image[item["id"]]))
+                image = find_image([item["file_name"]], folders, f"image {item['id']}", taken)
+                entries.append((image, by_image[item["id"]]))
             except ValueError as error:
-                complaints.append(f"{path}: {error}")
+                complaints.append(f"{path}: image {item['id']}: {error}")
         return entries, complaints
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from error
@@ -958,7 +965,8 @@ def annotations(root, eval_only):
         return [os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))]
 
     def xmls(folder):
-        return [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if n.lower().endswith(".xml")]
+        return [os.path.join(folder, n) for n in sorted(os.listdir(folder))
+                if n.lower().endswith(".xml") and not n.startswith(".")]
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder")
     found = {}
@@ -978,11 +986,13 @@ def annotations(root, eval_only):
                 name = jsons[0].removesuffix(".json").removeprefix("instances_")
                 found[split] = read_coco(os.path.join(notes[0], jsons[0]),
                                          [os.path.join(p, name) for p in pictures] + pictures)
+                found[split][1].extend(f"{os.path.join(notes[0], n)}: not read, as {jsons[0]} is" for n in jsons[1:])
             elif os.path.isfile(os.path.join(lists, split + ".txt")):
-                with open(os.path.join(lists, split + ".txt"), encoding="utf-8") as f:
+                with open(os.path.join(lists, split + ".txt"), encoding="utf-8-sig", errors="surrogateescape") as f:
                     lines = [line.strip() for line in f if line.strip()]
                 # a class's own list has 1 or -1 behind each name, and a name may have blanks
-                stems = [n if os.path.isfile(os.path.join(notes[0], n + ".xml")) else n.split()[0] for n in lines]
+                stems = dict.fromkeys(n if os.path.isfile(os.path.join(notes[0], n + ".xml")) else n.split()[0]
+                                      for n in lines)
                 found[split] = read_voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
         if not found and xmls(notes[0]):
             found["train"] = read_voc(xmls(notes[0]), pictures)
@@ -1027,7 +1037,7 @@ def open_boxes(root, args, classes=None):
             if ((corners[:, 0] >= width) | (corners[:, 1] >= height)).any():
                 beyond.append(path)
             corners = np.clip(corners, 0, [width, height, width, height])
-            good = (corners[:, 2:] - corners[:, :2] > 0).all(1)
+            good = (corners[:, 2:] - corners[:, :2] > 0.01).all(1)  # less may be nothing in float32
             empty += [path] * int((~good).sum())
             rows = [(index[b[0]], *b[5:]) for b, use in zip(boxes, good) if use]
             known[path] = Boxes(corners[good], *(np.array([r[i] for r in rows], dtype=kind)

@@ -262,15 +262,109 @@ def test_coco_s_file_names_may_go_around(tmp_path):
         assert known[files.path(i)].boxes.tolist() == [list(map(float, b[1:])) for b in boxes]
 
 
+@pytest.mark.parametrize("layout", ["split", "roboflow"])
+def test_an_image_of_two_annotations_is_named_or_has_the_first(layout, folder, tmp_path):
+    """A file name copied along with its xml, or sets put together: the boxes of one of them would be lost"""
+    root = tmp_path / "set"
+    if layout == "split":
+        shutil.copytree(folder, root)
+        (root / "train" / "annotations" / "train5 (copy).xml").write_text(voc("train5.jpg", [("disk", 1, 1, 9, 9)]))
+        complaint = "train5.xml: its image .*train5.jpg is that of .*train5 .copy..xml too"
+    else:
+        roboflow(root)
+        content = coco_content("train", 12)
+        content["images"].append(dict(id=1, file_name="./train5.jpg"))
+        content["annotations"].append(dict(id=1, image_id=1, category_id=9, bbox=[1, 1, 8, 8]))
+        (root / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+        complaint = "_annotations.coco.json: image 1: its image .*train5.jpg is that of image 75 too"
+    with pytest.raises(UserError, match=complaint):
+        opened(root)
+    files, _, _, known, notes = opened(root, "--on-corrupt", "skip")
+    assert len(files) == 12 and len({files.path(i) for i in range(12)}) == 12
+    assert any(n.startswith("1 train annotations are left out") for n in notes)
+    boxes = next(b for path, b in known.items() if path.endswith("train5.jpg")).boxes.tolist()
+    assert boxes == ([[1, 1, 9, 9]] if layout == "split" else [list(b[1:]) for b in scene([False, 5])[1]])
+
+
+def test_images_that_share_a_number_are_refused(tmp_path):
+    """Each would have the other's boxes too"""
+    roboflow(tmp_path / "set")
+    content = coco_content("train", 12)
+    for note in content["annotations"]:
+        note["image_id"] -= note["image_id"] == 73
+    content["images"][3]["id"] = 72
+    (tmp_path / "set" / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+    for flags in ((), ("--on-corrupt", "skip")):
+        with pytest.raises(UserError, match="_annotations.coco.json: not COCO annotations .*two images have the id 72"):
+            opened(tmp_path / "set", *flags)
+
+
 def test_names_with_blanks_in_a_list(tmp_path):
     root = tmp_path / "set"
     standard_voc(root)
     for sub, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
         (root / sub / f"train3{end}").rename(root / sub / f"my picture{end}")
     names = root / "ImageSets" / "Main" / "train.txt"
-    names.write_text(names.read_text().replace("train3  1", "my picture"))
+    names.write_text(names.read_text().replace("train3  1", "my picture\nmy picture"))  # twice is once
     files = opened(root)[0]
     assert len(files) == 12 and any(files.path(i).endswith("my picture.jpg") for i in range(12))
+
+
+def test_lists_and_annotations_as_other_systems_write_them(tmp_path):
+    """With a mark of the byte order, as on Windows; names whose bytes are no UTF-8; macOS's files beside the files"""
+    root = tmp_path / "set"
+    standard_voc(root)
+    for sub, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        os.rename(root / sub / f"train3{end}", os.path.join(os.fsencode(root / sub), b"gr\xfcn" + end.encode()))
+    names = root / "ImageSets" / "Main" / "train.txt"
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"train3  1", b"gr\xfcn"))
+    files = opened(root)[0]
+    assert len(files) == 12 and any(files.path(i).endswith(os.fsdecode(b"gr\xfcn.jpg")) for i in range(12))
+    shutil.rmtree(root / "ImageSets")
+    (root / "Annotations" / "._train0.xml").write_bytes(b"\0\5\x16\7")
+    assert sum(map(len, opened(root)[:2])) == 17
+    roboflow(tmp_path / "coco")
+    path = tmp_path / "coco" / "train" / "_annotations.coco.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(opened(tmp_path / "coco")[0]) == 12
+
+
+def test_a_second_file_of_annotations_is_not_passed_over(tmp_path):
+    root = tmp_path / "set"
+    coco(root)
+    (root / "annotations" / "instances_train2014.json").write_text(json.dumps(coco_content("train", 3)))
+    shutil.copytree(root / "train2017", root / "train2014")
+    with pytest.raises(UserError, match="instances_train2017.json: not read, as instances_train2014.json is"):
+        opened(root)
+    assert len(opened(root, "--on-corrupt", "skip")[0]) == 3
+    assert finetune.annotations(str(root), True).keys() == {"val"}  # to score takes neither
+    os.unlink(root / "annotations" / "instances_train2014.json")
+    assert len(opened(root)[0]) == 12
+
+
+def test_classes_that_are_numbers(tmp_path):
+    """One of them missing, as tools write what has no name"""
+    roboflow(tmp_path / "set")
+    for split, count in (("train", 12), ("valid", 5)):
+        content = coco_content(split[:5].replace("valid", "val"), count)
+        content["categories"] = [dict(id=18, name=7), dict(id=9, name=None)]
+        (tmp_path / "set" / split / "_annotations.coco.json").write_text(json.dumps(content))
+    assert opened(tmp_path / "set")[2] == ["7", "None"]
+
+
+def test_what_is_too_thin_for_float32_is_left_out(tmp_path):
+    """Tools that cut boxes leave such: a loss of it, and a ratio of anchors, would not be finite"""
+    roboflow(tmp_path / "set")
+    content = coco_content("train", 12)
+    content["annotations"] += [dict(id=900 + i, image_id=70 + i, category_id=9, bbox=[40.3, 20.1, width, 20.0])
+                               for i, width in enumerate((1.4e-14, 1e-7, 1e-5))]
+    (tmp_path / "set" / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+    files, _, _, known, notes = opened(tmp_path / "set")
+    assert any(n.startswith("3 boxes without an area") for n in notes)
+    images = finetune.BoxImages(files, known, parse("--data", "x", "--image-size", 64), replace=True)
+    for i in range(len(files)):
+        _, rows, _ = images[(0, i, 0)]
+        assert (rows[1:, 2:4] > rows[1:, :2]).all()
 
 
 @pytest.mark.parametrize("split, change", [("train", dict(bbox=[1, 1, 0, 5])), ("val", dict(iscrowd=1))])
