@@ -906,10 +906,16 @@ def find_image(names, folders, who, taken):
     raise ValueError(f"its image {names[0]} is not in {' or '.join(folders)}")
 
 
+def size_of(width, height):
+    """-> the image's size that an annotation states, or None where it states none"""
+    with contextlib.suppress(TypeError, ValueError):
+        return (float(width), float(height)) if float(width) and float(height) else None
+
+
 def read_voc(paths, folders):
-    """Pascal-VOC xml files -> [(image's path, [(class, x1, y1, x2, y2, area, crowd, ignored)])], and the complaints
-    about single files. An image is looked for under the name in its file, then under the file's own; coordinates count
-    from 1 and include the last pixel."""
+    """Pascal-VOC xml files -> [(image's path, size_of() it, [(class, x1, y1, x2, y2, area, crowd, ignored)])], and the
+    complaints about single files. An image is looked for under the name in its file, then under the file's own;
+    coordinates count from 1 and include the last pixel."""
     entries, complaints, taken = [], [], {}
     for path in paths:
         try:
@@ -924,7 +930,7 @@ def read_voc(paths, folders):
                 difficult = (item.findtext("difficult") or "0").strip() == "1"
                 found.append((item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, (x2 - x1 + 1) * (y2 - y1 + 1),
                               False, difficult))
-            entries.append((image, found))
+            entries.append((image, size_of(root.findtext("size/width"), root.findtext("size/height")), found))
         except (xml.etree.ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
             complaints.append(f"{path}: {error}")
     return entries, complaints
@@ -950,7 +956,7 @@ def read_coco(path, folders):
         for item in content["images"]:
             try:
                 image = find_image([item["file_name"]], folders, f"image {item['id']}", taken)
-                entries.append((image, by_image[item["id"]]))
+                entries.append((image, size_of(item.get("width"), item.get("height")), by_image[item["id"]]))
             except ValueError as error:
                 complaints.append(f"{path}: image {item['id']}: {error}")
         return entries, complaints
@@ -1012,15 +1018,15 @@ def open_boxes(root, args, classes=None):
     if "val" in found and args.val_split is not None:
         raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
     train.check_corrupt([c for _, complaints in found.values() for c in complaints], args.on_corrupt)
-    classes = classes or sorted({box[0] for _, boxes in found["train"][0] for box in boxes})
+    classes = classes or sorted({box[0] for *_, boxes in found["train"][0] for box in boxes})
     if not classes:
         raise UserError(f"{root}: not one box in the training annotations")
-    index, files, empty, beyond = {name: i + 1 for i, name in enumerate(classes)}, {}, [], []
+    index, files, empty, beyond, other = {name: i + 1 for i, name in enumerate(classes)}, {}, [], [], []
     for split, (entries, complaints) in found.items():
         if complaints:
             notes.append(f"{len(complaints)} {split} annotations are left out: {some(complaints)}")
         kept = []
-        for path, boxes in entries:
+        for path, stated, boxes in entries:
             name = os.path.relpath(path, root)  # without what a COCO file_name may have, ./ and ../
             path = os.path.join(root, name)
             try:
@@ -1030,6 +1036,7 @@ def open_boxes(root, args, classes=None):
                 train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
                 notes.append(f"{path} is left out: {error}")
                 continue
+            other += [path] * (stated not in (None, (width, height)))
             strange = sorted({b[0] for b in boxes} - set(index))
             if strange:
                 raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
@@ -1044,6 +1051,9 @@ def open_boxes(root, args, classes=None):
                                                  for i, kind in enumerate((int, float, bool, bool))))
             kept.append(name)
         files[split] = data.Files(root, kept, np.zeros(len(kept)))
+    if other:
+        notes.append(f"{len(other)} images have another size than was annotated, made smaller or turned by a tag that "
+                     f"is not followed here: their boxes may lie elsewhere: {some(other)}")
     if beyond:
         notes.append(f"{len(beyond)} images have boxes that lie outside of them: were they annotated at another size? "
                      + some(beyond))

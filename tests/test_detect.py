@@ -216,6 +216,27 @@ def test_odd_boxes(folder, tmp_path):
         opened(root)
 
 
+@pytest.mark.parametrize("layout", ["split", "roboflow"])
+def test_images_of_another_size_than_was_annotated_are_named(layout, folder, tmp_path):
+    """Made smaller since, or shown turned by their tag to whoever drew the boxes: these lie elsewhere, if inside"""
+    root = tmp_path / "set"
+    if layout == "split":
+        shutil.copytree(folder, root)
+        for i, text in enumerate(("<width>9</width><height>8</height>", "<width>0</width><height>0</height>", "")):
+            boxes = scene([False, i])[1]
+            (root / "train" / "annotations" / f"train{i}.xml").write_text(
+                voc(f"train{i}.jpg", boxes, f"<size>{text}</size>"))
+    else:
+        roboflow(root)
+        content = coco_content("train", 12)
+        content["images"][0].update(width=content["images"][0]["height"], height=content["images"][0]["width"])
+        content["images"][1].update(width=0, height=0)
+        del content["images"][2]["width"]
+        (root / "train" / "_annotations.coco.json").write_text(json.dumps(content))
+    said = [n for n in opened(root)[4] if "another size" in n]
+    assert len(said) == 1 and said[0].startswith("1 images ") and said[0].endswith("train0.jpg")
+
+
 @pytest.mark.parametrize("change, complaint", [
     (lambda c: "{", "JSONDecodeError"), (lambda c: json.dumps({"images": []}), "categories"),
     (lambda c: json.dumps(dict(c, annotations=c["annotations"] + [dict(image_id=1, category_id=9, bbox=[0] * 4)])),
