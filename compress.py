@@ -850,12 +850,13 @@ class Sets(NamedTuple):
 
 def open_sets(args, checkpoint, model, world, trains):
     """Images from --data, else from where the checkpoint was trained, else the demo set. Calibration images are spread
-    evenly over the training images; in a folder without train/ and val/ they are then not evaluated. Where the folders
-    are not this network's classes, the images serve without labels."""
+    evenly over the training images; in a folder without train/ and val/ that it did not learn from they are then not
+    evaluated. Where the folders are not this network's classes, the images serve without labels."""
     recorded = checkpoint["args"].get("data")
     root = args.data or (recorded if recorded and data.is_folder(recorded) else None)
     origin = "--data" if args.data else "the checkpoint's record" if root else "the demo set"
     root, classes, wnids = train.data_root(root, world), checkpoint["classes"], checkpoint["wnids"]
+    train.split_again(args, checkpoint, root)
     part = next((p for p in ("train", *data.VAL_NAMES, "") if data.is_folder(os.path.join(root, p))), None)
     if part is None:
         raise UserError(f"{root}: no such folder")

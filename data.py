@@ -49,6 +49,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")  # what a stranger may send to a server
 TRAIN_FORMATS = FORMATS + ("BMP", "GIF", "PPM", "TIFF")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 VAL_NAMES = ("val", "valid", "validation")
+HELD_OUT = 0.1  # of a folder that has none of these
 DEMO = "runs/demo"
 # by orientation tag; ImageOps.exif_transpose also writes the tags anew, and fails where others are damaged
 TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
@@ -648,9 +649,9 @@ def scan(root, index, allow_empty):
 
 
 def hash_split(files, share):
-    """Files -> those for training and those for validation, `share` (default 0.1) of them: by a hash of the path below
-    the root, so that adding files moves no other"""
-    share = 0.1 if share is None else share
+    """Files -> those for training and those for validation, `share` (default HELD_OUT) of them: by a hash of the path
+    below the root, so that adding files moves no other"""
+    share = HELD_OUT if share is None else share
     if not 0 < share < 1:
         raise UserError(f"--val-split {share}: must lie between 0 and 1", code=2)
     chosen = np.array([hashed(os.fsencode(files.name(i)), 4) / 2**32 < share for i in range(len(files))])
@@ -661,7 +662,7 @@ def hash_split(files, share):
 
 def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False):
     """-> (train Files or None, val Files, classes, wnids, notes). `classes` None: taken from the training folders
-    alone. Without val/, validation is the `val_split` (default 0.1) of the images that a fixed hash picks; with
+    alone. Without val/, validation is the `val_split` of the images that a fixed hash picks; with
     eval_only and no val_split all images of a folder without train/ and val/ are evaluated.
     Raises UserError naming the folder."""
     if not is_folder(root):

@@ -935,12 +935,22 @@ def open_data(args, world, classes=None, wnids=None):
     return data.open_folder(data_root(args.data, world), classes, wnids, args.val_split, args.eval_only)
 
 
+def split_again(args, checkpoint, root):
+    """Has of the folder that a checkpoint learned from, where there is no val/, the images held out that were so then,
+    unless --val-split is given: the others would flatter it"""
+    saved = checkpoint["args"]
+    if (args.val_split is None and saved.get("data") and os.path.realpath(saved["data"]) == os.path.realpath(root)
+            and not any(data.is_folder(os.path.join(root, name)) for name in data.VAL_NAMES)):
+        args.val_split = saved.get("val_split") or data.HELD_OUT
+
+
 def eval_only(args, world):
     model, checkpoint, source = load_model(args, defaults=[os.path.join(args.out, "best.pt")])
     if model is None:
         raise UserError(f"no {args.out}/best.pt: train a network (python train.py), or name one with --checkpoint FILE "
                         "or --weights IMAGENET1K_V2")
     classes, wnids = checkpoint["classes"], checkpoint["wnids"]
+    split_again(args, checkpoint, data_root(args.data, world))
     _, val, folder_classes, _, notes = open_data(args, world, classes, wnids)
     if classes is None and len(folder_classes) != model.config["num_classes"]:
         raise UserError(f"{source}: has no class names and {model.config['num_classes']} outputs, "

@@ -3,6 +3,7 @@ against the int8 program, losses against formulas written anew, and the commands
 import copy
 import json
 import os
+import shutil
 from types import SimpleNamespace
 from unittest import mock
 
@@ -649,6 +650,16 @@ def test_photographs_are_turned_where_training_turned_them(call, tmp_path, train
     both = call("--cascade", tmp_path / "exif.pt", tmp_path / "exif.pt", "--data", tmp_path / "turned",
                 "--calib-images", 10, "--out", tmp_path / "both")
     assert resnet50.load_checkpoint(both["checkpoint"])["args"]["exif"] and torch.equal(made[0][0], made[2][0])
+
+
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_what_a_network_learned_from_is_not_evaluated(share, call, tmp_path, trained, tiny):
+    """In a folder without val/ either: it is split as in training"""
+    flat, made = str(shutil.copytree(os.path.join(tiny, "train"), tmp_path / "flat")), resnet50.load_checkpoint(trained)
+    resnet50.save_checkpoint(str(tmp_path / "flat.pt"), resnet50.build_model(made, trained), classes=made["classes"],
+                             args=dict(made["args"], data=flat, val_split=share))
+    result = call("--int8", "--calib-images", 10, "--correction", "none", checkpoint=str(tmp_path / "flat.pt"))
+    assert result["data"] == flat and result["after"]["images"] == len(data.open_folder(flat, val_split=share)[1])
 
 
 def test_images_without_labels(call, tmp_path, tiny):

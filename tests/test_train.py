@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import xml.dom.minidom
 
@@ -359,6 +360,17 @@ def test_photographs_are_scored_as_they_were_trained_on(scored, tiny, tmp_path):
         result = train.main(parse("--eval-only", "--checkpoint", file, "--data", tmp_path / "set", "--workers", 0,
                                   "--device", "cpu", *flags))
         assert {k: result[k] for k in plain} == pytest.approx(plain, rel=1e-4)
+
+
+def test_a_network_is_not_scored_on_what_it_learned_from(scored, tiny, tmp_path):
+    """In a folder without val/: the images that were held out then, unless --val-split says otherwise"""
+    flat, other = (str(shutil.copytree(os.path.join(tiny, "train"), tmp_path / name)) for name in ("flat", "other"))
+    save_checkpoint(str(tmp_path / "c.pt"), scored[1], classes=list(data.DEMO_CLASSES),
+                    args=dict(data=flat + "/", val_split=0.3))
+    for root, flags, share in ((flat, (), 0.3), (flat, ("--val-split", 0.5), 0.5), (other, (), None)):
+        result = train.main(parse("--eval-only", "--checkpoint", tmp_path / "c.pt", "--data", root, "--workers", 0,
+                                  "--device", "cpu", *flags))
+        assert result["images"] == (len(data.open_folder(root, val_split=share)[1]) if share else 50)
 
 
 @pytest.mark.parametrize("script", ["train.py", "finetune.py"])  # which of them wrote OUT/best.pt is not known
