@@ -572,7 +572,7 @@ def list_classes(root):
     try:
         entries = [e for e in os.scandir(root) if e.is_dir()]
     except OSError as error:
-        raise UserError(f"{root}: {error.strerror}") from error
+        raise UserError(f"{error.filename}: {error.strerror}") from error
     hidden = sorted(e.name for e in entries if e.name.startswith("."))
     return (sorted(e.name for e in entries if not e.name.startswith(".")),
             [f"{root}: hidden folder {h} ignored" for h in hidden])

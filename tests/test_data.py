@@ -268,6 +268,9 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         os.symlink(target, os.path.join(root, at))
     train, val, classes, _, _ = data.open_folder(root)
     assert classes == ["a", "b", "c"] and len(train) == len(val) == 6
+    os.symlink("itself", os.path.join(root, "train", "itself"))
+    with pytest.raises(UserError, match="/train/itself: Too many levels"):
+        data.open_folder(root)
 
 
 def test_what_is_ignored_is_said(tmp_path, capsys):
