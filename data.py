@@ -678,9 +678,11 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
         classes, _ = list_classes(train_root if split else val_root or root)
         if not classes:
             raise UserError(f"{root}: no class folders (expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg)")
-    index, train, notes = class_index(classes, wnids), None, []
+    index, train = class_index(classes, wnids), None
+    notes = [f"{root}: one class alone, {classes[0]}: is that folder the data set?"] if len(classes) == 1 else []
     if not (eval_only and val_root):
-        train, notes = scan(train_root if split else root, index, allow_empty=False)
+        train, more = scan(train_root if split else root, index, allow_empty=False)
+        notes += more
     if val_root:
         val, more = scan(val_root, index, allow_empty=True)
         notes += more

@@ -201,6 +201,13 @@ def test_bad_folders_are_named(layout, complaint, tmp_path):
     assert str(tmp_path) in str(caught.value) and caught.value.code == 3
 
 
+def test_the_folder_around_a_data_set_is_told_from_it(tmp_path):
+    """All its images would be of one class, and every answer right"""
+    root = make(tmp_path / "around", {"set/train/a": 9, "set/train/b": 9, "set/val/a": 9})
+    assert any("one class alone, set" in n for n in data.open_folder(root)[4])
+    assert not any("one class" in n for n in data.open_folder(os.path.join(root, "set"))[4])
+
+
 def test_missing_folder():
     with pytest.raises(UserError, match="/nowhere: no such folder"):
         data.open_folder("/nowhere")
