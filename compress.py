@@ -856,10 +856,10 @@ def open_sets(args, checkpoint, model, world, trains):
     root = args.data or (recorded if recorded and data.is_folder(recorded) else None)
     origin = "--data" if args.data else "the checkpoint's record" if root else "the demo set"
     root, classes, wnids = train.data_root(root, world), checkpoint["classes"], checkpoint["wnids"]
-    train.split_again(args, checkpoint, root)
-    part = next((p for p in ("train", *data.VAL_NAMES, "") if data.is_folder(os.path.join(root, p))), None)
-    if part is None:
+    if not data.is_folder(root):
         raise UserError(f"{root}: no such folder")
+    train.split_again(args, checkpoint, root)
+    part = next(p for p in ("train", *data.VAL_NAMES, "") if data.is_folder(os.path.join(root, p)))
     folders = data.list_classes(os.path.join(root, part))[0]
     index = data.class_index(classes or folders, wnids)
     labelled = bool(folders) and all(index.get(name) is not None for name in folders) \

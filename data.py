@@ -370,9 +370,13 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     if shards > len(names):
         raise UserError(f"--shards {shards}: {root} has {len(names)} images", code=2)
     paths = [os.path.join(root, n) for n in names]
-    # a link to nothing is looked at itself: it is among the files that do not decode
-    states = [os.stat(p, follow_symlinks=os.path.exists(p)) for p in paths]
-    about = [mode, side, quality, exif, skip, shards, [[n, s.st_size, s.st_mtime_ns] for n, s in zip(names, states)]]
+    states = []
+    for path in paths:
+        state = ()  # of links to nothing and files that are gone: they are among those that do not decode
+        with contextlib.suppress(OSError):
+            state = (found := os.stat(path)).st_size, found.st_mtime_ns
+        states.append(state)
+    about = [mode, side, quality, exif, skip, shards, [[n, *s] for n, s in zip(names, states)]]
     digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
     log, index, separate = out + ".part.log", out + ".part", shard_names(out, shards)
     parts = separate or [index]

@@ -678,6 +678,7 @@ def test_images_without_labels(call, tmp_path, tiny):
     ((), 2, "nothing to do"),
     (("--int8", "--data", "EMPTY"), 3, "no images"),
     (("--int8", "--data", "nowhere"), 3, "nowhere: no such folder"),
+    (("--int8", "--data", __file__), 3, "test_compress.py: no such folder"),
     (("--prune", "0.5", "--data", "EMPTY"), 3, "EMPTY"),
     (("--distill", "nowhere.pt", "--int8"), 3, "nowhere.pt: neither a file nor a model"),
     (("--int8", "--float-layers", "conv9"), 2, "conv9"),

@@ -439,6 +439,16 @@ def test_images_that_do_not_decode(spoil, said, folder, tmp_path):
     assert len(data.open_folder(str(tmp_path / "x"))[0]) == 74
 
 
+def test_a_file_that_vanishes_is_one_that_does_not_decode(folder, tmp_path, monkeypatch):
+    """After the folder was listed, before it is looked at"""
+    inner = data.images_below
+    monkeypatch.setattr(data, "images_below", lambda *args: [*inner(*args), "train/gone.jpg"])
+    with pytest.raises(UserError, match="train/gone.jpg: .*No such file.*--on-corrupt skip"):
+        pack(folder, tmp_path / "x", "--raw", 16, "--workers", 0)
+    found = pack(folder, tmp_path / "x", "--raw", 16, "--workers", 0, "--on-corrupt", "skip")
+    assert (found["images"], found["corrupt"]) == (104, 1)
+
+
 def test_a_lossless_pack_keeps_files_whose_pixels_restart_markers_would_change(folder, tmp_path, monkeypatch):
     other = Path(folder, "train", "ring", "small.jpg").read_bytes()
     monkeypatch.setattr(data, "with_restarts", lambda content: other)
