@@ -968,7 +968,8 @@ def annotations(root, eval_only):
     """-> {split: what read_voc() returns} of the layouts in the README; only "train" where there is no validation set,
     and only that one where it is all that is scored"""
     def inside(folder, *names):
-        return [os.path.join(folder, n) for n in names if os.path.isdir(os.path.join(folder, n))]
+        paths = [os.path.join(folder, n) for n in names]  # to some systems Annotations is annotations
+        return list({os.stat(p).st_ino: p for p in paths if os.path.isdir(p)}.values())
 
     def xmls(folder):
         return [os.path.join(folder, n) for n in sorted(os.listdir(folder))

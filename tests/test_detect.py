@@ -350,6 +350,14 @@ def test_lists_and_annotations_as_other_systems_write_them(tmp_path):
     assert len(opened(tmp_path / "coco")[0]) == 12
 
 
+def test_folders_of_two_names_are_read_once(folder, tmp_path):
+    """As by systems to which Annotations and annotations are the same"""
+    root = shutil.copytree(folder, tmp_path / "set")
+    for old, new in (("annotations", "Annotations"), ("images", "JPEGImages")):
+        os.symlink(old, root / "train" / new)
+    assert len(opened(root)[0]) == 12
+
+
 def test_a_second_file_of_annotations_is_not_passed_over(tmp_path):
     root = tmp_path / "set"
     coco(root)
