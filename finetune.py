@@ -903,7 +903,7 @@ def find_image(names, folders, who, taken):
             if (other := taken.setdefault(path, who)) != who:
                 raise ValueError(f"its image {path} is that of {other} too")
             return path
-    raise ValueError(f"its image {names[0]} is not in {' or '.join(folders)}")
+    raise ValueError(f"its image {names[-1]} is not in {' or '.join(folders)}")
 
 
 def size_of(width, height):
@@ -914,15 +914,16 @@ def size_of(width, height):
 
 def read_voc(paths, folders):
     """Pascal-VOC xml files -> [(image's path, size_of() it, [(class, x1, y1, x2, y2, area, crowd, ignored)])], and the
-    complaints about single files. An image is looked for under the name in its file, then under the file's own;
-    coordinates count from 1 and include the last pixel."""
+    complaints about single files. An image is looked for under its file's own name, as who renames both leaves the
+    name in the file as it was, then under that; coordinates count from 1 and include the last pixel."""
     entries, complaints, taken = [], [], {}
     for path in paths:
         try:
             root, found = xml.etree.ElementTree.parse(path).getroot(), []
             named = os.path.basename((root.findtext("filename") or "").replace("\\", "/"))
             stem = os.path.splitext(os.path.basename(path))[0]
-            names = [named] * bool(named) + [stem + e for ext in data.EXTENSIONS for e in (ext, ext.upper())]
+            own = [stem + e for ext in data.EXTENSIONS for e in (ext, ext.upper())]
+            names = [named] * (os.path.splitext(named)[0] == stem) + own + [named or own[0]]
             image = find_image(names, folders, path, taken)
             for item in root.iter("object"):
                 box = item.find("bndbox")

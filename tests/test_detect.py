@@ -283,6 +283,22 @@ def test_coco_s_file_names_may_go_around(tmp_path):
         assert known[files.path(i)].boxes.tolist() == [list(map(float, b[1:])) for b in boxes]
 
 
+def test_pairs_that_were_renamed_stay_pairs(folder, tmp_path):
+    """Numbered anew together, while the xml still has the old name, which is now another image's; of two images with an
+    annotation's name it says which"""
+    root = shutil.copytree(folder, tmp_path / "set")
+    for sub, end in (("annotations", "xml"), ("images", "jpg")):
+        paths = [root / "train" / sub / f"{name}.{end}" for name in ("train0", "train1", "spare")]
+        for old, new in ((0, 2), (1, 0), (2, 1)):
+            paths[old].rename(paths[new])
+    scene([False, 7])[0].save(root / "train" / "images" / "train2.png")
+    (root / "train" / "annotations" / "train2.xml").write_text(voc("train2.png", scene([False, 7])[1]))
+    files, _, _, known, _ = opened(root)
+    for name, seed in (("train0.jpg", 1), ("train1.jpg", 0), ("train2.png", 7)):
+        boxes = next(b for path, b in known.items() if path.endswith(name)).boxes.tolist()
+        assert boxes == [list(b[1:]) for b in scene([False, seed])[1]]
+
+
 @pytest.mark.parametrize("layout", ["split", "roboflow"])
 def test_an_image_of_two_annotations_is_named_or_has_the_first(layout, folder, tmp_path):
     """A file name copied along with its xml, or sets put together: the boxes of one of them would be lost"""
