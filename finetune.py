@@ -1434,6 +1434,8 @@ def detect(args, world, stop, most=16):
         model.roi_heads.detections_per_img = args.detections or model.config["detections"]
         args.image_size = args.image_size or model.config["image_size"]
         args.max_size = args.max_size or model.config["max_size"]
+        if args.val_split is None and train.learned_from(checkpoint, args.data):
+            args.val_split = checkpoint["args"].get("val_split")
         sets, result = open_boxes(args.data, args, checkpoint["classes"]), dict(checkpoint=path)
         print("\n".join(sets[4]), file=sys.stderr)
     else:

@@ -935,13 +935,18 @@ def open_data(args, world, classes=None, wnids=None):
     return data.open_folder(data_root(args.data, world), classes, wnids, args.val_split, args.eval_only)
 
 
+def learned_from(checkpoint, root):
+    """-> whether that is the folder that the checkpoint's training read"""
+    recorded = checkpoint["args"].get("data")
+    return bool(recorded) and os.path.realpath(recorded) == os.path.realpath(root)
+
+
 def split_again(args, checkpoint, root):
     """Has of the folder that a checkpoint learned from, where there is no val/, the images held out that were so then,
     unless --val-split is given: the others would flatter it"""
-    saved = checkpoint["args"]
-    if (args.val_split is None and saved.get("data") and os.path.realpath(saved["data"]) == os.path.realpath(root)
+    if (args.val_split is None and learned_from(checkpoint, root)
             and not any(data.is_folder(os.path.join(root, name)) for name in data.VAL_NAMES)):
-        args.val_split = saved.get("val_split") or data.HELD_OUT
+        args.val_split = checkpoint["args"].get("val_split") or data.HELD_OUT
 
 
 def eval_only(args, world):

@@ -744,6 +744,13 @@ def test_only_what_is_scored_is_read_to_score(tune, folder, tmp_path):
     assert all(left[k] == without[k] for k in ("map", "map50", "recall", "per_class"))
 
 
+def test_a_detector_is_scored_on_what_was_held_out_of_its_training(tune, folder, tmp_path):
+    shutil.copytree(os.path.join(folder, "train"), tmp_path / "set" / "train")
+    made = tune("--epochs", 1, "--val-split", 0.4, root=str(tmp_path / "set"))
+    scored = tune("--eval-only", "--checkpoint", made["checkpoint"], root=str(tmp_path / "set"))
+    assert all(scored[k] == made[k] for k in ("map", "map50", "recall", "images"))
+
+
 def test_a_run_learns(tune, tmp_path):
     tune("--epochs", 8, "--lr", 5e-4, "--trainable-stages", 4)
     records = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
