@@ -850,16 +850,20 @@ def open_run(args, world):
                 and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
             raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, "
                             "--out names another folder", code=2)
+    names = ("best.pt", "last.pt", "metrics.jsonl", "curves.svg") if args.overwrite and path is None else ()
+    old = [os.path.join(args.out, name) for name in names]
+    if args.checkpoint and os.path.realpath(args.checkpoint) in map(os.path.realpath, old):
+        raise UserError(f"--overwrite would delete {args.checkpoint}, which is read: --out names another folder",
+                        code=2)
     world.barrier()  # nobody writes before everybody has looked
     if world.rank == 0:
         try:
             os.makedirs(args.out, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
-        if args.overwrite and path is None:
-            for name in ("best.pt", "last.pt", "metrics.jsonl", "curves.svg"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(args.out, name))
+        for name in old:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
     return path
 
 

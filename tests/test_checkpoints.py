@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import finetune
 import resnet50
 import train
 from resnet50 import ResNet50, UserError
@@ -227,6 +228,20 @@ def test_a_network_without_batch_norm_is_trained_and_resumed_without_its_first_c
     assert result["samples_seen"] == 100
     trained = resnet50.load_checkpoint(result["checkpoint"])["model"]
     assert not torch.equal(trained["classifier.1.weight"], model.classifier[1].weight)
+
+
+# ------------------------------------------------------------------------------------------- from script to script
+
+@pytest.mark.parametrize("script, more", [(train, ()), (finetune, ()), (finetune, ("--task", "detect"))])
+def test_overwriting_does_not_delete_the_network_that_is_read(script, more, tiny, tmp_path):
+    path, link = tmp_path / "run" / "best.pt", tmp_path / "link.pt"
+    resnet50.save_checkpoint(path, ResNet50(num_classes=10, widths=WIDTHS), classes="abcdefghij")
+    link.symlink_to(path)
+    before = path.read_bytes()
+    for name in (path, link):
+        with pytest.raises(UserError, match=f"--overwrite would delete {name}, which is read") as caught:
+            call(script, "--data", tiny, "--checkpoint", str(name), "--out", str(path.parent), "--overwrite", *more)
+        assert caught.value.code == 2 and path.read_bytes() == before
 
 
 # -------------------------------------------------------------------------------------------------------- cascade
