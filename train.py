@@ -1004,7 +1004,7 @@ def make_model(args, classes):
             model = ResNet50(num_classes=len(classes), **{k: v for k, v in shape.items() if v is not None})
         except ValueError as error:
             raise UserError(error, code=2) from error
-    model.preprocess = preprocess_of(args)
+    model.preprocess = preprocess_of(args, model.preprocess)
     return prepare(model, args)
 
 

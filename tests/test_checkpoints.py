@@ -244,6 +244,17 @@ def test_overwriting_does_not_delete_the_network_that_is_read(script, more, tiny
         assert caught.value.code == 2 and path.read_bytes() == before
 
 
+def test_training_goes_on_with_the_mean_and_std_that_the_weights_know(tiny, tmp_path):
+    """As torchvision's efficientnet_v2_l has them; what the flags say is the size"""
+    path, model = str(tmp_path / "t.pt"), ResNet50(num_classes=10, widths=WIDTHS)
+    model.preprocess.update(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic")
+    resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
+    result = call(train, "--data", tiny, "--workers", "0", "--batch-size", "10", "--epochs", "1", "--checkpoint", path,
+                  "--image-size", "32", "--out", str(tmp_path / "o"))
+    assert resnet50.load_checkpoint(result["checkpoint"])["preprocess"] == dict(
+        resize=32, crop=32, interpolation="bilinear", mean=[0.5] * 3, std=[0.5] * 3)
+
+
 # -------------------------------------------------------------------------------------------------------- cascade
 
 def cascade(kinds, threshold=0.5):
