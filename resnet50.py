@@ -1163,6 +1163,7 @@ def find_state_dict(raw, path):
             break
     state = {}
     for name, value in raw.items() if isinstance(raw, dict) else ():
+        name = str(name)
         while name.startswith(("module.", "_orig_mod.")):
             name = name.split(".", 1)[1]
         if isinstance(value, torch.Tensor) and name != "n_averaged":
@@ -1176,7 +1177,8 @@ def read_fields(raw, path):
     """Checks a dict that as_checkpoint made, decodes its weights in place -> the same dict."""
     if raw.get("format") != FORMAT:
         raise UserError(f"{path}: format {raw.get('format')!r}; this version reads {FORMAT!r}")
-    if raw.setdefault("precision", "float") not in ("float", "int8", "cascade"):
+    raw.update({**dict(precision="float", wnids=None, metrics={}, args={}), **raw})  # which a file need not have
+    if raw["precision"] not in ("float", "int8", "cascade"):
         raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float', 'int8' and 'cascade'")
     own = ("members", "threshold") if raw["precision"] == "cascade" else ()
     if missing := [k for k in ("model", "config", "classes", "preprocess", *own)

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import compress
+import export
 import finetune
 import resnet50
 import train
@@ -244,13 +246,29 @@ def test_overwriting_does_not_delete_the_network_that_is_read(script, more, tiny
         assert caught.value.code == 2 and path.read_bytes() == before
 
 
+def hand(script, path, tiny, tmp_path, *flags):
+    """What a script's main() makes of a checkpoint"""
+    more = () if script is export else ("--data", tiny, "--workers", 0, "--device", "cpu")
+    flags = [*flags, *more, "--checkpoint", path, "--out", tmp_path / "out"]
+    return script.main(script.get_args_parser().parse_args(list(map(str, flags))))
+
+
+@pytest.mark.parametrize("script, flag", [(train, "--eval-only"), (export, "--pixels"), (compress, "--dynamic")])
+def test_a_file_that_holds_no_more_than_a_network_needs(script, flag, tiny, tmp_path):
+    path, model = str(tmp_path / "t.pt"), ResNet50(num_classes=10, widths=WIDTHS)
+    model.preprocess.update(crop=32, resize=32)
+    resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
+    raw = torch.load(path, weights_only=True)
+    torch.save({k: raw[k] for k in ("format", "model", "config", "classes", "preprocess")}, path)
+    assert hand(script, path, tiny, tmp_path, flag)
+
+
 def test_training_goes_on_with_the_mean_and_std_that_the_weights_know(tiny, tmp_path):
     """As torchvision's efficientnet_v2_l has them; what the flags say is the size"""
     path, model = str(tmp_path / "t.pt"), ResNet50(num_classes=10, widths=WIDTHS)
     model.preprocess.update(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic")
     resnet50.save_checkpoint(path, model, classes=sorted(os.listdir(os.path.join(tiny, "train"))))
-    result = call(train, "--data", tiny, "--workers", "0", "--batch-size", "10", "--epochs", "1", "--checkpoint", path,
-                  "--image-size", "32", "--out", str(tmp_path / "o"))
+    result = hand(train, path, tiny, tmp_path, "--batch-size", 10, "--epochs", 1, "--image-size", 32)
     assert resnet50.load_checkpoint(result["checkpoint"])["preprocess"] == dict(
         resize=32, crop=32, interpolation="bilinear", mean=[0.5] * 3, std=[0.5] * 3)
 

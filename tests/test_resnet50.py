@@ -264,7 +264,9 @@ def test_mistakes_are_one_line_naming_file_and_keys(model, tmp_path):
         with open(path, "wb") as f:
             f.write(content)
         message()
-    torch.save([1, 2], path)
+    for content in ([1, 2], {0: torch.zeros(2)}, {0: "cat"}):
+        torch.save(content, path)
+        message()
     assert "holds no weights" in message()
     path = str(tmp_path / "absent.pt")
     assert "No such file" in message()
