@@ -1243,7 +1243,7 @@ def load_detector(path):
         model = Detector(**checkpoint["config"])
     except TypeError as error:
         raise UserError(f"{path}: {error}") from error
-    load_weights(model, checkpoint["model"], path)
+    load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
     model.preprocess.update(checkpoint["preprocess"])
     return model.to(memory_format=torch.channels_last).eval(), checkpoint
 

@@ -1223,8 +1223,8 @@ def load_weights(model, state, path):
 
 def build_model(checkpoint, path, **config):
     """A checkpoint dict -> ResNet50, Int8ResNet50, Cascade or torchvision's `arch`, in eval mode, channels_last, with
-    .preprocess. `config` (None = not said) supplies what a foreign file lacks; where the file says otherwise it is
-    refused, not overridden."""
+    .preprocess; of a last.pt the averaged weights, which are what its run was scored by. `config` (None = not said)
+    supplies what a foreign file lacks; where the file says otherwise it is refused, not overridden."""
     if checkpoint["config"].get("task") == "detect":
         raise UserError(f"{path}: is a detector, which finetune.py --task detect --eval-only scores")
     config = {k: v for k, v in config.items() if v is not None}
@@ -1244,7 +1244,7 @@ def build_model(checkpoint, path, **config):
     except (TypeError, ValueError, UserError) as error:
         raise UserError(f"{path}: {error}") from error
     if checkpoint["precision"] != "cascade":  # its members have theirs
-        load_weights(model, checkpoint["model"], path)
+        load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
     model.preprocess.update(checkpoint["preprocess"] or {})
     return model.to(memory_format=torch.channels_last).eval()
 

@@ -263,6 +263,17 @@ def test_a_file_that_holds_no_more_than_a_network_needs(script, flag, tiny, tmp_
     assert hand(script, path, tiny, tmp_path, flag)
 
 
+def test_the_weights_of_a_last_pt_are_those_that_its_run_was_scored_by(tiny, tmp_path):
+    path, classes = str(tmp_path / "t.pt"), sorted(os.listdir(os.path.join(tiny, "train")))
+    resnet50.save_checkpoint(path, ResNet50(num_classes=10, widths=WIDTHS), classes=classes)
+    result = hand(train, path, tiny, tmp_path, "--batch-size", 10, "--epochs", 1, "--image-size", 32,
+                  "--model-ema-decay", 0.9, "--amp-dtype", "float32")
+    last = str(tmp_path / "out" / "last.pt")
+    best, last = (resnet50.build_model(resnet50.load_checkpoint(p), p) for p in (result["checkpoint"], last))
+    raw = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert same_state(best, last) and not torch.equal(raw["model"]["fc.weight"], last.fc.weight)
+
+
 def test_training_goes_on_with_the_mean_and_std_that_the_weights_know(tiny, tmp_path):
     """As torchvision's efficientnet_v2_l has them; what the flags say is the size"""
     path, model = str(tmp_path / "t.pt"), ResNet50(num_classes=10, widths=WIDTHS)
