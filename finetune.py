@@ -194,6 +194,8 @@ def check_args(args):
         refuse(f"{wrong}: --strategy head sees features that are computed once, and trains nothing below; name another")
     if args.eval_only and args.model and args.weights:
         refuse("--model names a network to fine-tune; --eval-only scores what --checkpoint holds")
+    if args.model and args.checkpoint and args.weights:
+        refuse("--checkpoint and --weights exclude each other")
     if args.ohem < 1 and (args.mixup_alpha or args.cutmix_alpha):
         refuse("--ohem: a mixed image is neither hard nor easy; give it without --mixup-alpha and --cutmix-alpha")
     if args.search and (args.then or args.lr_find):

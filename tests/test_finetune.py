@@ -997,6 +997,7 @@ def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path
     (["--eval-only", "--model", "mobilenet_v2", "--weights", "DEFAULT"], "--eval-only scores what --checkpoint", 2),
     (["--eval-only", "--target-domain", "."], "--target-domain goes with training", 2),
     (["--lr-milestones", 3], "--lr-milestones goes with --lr-scheduler multistep", 2),
+    (["--model", "mobilenet_v2", "--weights", "DEFAULT"], "--checkpoint and --weights exclude each other", 2),
     (["--align", "mmd", "--target-domain", ".", "--strategy", "head"], "--align mmd: --strategy head sees", 2)])
 def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
