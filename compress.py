@@ -52,6 +52,7 @@ from resnet50 import (
     below_one,
     between,
     build_model,
+    check_sizes,
     conv_grid,
     count_macs,
     device_name,
@@ -1064,7 +1065,10 @@ class Pipeline(train.Plan):
         for weight in self.network.parameters():
             if self.sparse and weight.ndim > 1:  # zero without a gradient stays zero under every optimizer here
                 self.hooks.append(weight.register_hook(lambda gradient, mask=weight.detach() != 0: gradient * mask))
-        result = train.train(self.training_args(stage, epochs, lr_share), self.world, self.report.stop, self)
+        run = self.training_args(stage, epochs, lr_share)
+        for net in filter(None, (self.network, self.teacher)):
+            check_sizes(net, {run.image_size: "--image-size"})
+        result = train.train(run, self.world, self.report.stop, self)
         while self.hooks:
             self.hooks.pop().remove()
         self.world.barrier()

@@ -44,6 +44,7 @@ from resnet50 import (
     UserError,
     add_model_args,
     atomic_file,
+    check_sizes,
     example,
     fuse,
     load_some_model,
@@ -915,6 +916,7 @@ def main(args):
                  if os.path.exists(name) and not args.overwrite]:
         raise UserError(f"{taken[0]}: exists; --overwrite replaces it", code=2)
     for member in members.values():
+        check_sizes(member, {args.image_size: "--image-size"})
         check_fit(member, args, source)
     print(f"{source} -> {', '.join(paths.values())}", file=sys.stderr)
     reports = {}

@@ -501,14 +501,6 @@ class FineTuning(train.Plan):
         model = rebuilt(self.source, args.seed, self.new_head, num_classes=len(classes), **changes)
         model.preprocess = train.preprocess_of(args, self.source.preprocess)
         self.net, self.stages, self.opened = train.prepare(model, args), stages_of(model), None
-        sizes = {train.size_at(0, args): "--progressive", model.preprocess["crop"]: "--val-size",
-                 args.image_size: "--image-size"}
-        for size, flag in sizes.items():
-            try:
-                with torch.no_grad():
-                    model(torch.zeros(1, 3, size, size))
-            except (AssertionError, RuntimeError, ValueError) as error:  # vision transformers take one size
-                raise UserError(f"{flag} {size}: {error}", code=2) from error
         if self.kind == "head":
             on_features(model)
         elif self.world.device.type == "cpu" and not args.compile:

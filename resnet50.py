@@ -1390,6 +1390,17 @@ def example(model, batch_size, size):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def check_sizes(model, sizes):
+    """UserError where a network in eval mode takes no images of one of these sizes, {pixels: flag that asks for them}:
+    torchvision's vision transformers take one alone, and others leave nothing of small images. Ours take all."""
+    for size, flag in sizes.items() if not isinstance(model, (Flat, ResNet50)) else ():
+        try:
+            with torch.no_grad():
+                model(example(model, 1, size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(f"{flag} {size}: {error}", code=2) from error
+
+
 def weights(model):
     """(name, tensor) of what is counted as parameters; scales and statistics are not."""
     yield from model.named_parameters()
@@ -1521,6 +1532,7 @@ def main(args):
     if args.fused:
         model = fuse(model)
     size = args.image_size or model.preprocess["crop"]
+    check_sizes(model, {size: "--image-size"})
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
     for key, value in environment().items():
         say(f"{key:12} {value}")

@@ -42,6 +42,7 @@ from resnet50 import (
     amount,
     below_one,
     between,
+    check_sizes,
     cpu_isa,
     device_name,
     find_device,
@@ -966,6 +967,7 @@ def eval_only(args, world):
                         f"{args.data or data.DEMO} has "
                         f"{len(folder_classes)} class folders: --classes FILE must say which is which")
     model.preprocess = preprocess_of(args, model.preprocess)
+    check_sizes(model, {model.preprocess["crop"]: "--val-size" if args.val_size else "--image-size"})
     model.to(world.device)
     amp = amp_dtype(args, world.device)
     if model.precision != "float" and amp:
@@ -1012,6 +1014,8 @@ def prepare(model, args):
     """What the flags ask of a network in training -> the network"""
     if "arch" in model.config and (args.grad_checkpointing or args.fused_bn):
         raise UserError("--grad-checkpointing and --fused-bn are ResNet-50's", code=2)
+    check_sizes(model, {size_at(0, args): "--progressive", model.preprocess["crop"]: "--val-size",
+                        args.image_size: "--image-size"})
     model.grad_checkpointing = args.grad_checkpointing
     for module in model.modules() if args.fused_bn else ():
         if isinstance(module, nn.BatchNorm2d):

@@ -274,6 +274,23 @@ def test_the_weights_of_a_last_pt_are_those_that_its_run_was_scored_by(tiny, tmp
     assert same_state(best, last) and not torch.equal(raw["model"]["fc.weight"], last.fc.weight)
 
 
+@pytest.mark.parametrize("script, flags", [
+    (train, ("--epochs", 1)), (train, ("--eval-only",)), (finetune, ("--strategy", "layers:1")), (export, ()),
+    (compress, ("--distill", "PATH", "--epochs", 1)), (resnet50, ())])
+def test_a_size_that_a_network_cannot_take_is_refused(script, flags, tiny, tmp_path):
+    """As vision transformers take one alone; this one is left with nothing of an image of 8 pixels"""
+    path, ours = str(tmp_path / "t.pt"), str(tmp_path / "ours.pt")
+    classes = sorted(os.listdir(os.path.join(tiny, "train")))
+    resnet50.save_checkpoint(path, resnet50.torchvision_model("squeezenet1_1", 10), classes=classes)
+    resnet50.save_checkpoint(ours, ResNet50(num_classes=10, widths=WIDTHS), classes=classes)
+    flags = [path if flag == "PATH" else flag for flag in flags]
+    with pytest.raises(UserError, match="--image-size 8: .*too small") as caught:
+        if script is resnet50:
+            call(script, "--checkpoint", path, "--image-size", "8")
+        hand(script, ours if script is compress else path, tiny, tmp_path, *flags, "--image-size", 8)
+    assert caught.value.code == 2
+
+
 def test_training_goes_on_with_the_mean_and_std_that_the_weights_know(tiny, tmp_path):
     """As torchvision's efficientnet_v2_l has them; what the flags say is the size"""
     path, model = str(tmp_path / "t.pt"), ResNet50(num_classes=10, widths=WIDTHS)
