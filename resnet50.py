@@ -1417,7 +1417,8 @@ def count_macs(model, size=224):
     if isinstance(model, Flat):  # calls no modules that could be watched, and costs what the network does that it is of
         with torch.device("meta"):
             model = ResNet50(**{k: v for k, v in model.config.items() if k not in ("float_layers", "classifier")})
-    macs, names = {}, {m: name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    macs, kinds = {}, (nn.Conv2d, nn.Linear, DynamicLinear)
+    names = {m: name for name, m in model.named_modules() if isinstance(m, kinds)}
 
     def watch(module, inputs, output):
         if module in names:

@@ -995,10 +995,13 @@ def make_model(args, classes):
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
     if args.checkpoint or args.weights:
-        model, _, source = load_model(args, trains=True, drop_path=args.drop_path, dropout=args.dropout)
+        model, checkpoint, source = load_model(args, trains=True, drop_path=args.drop_path, dropout=args.dropout)
+        known = checkpoint["classes"] or []
         if model.config["num_classes"] != len(classes):
             raise UserError(f"{source}: has {model.config['num_classes']} outputs, the data {len(classes)} classes; "
                             "finetune.py replaces the head")
+        if known != list(classes) and sorted(known) == sorted(classes):
+            raise UserError(f"{source}: has the classes in another order than the data: --classes FILE must give it")
     else:
         torch.manual_seed(args.seed)
         shape = {k: getattr(args, k) for k in ("stem", "stride_on", "attention", "drop_path", "dropout")}

@@ -1,6 +1,7 @@
 """What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers, cascades, int8
 networks with float layers."""
 import copy
+import json
 import os
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import compress
+import data
 import export
 import finetune
 import resnet50
@@ -215,7 +217,8 @@ def test_torchvision_classifiers_are_trained_evaluated_and_summarized(tiny, tmp_
     summary, text = call(resnet50, "--checkpoint", path, "--image-size", "64"), capsys.readouterr().err
     assert summary["params"] == sum(p.numel() for p in model.parameters()) and "layer4" in text and "fc" in text
     by_layer = resnet50.count_macs(resnet50.torchvision_model("resnet50"), 64)
-    assert by_layer == resnet50.count_macs(ResNet50(), 64)
+    assert by_layer == resnet50.count_macs(ResNet50(), 64) == resnet50.count_macs(
+        resnet50.quantize_classifier(ResNet50()), 64)
     assert sum(row[3] for row in resnet50.summarize(model, 64, 1, torch.device("cpu"))) == summary["macs"]
 
 
@@ -289,6 +292,17 @@ def test_a_size_that_a_network_cannot_take_is_refused(script, flags, tiny, tmp_p
             call(script, "--checkpoint", path, "--image-size", "8")
         hand(script, ours if script is compress else path, tiny, tmp_path, *flags, "--image-size", 8)
     assert caught.value.code == 2
+
+
+def test_training_is_not_begun_with_the_outputs_in_another_order(tiny, tmp_path):
+    path, names, classes = str(tmp_path / "t.pt"), tmp_path / "names.json", sorted(data.DEMO_CLASSES)
+    resnet50.save_checkpoint(path, ResNet50(num_classes=10, widths=WIDTHS), classes=classes[::-1])
+    flags = "--batch-size", 10, "--epochs", 1, "--image-size", 32
+    with pytest.raises(UserError, match="t.pt: has the classes in another order"):
+        hand(train, path, tiny, tmp_path, *flags)
+    names.write_text(json.dumps(classes[::-1]))
+    result = hand(train, path, tiny, tmp_path, *flags, "--classes", names, "--overwrite")
+    assert resnet50.load_checkpoint(result["checkpoint"])["classes"] == classes[::-1]
 
 
 def test_training_goes_on_with_the_mean_and_std_that_the_weights_know(tiny, tmp_path):
