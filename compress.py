@@ -1574,8 +1574,12 @@ def cascade(args, world, stop):
     """--cascade: SMALL answers what it is sure of, BIG the rest. The threshold on the largest probability is the least
     with which no more than --max-drop points (default 0.5) of BIG's top-1 on the calibration images, or without labels
     of the agreement with it, are lost."""
-    (small, other, _), (big, checkpoint, _) = (
-        load_model(argparse.Namespace(**{**vars(args), "checkpoint": path})) for path in args.cascade)
+    foreign = [path for path in args.cascade if not load_checkpoint(path)["config"]]
+
+    def member(path):  # where one file says what it holds, flags speak of the other
+        says = dict.fromkeys(("stride_on", "attention", "stem")) if foreign and path not in foreign else {}
+        return load_model(argparse.Namespace(**{**vars(args), "checkpoint": path, **says}))
+    (small, other, _), (big, checkpoint, _) = map(member, args.cascade)
     small, big = small.to(world.device), big.to(world.device)
     if other["classes"] != checkpoint["classes"]:
         raise UserError(f"--cascade: {args.cascade[0]} and {args.cascade[1]} have different classes")

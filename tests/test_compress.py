@@ -782,6 +782,22 @@ def test_cascade_of_foreign_weights_without_names(call, tmp_path, monkeypatch):
     assert resnet50.build_model(saved, "x").big.config["stride_on"] == "1x1"
 
 
+def test_flags_are_for_the_one_of_two_networks_that_does_not_say_what_it_is(call, tmp_path, monkeypatch):
+    names, seen = tmp_path / "names.json", []
+    names.write_text(json.dumps(list("abc")))
+    torch.save(ResNet50(num_classes=3, stride_on="1x1").state_dict(), tmp_path / "foreign.pth")
+    student = resnet50.torchvision_model("squeezenet1_1", 3)
+    resnet50.save_checkpoint(str(tmp_path / "student.pt"), student, classes=list("abc"))
+    monkeypatch.setattr(compress, "open_sets", lambda args, checkpoint, big, *a, **k: seen.append(big.config) or 1 / 0)
+    flags = "--stride-on", "1x1", "--classes", names
+    with pytest.raises(ZeroDivisionError):
+        call("--cascade", tmp_path / "student.pt", tmp_path / "foreign.pth", *flags)
+    assert seen[0]["stride_on"] == "1x1"
+    resnet50.save_checkpoint(str(tmp_path / "v15.pt"), ResNet50(num_classes=3, widths=WIDTHS), classes=list("abc"))
+    with pytest.raises(UserError, match="v15.pt: was made with stride_on=3x3, not 1x1"):
+        call("--cascade", tmp_path / "v15.pt", tmp_path / "v15.pt", *flags)
+
+
 @pytest.mark.parametrize("flag, value, text", [
     ("--prune", "1", "lie in [0, 1)"), ("--prune", "-0.1", "lie in [0, 1)"), ("--sparsity", "1.5", "lie in (0, 1)"),
     ("--sparsity", "0", "lie in (0, 1)"), ("--target-latency", "-1", "be above 0"),
