@@ -1460,13 +1460,19 @@ def detect(args, world, stop, most=16):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
-def classify(args, world, stop, asked=None):
-    """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more"""
-    begin, resume = time.perf_counter(), train.open_run(args, world)
+def begin_run(args, world, resume):
+    """train.begin_run(), for a run of several parts"""
     if not args.resume and world.rank == 0:  # of a run that is overwritten: or --resume would take them for this one's
         for part in ("args.json", "search.json", "head/last.pt", "search/*/last.pt", "search/*/head/last.pt"):
             for path in glob.glob(os.path.join(glob.escape(args.out), part)):
                 os.unlink(path)
+    train.begin_run(args, world, resume)
+
+
+def classify(args, world, stop, asked=None, before=lambda: None):
+    """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more,
+    which `before` begins once nothing can be refused any more"""
+    begin, resume = time.perf_counter(), train.open_run(args, world)
     model, checkpoint, source = load_source(args)
     *sets, notes = check_data(train.Plan().open(args, world), args)
     classes = list(sets[2])
@@ -1475,6 +1481,9 @@ def classify(args, world, stop, asked=None):
     known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
     notes += [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
               f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
+    resolve(changed(args), model, len(sets[0]))  # which refuses
+    before()
+    begin_run(args, world, resume)
 
     def run(args):
         note = resolve(args, model, len(sets[0]))
@@ -1554,11 +1563,11 @@ def fine_tune(args, world, stop):
         return train.eval_only(args, world)
     if not args.then:
         return classify(args, world, stop)
-    train.open_run(args, world)
+    resume = train.open_run(args, world)
     step = changed(args, out=os.path.join(args.out, "step"), then=None, resume=args.resume and "auto")
     final = changed(args, data=args.then, then=None, overwrite=True)
     train.Plan().open(final, world)  # what is wrong with it is better said before the first step
-    first = classify(step, world, stop)
+    first = classify(step, world, stop, before=lambda: begin_run(args, world, resume))
     asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
     final = changed(final, checkpoint=first["checkpoint"], weights=None, model=None)
     return dict(classify(final, world, stop, asked), step=first["top1"])

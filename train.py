@@ -91,6 +91,7 @@ RECIPES = dict(
 )
 TOTALS = ("loss_sum", "correct", "count", "skipped")  # what processes add up: of the epoch so far; steps of the run
 SWA_BATCHES = 64  # of training images, from which the averaged weights' batch-norm statistics come
+RUN_FILES = ("best.pt", "last.pt", "metrics.jsonl", "curves.svg")  # which --overwrite deletes
 NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
 
@@ -272,22 +273,23 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank, self.local_size = (int(os.environ.get("LOCAL_RANK", 0)),
                                             int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.device, self.control = find_device(device), None
+        self.device, self.control, self.store, self.begun = find_device(device), None, None, set()
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.local_rank if self.device.index is None else self.device.index)
             torch.cuda.set_device(self.device)
         elif self.size > 1:
             # torchrun leaves 1, however many cores
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.local_size))
+        wait = datetime.timedelta(seconds=timeout)
+        if self.size > 1 or dist.is_torchelastic_launched():
+            self.store, _, _ = next(rendezvous("env://", timeout=wait))
         if self.size > 1:
-            wait = datetime.timedelta(seconds=timeout)
             # torchrun keeps one store over its restarts; without a prefix a restarted process may find a dead one's
             # address there and wait for it (seen with gloo, three processes, torch 2.15). On several machines the
             # counts can differ.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else "0"
-            store, _, _ = next(rendezvous("env://", timeout=wait))
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo",
-                                    store=dist.PrefixStore(f"attempt {attempt}", store),
+                                    store=dist.PrefixStore(f"attempt {attempt}", self.store),
                                     rank=self.rank, world_size=self.size, timeout=wait)
             self.control = dist.new_group(backend="gloo", timeout=wait)
 
@@ -308,6 +310,18 @@ class World:
     def barrier(self):
         if self.size > 1:
             dist.barrier(group=self.control)
+
+    def begin(self, out):
+        """Notes, where torchrun keeps it for the attempts after this one, that the run in `out` is ours"""
+        self.begun.add(os.path.abspath(out))
+        if self.store is not None:
+            self.store.set(os.path.abspath(out), "begun")
+
+    def restarted(self, out):
+        """-> whether an attempt before this one has begun the run in `out` (torchrun --max-restarts)"""
+        path = os.path.abspath(out)
+        return self.gather(self.rank == 0 and self.store is not None and path not in self.begun
+                           and self.store.check([path]))[0]
 
     def close(self):
         if self.size > 1:
@@ -836,9 +850,8 @@ def find_batch_size(model, size, amp, world, limit):
 
 
 def open_run(args, world):
-    """Checks and prepares --out; -> path of the checkpoint to resume from, or None."""
-    last = os.path.join(args.out, "last.pt")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts: go on by oneself
+    """Checks --out and makes it; -> path of the checkpoint to resume from, or None."""
+    last, restarted = os.path.join(args.out, "last.pt"), world.restarted(args.out)
     if restarted and (args.resume is None or os.path.exists(last)):
         args.resume = "auto"
     if args.resume == "auto":
@@ -851,21 +864,34 @@ def open_run(args, world):
                 and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
             raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, "
                             "--out names another folder", code=2)
-    names = ("best.pt", "last.pt", "metrics.jsonl", "curves.svg") if args.overwrite and path is None else ()
-    old = [os.path.join(args.out, name) for name in names]
-    if args.checkpoint and os.path.realpath(args.checkpoint) in map(os.path.realpath, old):
-        raise UserError(f"--overwrite would delete {args.checkpoint}, which is read: --out names another folder",
-                        code=2)
+    if path is None and args.overwrite and args.checkpoint and os.path.exists(args.checkpoint):
+        for old in filter(os.path.exists, (os.path.join(args.out, name) for name in RUN_FILES)):
+            if os.path.samefile(old, args.checkpoint):
+                raise UserError(f"--overwrite would delete {old}, which --checkpoint reads: --out names another folder",
+                                code=2)
     world.barrier()  # nobody writes before everybody has looked
     if world.rank == 0:
         try:
             os.makedirs(args.out, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
-        for name in old:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
     return path
+
+
+def begin_run(args, world, resume):
+    """From here on --out holds this run: what it overwrites goes, and if another folder's goes on here, that one's best
+    network and metrics come. By the first process, once nothing can be refused any more."""
+    if world.rank:
+        return
+    there = resume and os.path.dirname(os.path.abspath(resume))
+    if there != os.path.abspath(args.out):
+        for name in RUN_FILES if args.overwrite else ():
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(args.out, name))
+        for name in ("best.pt", "metrics.jsonl") if there else ():
+            with contextlib.suppress(FileNotFoundError), open(os.path.join(there, name), "rb") as f:
+                write_atomic(os.path.join(args.out, name), f.read())
+    world.begin(args.out)
 
 
 def save_training(path, model, ema, optimizer, scaler, progress, world, **fields):
@@ -1163,13 +1189,9 @@ def train(args, world, stop, plan=Plan()):
     result = None  # of the last evaluation
     if resume:
         result = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
-        beside = os.path.join(os.path.dirname(resume), "best.pt")
-        if os.path.abspath(beside) != os.path.abspath(best):  # another folder's run goes on in this one
-            if not os.path.exists(beside):
-                progress["best"] = -math.inf
-            elif world.rank == 0:
-                with open(beside, "rb") as f:
-                    write_atomic(best, f.read())
+        if not os.path.exists(os.path.join(os.path.dirname(resume), "best.pt")):  # moved away: the next one is best
+            progress["best"] = -math.inf
+    begin_run(args, world, resume)
     log = RunLog(args, world, progress if resume else None)
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
             f"{before}\nfrom resnet50 import run_script\n"
             f"run_script(script.main, script.get_args_parser().parse_args(), {script!r})\n")
         command = [sys.executable]
-        if processes > 1:
+        if processes > 1 or restarts:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                         f"--max-restarts={restarts}"]
         return subprocess.run(command + [entry, *map(str, args)], capture_output=True, text=True, timeout=timeout,

@@ -862,6 +862,23 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
         assert found["loss"] == wanted["loss"]
 
 
+@pytest.mark.parametrize("flags, complaint", [
+    (["--strategy", "layers:9"], "has 5 stages"), (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--checkpoint", "OUT/best.pt"], "--overwrite would delete .*best.pt, which --checkpoint reads"),
+    (["--data", "DAMAGED"], "0001.jpg: not an image"),
+    (["--data", "DAMAGED", "--then", "SHAPES"], "0001.jpg: not an image")])
+def test_overwriting_loses_nothing_where_the_new_run_cannot_begin(flags, complaint, tune, shapes, tmp_path):
+    root = shutil.copytree(shapes, tmp_path / "set")
+    (root / "train" / "ring" / "0001.jpg").write_bytes(b"hello")
+    out, named = tmp_path / "run", dict(DAMAGED=root, SHAPES=shapes, **{"OUT/best.pt": tmp_path / "run" / "best.pt"})
+    tune("--strategy", "layers:1", "--epochs", 1)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(UserError, match=complaint):
+        tune(*(named.get(f, f) for f in flags), "--overwrite")
+    assert {"best.pt", "last.pt", "args.json"} <= before.keys()
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
 @pytest.mark.parametrize("flags", [["--align", "mmd", "--target-domain", "SHAPES"], ["--tta"],
                                    ["--model", "squeezenet1_1", "--image-size", 64]])
 def test_a_search_leaves_out_heads_that_cannot_do_what_is_asked(flags, tune, shapes, source, tmp_path, monkeypatch):

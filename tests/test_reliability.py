@@ -208,7 +208,7 @@ def test_divergence_at_the_end_of_an_epoch_keeps_the_checkpoint(run, tiny, tmp_p
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-def test_a_run_goes_on_in_another_folder_with_its_best_network(run, tiny, tmp_path, straight):
+def test_a_run_goes_on_in_another_folder_with_its_best_network_and_curves(run, tiny, tmp_path, straight, stopped):
     reference, out = straight(run, 1), tmp_path / "other"
     done = run(*flags(tiny, out, "--resume", f"{reference}/last.pt", "--epochs", 3, "--lr", 0, "--workers", 0))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -216,8 +216,20 @@ def test_a_run_goes_on_in_another_folder_with_its_best_network(run, tiny, tmp_pa
     assert result["epochs"] == 3 and result["top1"] == best["metrics"]["top1"]
     if result["best_epoch"] < 3:
         assert (out / "best.pt").read_bytes() == open(f"{reference}/best.pt", "rb").read()
+    assert records(out)[:len(records(reference))] == records(reference)  # curves.svg begins where the run began
     done = run(*flags(tiny, tmp_path / "third", "--resume", f"{reference}/last.pt", "--workers", 0))  # a finished one
     assert done.returncode == 0 and (tmp_path / "third" / "best.pt").exists(), done.stderr[-2000:]
+    stale = stopped(run, tmp_path / "stale")
+    (stale / "metrics.jsonl").write_text('{"event": "step", "epoch": 0.1, "step": 1, "loss": 99.0, "lr": 1.0}\n')
+    done = run(*flags(tiny, stale, "--resume", f"{reference}/last.pt", "--overwrite", "--workers", 0))
+    assert done.returncode == 0 and records(stale) == records(reference), done.stderr[-2000:]
+
+
+def test_a_best_network_that_was_moved_away_is_not_missed(run, tiny, tmp_path, stopped):
+    out = stopped(run, tmp_path / "r")
+    (out / "best.pt").rename(tmp_path / "kept.pt")
+    done = run("--resume", "--out", out, "--lr", 0, "--workers", 0)
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["best_epoch"] == 2, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("flag, value, before", [("--opt", "adamw", "nesterov"), ("--best-by", "loss", "top1")])
@@ -271,10 +283,21 @@ train.{where} = killing
 
 
 def test_a_restarted_run_that_began_with_another_goes_on_from_its_own(run, tiny, tmp_path, stopped):
-    other, out = stopped(run, tmp_path / "other"), stopped(run, tmp_path / "r")
-    done = run(*flags(tiny, out, "--resume", other / "last.pt", "--workers", 0),
-               env=dict(TORCHELASTIC_RESTART_COUNT="1"))
-    assert done.returncode == 0 and f"resumed {out}/last.pt at epoch 1, step 17" in done.stderr, done.stderr[-2000:]
+    other, out = stopped(run, tmp_path / "other"), tmp_path / "r"
+    done = run(*flags(tiny, out, "--resume", other / "last.pt", "--save-every", 2, "--workers", 0), restarts=1,
+               before=kill_after(2, when="os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.rpartition("/")[2] for line in done.stderr.splitlines() if line.startswith("resumed")] == [
+        "last.pt at epoch 1, step 17", "last.pt at epoch 1, step 18"] and f"resumed {out}" in done.stderr
+
+
+def test_a_restart_goes_on_with_no_run_but_its_own(run, tiny, tmp_path, stopped):
+    """torchrun restarts a process that was refused, too"""
+    out = stopped(run, tmp_path / "r")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = run(*flags(tiny, out, "--workers", 0), restarts=1)
+    assert done.returncode == 1 and done.stderr.count(f"{out} is not empty") == 2, done.stderr[-2000:]
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_patience_lasts_no_longer_by_asking_again(run, tiny, tmp_path):
@@ -327,6 +350,17 @@ def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
     last.write_bytes(last.read_bytes()[:1000])
     done = run(*flags(tiny, out, "--resume"))
     assert done.returncode == 3 and "last.pt: truncated or damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("more, code, text", [
+    (["--checkpoint", "OUT/best.pt"], 2, "--overwrite would delete OUT/best.pt, which --checkpoint reads"),
+    (["--data", "nowhere"], 3, "nowhere: no such folder"), (["--num-classes", 7], 2, "the data has 10 classes")])
+def test_overwriting_loses_nothing_where_the_new_run_cannot_begin(run, tiny, tmp_path, stopped, more, code, text):
+    out = stopped(run, tmp_path / "r")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = run(*flags(tiny, out, "--overwrite", *(str(m).replace("OUT", str(out)) for m in more)))
+    assert done.returncode == code and text.replace("OUT", str(out)) in done.stderr.splitlines()[-1], done.stderr
+    assert "best.pt" in before and before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_corrupt_training_files(run, tiny, tmp_path):
