@@ -1355,7 +1355,8 @@ def train(args, world, stop, plan=Plan()):
     if bad:
         log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
     rate = (progress["samples_seen"] - before) / worked if worked else None
-    shown = load_checkpoint(best)["metrics"] if world.rank == 0 else result
+    # the same in all processes: a search goes by it
+    shown = world.gather(load_checkpoint(best)["metrics"] if world.rank == 0 else None)[0]
     return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
                 best_epoch=progress["best_epoch"], **{f"last_{main}": result[main]},
                 images_per_second=rate and round(rate, 2), seconds=round(time.perf_counter() - begin, 1),

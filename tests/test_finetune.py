@@ -992,6 +992,24 @@ def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path
     assert torch.allclose(one, two, atol=1e-4) and one.std() > 0.005
 
 
+def test_two_processes_find_the_same_setting(run, source, shapes, tmp_path):
+    """Of which the better one's last epoch is not its best"""
+    scores = f"""
+top1, real = iter([40, 30, 20, 10, 50, 10, 20, 30, 60]), script.search
+train.evaluate = lambda *a, **k: dict(top1=float(next(top1)), top5=100.0, loss=1.0, images=9, corrupt=0)
+def search(*a):
+    rows, best = real(*a)
+    open({str(tmp_path)!r} + "/" + os.environ["RANK"], "w").write(str(best))
+    return rows, best
+script.search = search
+"""
+    done = run("--data", shapes, "--checkpoint", source, "--batch-size", 2, "--workers", 0, "--out", tmp_path / "run",
+               "--search", 4, "--strategy", "layers:1", "--epochs", 1, before="import train\n" + scores,
+               script="finetune.py", processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text() == "{'strategy': 'layers:1', 'lr': 0.0001}"
+
+
 @pytest.mark.parametrize("flags, complaint, code", [
     (["--strategy", "best"], "none of auto", 2), (["--strategy", "layers"], "none of auto", 2),
     (["--strategy", "layers:9"], "has 5 stages", 2), (["--layer-decay", "1.5"], "must lie in (0, 1]", 2),
