@@ -1385,7 +1385,10 @@ RUN_FILES = r"(prune-[\d.]+/)?(best\.pt|\d+-\w+(/best|/last)?\.pt|(report|args)\
 
 def prepare_out(args, world, inputs):
     """Refuses an --out that holds something, unless --overwrite or --resume says what shall become of it: the one not
-    where it would delete one of the files `inputs`, the other not with other flags than args.json there has."""
+    where it would delete one of the files `inputs`, the other not with other flags than args.json there has. What an
+    attempt before this one has begun (torchrun --max-restarts) goes on by itself."""
+    if world.restarted(args.out):
+        args.resume, args.overwrite = "auto", False
     if os.path.isdir(args.out) and os.listdir(args.out) and not (args.overwrite or args.resume):
         raise UserError(f"{args.out} is not empty: --resume goes on, --overwrite starts anew, --out names another "
                         "folder", code=2)
@@ -1409,6 +1412,7 @@ def prepare_out(args, world, inputs):
         for name in old:
             os.unlink(name)
         write_atomic(path, json.dumps(flags, indent=1).encode())
+        world.begin(args.out)
     world.barrier()
 
 

@@ -845,6 +845,20 @@ def test_stopped_in_fine_tuning_and_resumed_ends_with_the_same_bits(run, trained
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_killed_worker_restarts_from_the_stage_it_was_in(run, trained, tmp_path, flags):
+    kill_at_3 = ("import train\ninner, calls = train.train_step, []\n"
+                 "def step(*args, **more):\n    calls.append(1)\n"
+                 "    if len(calls) == 3 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+                 "        os.kill(os.getpid(), signal.SIGKILL)\n    return inner(*args, **more)\n"
+                 "train.train_step = step")
+    done = run("--checkpoint", trained, "--prune", 0.5, "--epochs", 1, "--calib-images", 20, "--workers", 0, "--device",
+               "cpu", "--save-every", 1, "--out", tmp_path / "out", *flags, script="compress.py", before=kill_at_3,
+               restarts=1)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"resumed {tmp_path}/out/2-finetune/last.pt at epoch 0, step 2" in done.stderr
+
+
 def test_two_processes(run, trained, tmp_path):
     """Of which the second takes its machine for slower, and so would prune more"""
     clocks = ("from resnet50 import count_macs\n"
