@@ -1431,7 +1431,8 @@ def detect(args, world, stop, most=16):
         if args.val_split is None and train.learned_from(checkpoint, args.data):
             args.val_split = checkpoint["args"].get("val_split")
         sets, result = open_boxes(args.data, args, checkpoint["classes"]), dict(checkpoint=path)
-        print("\n".join(sets[4]), file=sys.stderr)
+        if world.rank == 0:
+            print("\n".join(sets[4]), file=sys.stderr)
     else:
         train.open_run(args, world)
         model, _, source = load_source(args)

@@ -24,6 +24,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -60,6 +61,9 @@ from resnet50 import (
     save_checkpoint,
     write_atomic,
 )
+
+# what shall replace DDP's broadcast_buffers gives every process the first one's statistics when a run is resumed
+warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
 
 # ResNet strikes back (arXiv 2110.00476); its RandAugment strengths 7 +- .5 of 10 are 21 +- 1.5 of 30 here
 STRIKES_BACK = dict(
@@ -929,6 +933,8 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
             raise UserError(f"{path}: was trained with --{key.replace('_', '-')} {saved}, not {getattr(args, key)}",
                             code=2)
     load_weights(model, checkpoint["model"], path)
+    if (args.swa_start is None) != (checkpoint["args"].get("swa_start") is None):
+        raise UserError(f"{path}: --swa-start was {'on' if args.swa_start is None else 'off'} in this run", code=2)
     if (ema is None) != (checkpoint["ema"] is None):
         raise UserError(f"{path}: --model-ema-decay was {'on' if ema is None else 'off'} in this run", code=2)
     if ema:
@@ -1167,6 +1173,8 @@ def train(args, world, stop, plan=Plan()):
     if device.type == "cpu" and not args.compile:
         flatten_1x1(model)
     model = model.to(device, memory_format=torch.channels_last).train()
+    if args.batch_size == "auto" and resume:  # with the same one as it began
+        args.batch_size = load_checkpoint(resume)["args"].get("batch_size", "auto")
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(model, args.image_size, amp, world,
                                           limit=max(1, min(1024, len(files) // world.size)))

@@ -801,6 +801,7 @@ def test_two_processes_train_and_find_the_same_boxes(run, tune, folder, source, 
     one = tune("--eval-only", "--checkpoint", trained["checkpoint"])
     done = run(*flags, "--eval-only", "--checkpoint", trained["checkpoint"], "--batch-size", 3, **more)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert len(set(said := done.stderr.splitlines())) == len(said), said
     two = json.loads(done.stdout.splitlines()[-1])
     assert one["recall"] > 0 and two["images"] == 5
     for key in ("map", "map50", "recall"):

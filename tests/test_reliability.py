@@ -160,6 +160,7 @@ def test_signal_to_one_of_two_processes_stops_both_at_one_step(run, tiny, tmp_pa
     done = run(*flags(tiny, out, "--batch-size", 3, "--workers", 1),
                before=kill_after(4, "SIGTERM", "os.environ['RANK'] == '1'"), processes=2)
     assert done.returncode != 0 and "stopped by SIGTERM, state saved" in done.stderr
+    assert "Warning" not in done.stderr  # which each process would print
     saved = torch.load(f"{out}/last.pt", weights_only=True)
     assert saved["step"] in (5, 6) and len(saved["statistics"]) == 2 and not torch.equal(*saved["statistics"])
     mean = torch.stack(saved["statistics"]).mean(0)[:8]
@@ -245,6 +246,20 @@ def test_a_resumed_run_decays_and_moves_as_its_flags_say(run, tiny, tmp_path, st
     assert done.returncode == 0, done.stderr[-2000:]
     groups = torch.load(out / "last.pt", weights_only=True)["optimizer"]["param_groups"]
     assert [(g["weight_decay"], g["momentum"]) for g in groups] == [(0.5, 0.25), (0.0, 0.25)]
+
+
+def test_a_batch_size_that_was_found_is_not_sought_again(run, tiny, tmp_path, stopped, straight):
+    """Memory that is free differs from day to day"""
+    reference, out = straight(run, 1), stopped(run, tmp_path / "r")
+    done = run(*flags(tiny, out, "--resume", "--batch-size", "auto", "--workers", 0),
+               before="train.find_batch_size = lambda *a, **k: 8")
+    assert done.returncode == 0 and equal_state(f"{reference}/last.pt", f"{out}/last.pt") == [], done.stderr[-2000:]
+
+
+def test_a_mean_over_epochs_does_not_become_a_moving_average(run, tiny, tmp_path, stopped):
+    done = run("--resume", "--out", stopped(run, tmp_path / "r"), "--model-ema-decay", 0, "--swa-start", 0,
+               "--workers", 0)
+    assert done.returncode == 2 and "last.pt: --swa-start was off in this run" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("batch, steps", [(8, 1), (30, 0)])  # of the epoch's 50 images 35 have been used
