@@ -1,7 +1,7 @@
 """Make a trained network smaller and faster, and measure what that costs.
 
   python compress.py --prune 0.5 --int8                       # runs/train/best.pt: half the channels, fine-tuned, int8
-  python compress.py --int8 --checkpoint FILE --data FOLDER   # post-training quantization alone: minutes
+  python compress.py --int8 --checkpoint FILE --data FOLDER   # post-training quantization, as without flags: minutes
   python compress.py --qat --checkpoint FILE --data FOLDER    # quantization-aware training
   python compress.py --target-latency 5 --int8                # milliseconds per image on this machine
   python compress.py --checkpoint FILE --distill self --student resnet18   # a student taught by FILE
@@ -1472,7 +1472,8 @@ def check_args(args):
     if args.rounds > 1 and "prune finetune" not in " ".join(args.stages or STAGES):
         refuse("--rounds prunes and fine-tunes by turns: --stages must have finetune right after prune")
     if not (wanted or args.cascade or args.auto):
-        refuse("nothing to do: --prune, --int8, --dynamic, --qat, --distill, --sparsity ... say what (--help)")
+        say("no flag says what to do: --int8")
+        args.int8 = True
 
 
 def open_model(args):

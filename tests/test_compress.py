@@ -675,7 +675,6 @@ def test_images_without_labels(call, tmp_path, tiny):
 @pytest.mark.parametrize("flags, code, text", [
     (("--prune", "0.999", "--round-to", "1"), 2, "leaves nothing"),
     (("--prune", "0.5", "--target-macs", "1e6"), 2, "exclude each other"),
-    ((), 2, "nothing to do"),
     (("--int8", "--data", "EMPTY"), 3, "no images"),
     (("--int8", "--data", "nowhere"), 3, "nowhere: no such folder"),
     (("--int8", "--data", __file__), 3, "test_compress.py: no such folder"),
@@ -724,6 +723,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags
         call(*flags)
     assert caught.value.code == code and text.replace("EMPTY", str(tmp_path / "EMPTY")) in str(caught.value)
     assert not list((tmp_path / "out").glob("*.pt")) and open(trained, "rb").read() == before
+
+
+def test_without_flags_it_quantizes(call, tmp_path, capsys):
+    result = call("--calib-images", 8)
+    assert [row["stage"] for row in result["stages"]] == ["original", "quantize"]
+    assert resnet50.load_checkpoint(result["checkpoint"])["precision"] == "int8"
+    assert "no flag says what to do: --int8" in capsys.readouterr().err
+    with open(tmp_path / "out" / "args.json", encoding="utf-8") as f:
+        assert json.load(f)["int8"] is True
 
 
 def test_batches_that_cannot_be_normalised_are_refused_in_one_line(call):
