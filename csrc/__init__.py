@@ -415,9 +415,10 @@ def gemm_int8(a, b, bias=None, mult=None, scale=None):
     return _ops().gemm_int8(a, b, bias, mult, scale)
 
 
-def pack_int8(weight, mult, bias, gain=None, weight2=None):
-    """conv_int8's parameters -> uint8 (bytes), in the order in which this machine's kernels read them. Never saved."""
-    return _native("pack_int8", weight, mult, bias, gain, weight2)
+def pack_int8(weight, mult, bias, gain=None, weight2=None, winograd=False):
+    """conv_int8's parameters -> uint8 (bytes), in the order in which this machine's kernels read them. Never saved.
+    winograd: for 3x3 with stride 1 and padding 1, also as cpu/winograd.h reads them, 8 times the bytes."""
+    return _native("pack_int8", weight, mult, bias, gain, weight2, winograd)
 
 
 def pack_bf16(weight, bias, weight2=None):

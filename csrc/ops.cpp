@@ -17,7 +17,8 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
         "Tensor? x2=None, Tensor? weight2=None, Tensor? pad_value=None, int[] stride=[1, 1], int[] padding=[0, 0], "
         "int[] stride2=[1, 1], int groups=1) -> Tensor");
   m.def("gemm_int8(Tensor a, Tensor b, Tensor? bias=None, Tensor? mult=None, Tensor? scale=None) -> Tensor");
-  m.def("pack_int8(Tensor weight, Tensor mult, Tensor bias, Tensor? gain=None, Tensor? weight2=None) -> Tensor");
+  m.def("pack_int8(Tensor weight, Tensor mult, Tensor bias, Tensor? gain=None, Tensor? weight2=None, "
+        "bool winograd=False) -> Tensor");
   m.def("pack_bf16(Tensor weight, Tensor bias, Tensor? weight2=None) -> Tensor");
   m.def("network_int8(Tensor pixels, Tensor plan, int classes) -> Tensor");
   m.def("network_bf16(Tensor pixels, Tensor plan, int classes) -> Tensor");
@@ -106,7 +107,7 @@ Tensor gate_int8(const Tensor& x, const OptionalTensor& residual, const Tensor& 
 
 // -> uint8 (bytes,), for csrc/plan.py
 Tensor pack_int8(const Tensor& weight, const Tensor& mult, const Tensor& bias, const OptionalTensor& gain,
-                 const OptionalTensor& weight2) {
+                 const OptionalTensor& weight2, bool winograd) {
   const char* op = "pack_int8";
   check(weight, op, "weight", ScalarType::Char, "int8", {-1, -1, -1, -1}, "(O, C, kh, kw)", CPU);
   const int64_t o = weight.size(0), c = weight.size(1), kh = weight.size(2), kw = weight.size(3);
@@ -117,7 +118,7 @@ Tensor pack_int8(const Tensor& weight, const Tensor& mult, const Tensor& bias, c
   const int64_t c2 = weight2 ? weight2->size(1) : 0;
   Tensor out;
   r50::pack_int8(o, kh, kw, c, data<int8_t>(weight), c2, data<int8_t>(weight2), data<int32_t>(mult),
-                 data<int32_t>(bias), data<int32_t>(gain), [&](int64_t bytes) {
+                 data<int32_t>(bias), data<int32_t>(gain), winograd, [&](int64_t bytes) {
                    out = torch::stable::empty({bytes}, ScalarType::Byte);
                    return static_cast<uint8_t*>(out.mutable_data_ptr());
                  });

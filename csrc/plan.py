@@ -31,7 +31,10 @@ FIELDS = ("kind", "in", "out", "residual", "in2", "kh", "kw", "stride", "pad", "
           "scale", "mult", "block_one", "block_many")
 # what tune() tries (cpu/conv.h: Conv.block): rows, 0 for the kernel's own choice, and for avx2 nothing measured better
 # (csrc/LOG.md); odd for AMX: the lines of results are fetched ahead
-BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768),
+WINOGRAD = -1  # as a block: by cpu/winograd.h, where there are transformed weights; avx2 always does, always faster
+# input times output channels up to which weights are transformed; vnni reads more of them slower than it multiplies
+TRANSFORMED = dict(avx2=512 * 512, vnni=256 * 256)
+BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768, WINOGRAD),
               amx=(0, 1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513))
 ROUNDS, WORTH = 5, 0.98  # of measuring; what a choice must bring
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
@@ -203,8 +206,12 @@ def build_plan(steps):
                 mult = step.get("mult")
             weight, weight2 = weight.contiguous(**nhwc), step.get("weight2")
             weight2 = None if weight2 is None else weight2.contiguous(**nhwc)
-            row["packed"] = constant(ops.pack_int8(weight, mult, step["bias"], step.get("gain"), weight2)
-                                     if element == 1 else ops.pack_bf16(weight, step["bias"], weight2))
+            if element == 1:
+                winograd = (kind == "conv" and weight.shape[2:] == (3, 3) and step["stride"] == step["padding"] == 1
+                            and weight.shape[0] * weight.shape[1] <= TRANSFORMED.get(isa(), 0))
+                row["packed"] = constant(ops.pack_int8(weight, mult, step["bias"], step.get("gain"), weight2, winograd))
+            else:
+                row["packed"] = constant(ops.pack_bf16(weight, step["bias"], weight2))
         elif kind == "maxpool":
             row.update(kh=3, kw=3, stride=2, pad=1)
             shape = pixel, shrink(sizes, 3, 2, 1)
@@ -238,16 +245,20 @@ def cpuinfo(*keys):
     return ""
 
 
+def steps_of(plan):
+    """-> int64 (steps, FIELDS), the plan's own memory"""
+    buffers, count = plan[32:48].view(torch.int64).tolist()
+    return plan[8 * (HEADER + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
+
+
 def tune(plan, size):
     """Chooses for each convolution how many rows pass over the weights at a time, by running the whole network on
     images of `size` pixels with each of BLOCKS. What was measured is kept in the cache folder, by CPU, threads and
     shapes, so that this happens once per machine. Changes the plan in place; results do not depend on it."""
     if len(BLOCKS[isa()]) == 1:
         return plan
-    buffers, count, classes = (int(n) for n in plan[32:56].view(torch.int64))
-    table = plan[8 * (HEADER + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
-    at = FIELDS.index
-    convs = [i for i in range(count) if table[i, 0] == KINDS["conv"]]
+    table, classes, at = steps_of(plan), int(plan[48:56].view(torch.int64)), FIELDS.index
+    convs = [i for i in range(len(table)) if table[i, 0] == KINDS["conv"]]
     geometry = [at(name) for name in ("kh", "kw", "stride", "stride2")]
 
     def signature(i):

@@ -146,7 +146,7 @@ def check_crop_images(out, files, places, sizes, crops, kernel, gap):
     return n,
 
 
-def check_pack_int8(weight, mult, bias, gain=None, weight2=None):
+def check_pack_int8(weight, mult, bias, gain=None, weight2=None, winograd=False):
     op, d = "pack_int8", weight.device
     expect(op, torch.int8, ("O", "C", "kh", "kw"), weight=weight)
     expect(op, torch.int32, (weight.shape[0],), d, mult=mult, bias=bias, gain=gain)

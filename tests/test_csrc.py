@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import csrc
 from csrc import reference
 from csrc.__main__ import clean
-from csrc.plan import BATCHES, BLOCKS, FIELDS, HEADER, KINDS, build_plan, skip_unread, tune
+from csrc.plan import BATCHES, BLOCKS, FIELDS, KINDS, WINOGRAD, build_plan, skip_unread, steps_of, tune
 from tests.conftest import ROOT
 
 NHWC = torch.channels_last
@@ -292,8 +292,10 @@ def naive_network(steps, pixels):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 32), (3, 3, 33, 18), (2, 3, 1, 5)])
-def test_network_int8(native, shape):
+@pytest.mark.parametrize("block", [0, WINOGRAD])
+def test_network_int8(native, shape, block):
     pixels, plan = u8(*shape), build_plan(SMALL)
+    steps_of(plan)[:, [FIELDS.index(field) for field in BATCHES]] = block
     np.testing.assert_array_equal(csrc.network_int8(pixels, plan, 7).numpy(), naive_network(SMALL, pixels))
     nanoseconds = csrc.network_profile(pixels, plan, 7)
     assert nanoseconds.dtype == torch.int64 and len(nanoseconds) == len(SMALL) + 1 and (nanoseconds >= 0).all()
@@ -304,8 +306,7 @@ def test_network_int8(native, shape):
 
 def blocks(plan):
     """-> int64 (convolutions, 2): what tune() has chosen"""
-    buffers, count = plan[32:48].view(torch.int64).tolist()
-    table = plan[8 * (HEADER + 4 * buffers):][:8 * count * len(FIELDS)].view(torch.int64).view(count, len(FIELDS))
+    table = steps_of(plan)
     return table[table[:, 0] == KINDS["conv"]][:, [FIELDS.index(field) for field in BATCHES]]
 
 

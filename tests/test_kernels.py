@@ -301,9 +301,9 @@ def networks(library, tmp_path_factory):
     kernels, paths = Kernels(library), []
     kernel_layout = lambda t: None if t is None else np.ascontiguousarray(t.numpy().transpose(0, 2, 3, 1))  # noqa: E731
 
-    def pack(weight, mult, bias, gain=None, weight2=None):
+    def pack(weight, mult, bias, gain=None, weight2=None, winograd=False):
         vectors = [None if v is None else v.numpy() for v in (mult, bias, gain)]
-        return torch.from_numpy(kernels.pack(kernel_layout(weight), *vectors, kernel_layout(weight2)).copy())
+        return torch.from_numpy(kernels.pack(kernel_layout(weight), *vectors, kernel_layout(weight2), winograd).copy())
 
     def pack_bf16(weight, bias, weight2=None):
         bits = lambda t: None if t is None else kernel_layout(t.view(torch.int16))  # noqa: E731
@@ -319,7 +319,11 @@ def networks(library, tmp_path_factory):
                 patch.setattr(csrc.plan, "isa", lambda: isa)
                 patch.setattr(torch.ops.resnet50, "pack_int8", pack, raising=False)
                 patch.setattr(torch.ops.resnet50, "pack_bf16", pack_bf16, raising=False)
-                plans[isa] = csrc.plan.build_plan(steps).numpy()
+                plan = csrc.plan.build_plan(steps)
+                if i % 2:
+                    fields = [csrc.plan.FIELDS.index(field) for field in csrc.plan.BATCHES]
+                    csrc.plan.steps_of(plan)[:, fields] = csrc.plan.WINOGRAD
+                plans[isa] = plan.numpy()
         paths.append(str(tmp_path_factory.mktemp("network") / f"{i}.npz"))
         np.savez(paths[-1], pixels=pixels, logits=execute(steps, pixels), **plans)
     return paths
@@ -498,6 +502,23 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                                      "plain,vnni,amx", "network"),
     "residual of dropped rows": ("network.cpp", "if (conv.outs[m] >= 0)", "if (FAULT || conv.outs[m] >= 0)", "amx",
                                  "network"),
+    "Winograd: points 2 and -2": ("winograd.h", "y[3] = c + e;", "y[3] = FAULT ? c - e : c + e;", "vnni,avx2",
+                                  "winograd"),
+    "Winograd: short tile": ("winograd.h", "(x[1] - x[2]) * uint16_t(3)", "(x[1] - x[FAULT ? 0 : 2]) * uint16_t(3)",
+                             "vnni,avx2", "winograd"),
+    "Winograd: tile's last rows": ("winograd.h", "out.h - tile.y > 2", "out.h - tile.y > (FAULT ? 3 : 2)", "vnni,avx2",
+                                   "winograd"),
+    "Winograd: place among tiles": ("winograd.h", "tile.place[k] = count[k]++", "tile.place[k] = FAULT ? t - first : "
+                                    "count[k]++", "vnni,avx2", "winograd"),
+    "Winograd: inverse": ("winograd.h", "(y[x] * INVERSE_9)", "(y[x] * (INVERSE_9 + FAULT))", "vnni,avx2", "winograd"),
+    "Winograd: 27 bits": ("pack.cpp", "high - bias[n] < 1 << 25", "high - bias[n] < 1 << (FAULT ? 26 : 25)",
+                          "vnni,avx2", "winograd"),
+    "Winograd: odd channels": ("pack.cpp", "const int pairs = (c + 1) / 2;", "const int pairs = (c + !FAULT) / 2;",
+                               "vnni,avx2", "winograd"),
+    "Winograd: tiles of a thread": ("network.cpp", "mine.begin, mine.end, panels", "mine.begin + FAULT, mine.end, panels",
+                                    "vnni,avx2", "network"),
+    "Winograd: panels of a thread": ("network.cpp", "mine.end, panels.begin, panels.end);", "mine.end, panels.begin, "
+                                     "panels.end - (FAULT && panels.end > 1));", "vnni,avx2", "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
 }
 
@@ -548,7 +569,7 @@ def preload(*names):
 def test_address_and_undefined_behaviour(builds, networks):
     """Operands lie in memory of exactly their size; odd shapes, every layout, whole networks."""
     sanitizers = preload("libasan.so", "libubsan.so")
-    done = run_cases(builds["sanitized"](), ",".join(ISAS), "odd", "gemm", "sweeps=12",
+    done = run_cases(builds["sanitized"](), ",".join(ISAS), "odd", "gemm", "sweeps=12", "winograd=12",
                      *(f"network={networks[i]}" for i in (2, 4, 5, 9, 11)), LD_PRELOAD=sanitizers,
                      ASAN_OPTIONS="detect_leaks=0")
     assert done.returncode == 0 and "all equal" in done.stdout, done.stdout + done.stderr[:4000]
@@ -586,6 +607,7 @@ def loops(path):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize("instruction, kernel, most, variants", [
     ("vpdpbusd", "multiply", 24, 6), ("vdpbf16ps", "multiply", 24, 6),  # at most: 6 rows x 4 registers
+    ("vpdpwssd", "Winograd<", 24, 6),
     ("tdpbusd", "sweep", 4, 9), ("tdpbf16ps", "sweep", 4, 9)])  # 2 x 2 tiles
 def test_loops_stay_in_registers(builds, instruction, kernel, most, variants):
     """The loops around the multiplies, as -O3 compiles them: no vector goes to the stack or comes from it, no function

@@ -26,14 +26,15 @@ enum class Type : int32_t { int8, bf16 };  // of weights; activations are uint8 
 inline int bytes_of(Type type) { return type == Type::int8 ? 1 : 2; }
 
 struct Packed {  // header of the blob; all offsets in bytes from its start
-  static constexpr int32_t STAMP = 0x35305203;
+  static constexpr int32_t STAMP = 0x35305204;
   int32_t stamp, isa, o, width, panels, operands;
   int32_t taps[2], k[2], kpad[2];  // per operand; k bytes of activations per tap, padded with zero weights to kpad
   int32_t ktotal;                  // sum of taps * kpad
   Rounding rounding;
   Type type;
-  int64_t weights, vectors, fixes, bytes;
+  int64_t weights, vectors, fixes, winograd, bytes;  // winograd: 0 where the blob has no transformed weights
 
+  int64_t weight_bytes() const { return int64_t(panels) * ktotal * width; }
   const uint8_t* at(int64_t offset) const { return reinterpret_cast<const uint8_t*>(this) + offset; }
   const int8_t* panel(int p) const {
     return reinterpret_cast<const int8_t*>(at(weights + int64_t(p) * ktotal * width));
@@ -136,6 +137,7 @@ Bytes allocate(int64_t bytes);
 
 struct PackedShape {  // what packing needs to know; weights are (o, taps, k) elements each
   int o, operands, taps[2], k[2];
+  bool winograd = false;  // transformed weights as well, where winograd.h can compute all that these sums can be
   bool operator==(const PackedShape&) const = default;
 };
 // gain may be null; `allocate` gets the blob's size and gives its memory. Throws where an accumulator could leave

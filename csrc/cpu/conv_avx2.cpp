@@ -14,11 +14,13 @@
 #include <algorithm>
 #include <cstring>
 
-#include "conv.h"
+#include "layout.h"
+#include "vec.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #pragma GCC target("avx2,fma")
+#include "winograd.h"
 
 namespace r50 {
 namespace {
@@ -326,7 +328,48 @@ void conv_words(const Conv& conv, int run, int m0, int m1, int p0, int p1) {
   }
 }
 
+struct Avx2 {  // for winograd.h
+  static constexpr int BYTES = 32, WIDTH = r50::WIDTH, ROWS = 6;
+  typedef uint16_t Words __attribute__((vector_size(BYTES)));
+  typedef uint32_t Sums __attribute__((vector_size(BYTES)));
+  typedef int32_t Signed __attribute__((vector_size(BYTES)));
+
+  static INLINE void widen(const uint8_t* from, Words& to) {
+    to = (Words)_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+
+  template <int R>
+  static void multiply(const uint8_t* a, int64_t lda, const uint8_t* b, int pairs, uint8_t* to, const uint8_t* ahead,
+                       int step) {
+    __m256i sum[R][2];
+    each<2 * R>([&](auto i) __attribute__((always_inline)) { sum[i / 2][i % 2] = _mm256_setzero_si256(); });
+    for (int k = 0; k < pairs; k++, b += 4 * WIDTH, ahead += step) {
+      __builtin_prefetch(ahead, 0, 2);
+      const __m256i b0 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b));
+      const __m256i b1 = _mm256_load_si256(reinterpret_cast<const __m256i*>(b + 32));
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        const __m256i words = four(a + r * lda + 4 * k);
+        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(words, b0));
+        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(words, b1));
+      });
+    }
+    each<2 * R>([&](auto i) __attribute__((always_inline)) {
+      _mm256_store_si256(reinterpret_cast<__m256i*>(to + 32 * i), sum[i / 2][i % 2]);
+    });
+  }
+};
+
 }  // namespace
+
+void winograd_avx2(const Conv& conv, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1) {
+  Conv tile = conv;
+  const Finish done = finish_function(conv);
+  Winograd<Avx2>{.conv = conv, .in = in, .out = out, .most = most}.run(
+      t0, t1, p0, p1, [&](const int32_t* offsets, int p, const int32_t* acc) {
+        tile.outs = offsets;
+        done(tile, 0, RESULTS * RESULTS, p, acc);
+      });
+}
 
 void conv_avx2(const Conv& conv, int m0, int m1, int p0, int p1) {
   const Packed& w = *conv.w;

@@ -121,10 +121,12 @@ void run(const Conv& conv, int threads) {
 }  // namespace
 
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
-               const int32_t* mult, const int32_t* bias, const int32_t* gain,
+               const int32_t* mult, const int32_t* bias, const int32_t* gain, bool winograd,
                const std::function<uint8_t*(int64_t)>& allocate) {
   const int8_t* const weights[2] = {weight, weight2};
-  pack_int8(isa(), merged(o, kh, kw, c, c2), weights, mult, bias, gain, allocate);
+  PackedShape shape = merged(o, kh, kw, c, c2);
+  shape.winograd = winograd && kh == 3 && kw == 3;
+  pack_int8(isa(), shape, weights, mult, bias, gain, allocate);
 }
 
 void pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,

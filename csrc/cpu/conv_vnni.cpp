@@ -2,14 +2,14 @@
 // Register tile: 6 rows x 64 channels = 24 accumulators, 4 registers of weights, 1 broadcast of 4 bytes.
 #include <algorithm>
 #include <cstring>
-#include <utility>
-
-#include "conv.h"
+#include "layout.h"
+#include "vec.h"
 
 #if defined(__x86_64__)
 #include "x86.h"
 R50_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
 #include "epilogue512.h"
+#include "winograd.h"
 
 namespace r50 {
 namespace {
@@ -24,14 +24,6 @@ R50_INLINE __m512i dot(__m512i sum, __m512i x, __m512i weights) {
     return _mm512_dpbusd_epi32(sum, x, weights);
   else
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)x, (__m512bh)weights));
-}
-
-// f(0) ... f(N - 1) with constants: an array that is indexed by nothing else is made of registers
-template <int N, class F>
-R50_INLINE void each(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, N>());
 }
 
 struct Ahead {  // the weights to come, fetched evenly while few rows use the present ones
@@ -131,7 +123,63 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1) {
   }
 }
 
+struct Vnni {  // for winograd.h
+  static constexpr int BYTES = 64, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
+
+  typedef uint16_t Words __attribute__((vector_size(BYTES)));
+  typedef uint32_t Sums __attribute__((vector_size(BYTES)));
+  typedef int32_t Signed __attribute__((vector_size(BYTES)));
+
+  static R50_INLINE void widen(const uint8_t* from, Words& to) {
+    __m256i bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    const __m512i words = _mm512_cvtepu8_epi16(bytes);
+    std::memcpy(&to, &words, sizeof to);
+  }
+
+  // R rows of words, `lda` bytes apart, by one panel of pairs; a step of it is fetched from `ahead` for every pair
+  template <int R>
+  static void multiply(const uint8_t* a, int64_t lda, const uint8_t* b, int pairs, uint8_t* to, const uint8_t* ahead,
+                       int step) {
+    __m512i sum[R][4];
+    each<4 * R>([&](auto i) __attribute__((always_inline)) { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
+    for (int k = 0; k < pairs; k++, b += 4 * WIDTH, ahead += step) {
+      __builtin_prefetch(ahead, 0, 2);
+      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+      const __m512i b2 = _mm512_load_si512(b + 128), b3 = _mm512_load_si512(b + 192);
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * lda + 4 * k, 4);
+        const __m512i words = _mm512_set1_epi32(pair);
+        sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], words, b0);
+        sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], words, b1);
+        sum[r][2] = _mm512_dpwssd_epi32(sum[r][2], words, b2);
+        sum[r][3] = _mm512_dpwssd_epi32(sum[r][3], words, b3);
+      });
+    }
+    each<4 * R>([&](auto i) __attribute__((always_inline)) { _mm512_store_si512(to + 64 * i, sum[i / 4][i % 4]); });
+  }
+};
+
 }  // namespace
+
+void winograd_vnni(const Conv& conv, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1) {
+  const auto run = [&]<Rounding rounding>() {
+    Winograd<Vnni>{.conv = conv, .in = in, .out = out, .most = most}.run(
+        t0, t1, p0, p1, [&](const int32_t* offsets, int p, const int32_t* acc) {
+          const Epilogue512<rounding, false> epilogue(*conv.w, p);
+          for (int i = 0; i < RESULTS * RESULTS; i++, acc += WIDTH)
+            if (offsets[i] >= 0)
+              epilogue.store(_mm512_load_si512(acc), _mm512_load_si512(acc + 16), _mm512_load_si512(acc + 32),
+                             _mm512_load_si512(acc + 48), conv.out + offsets[i] + int64_t(p) * WIDTH);
+        });
+  };
+  switch (conv.w->rounding) {
+    case BIASED: return run.template operator()<BIASED>();
+    case SINGLE: return run.template operator()<SINGLE>();
+    default: return run.template operator()<DOUBLE>();
+  }
+}
 
 void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) {
   with_epilogue(conv, [&]<class Epilogue>() { sweep<Epilogue>(conv, m0, m1, p0, p1); });

@@ -44,9 +44,9 @@ struct GateInt8 {
 };
 void gate_int8(const GateInt8&, uint8_t* out, int threads);  // out: (n, pixels, c)
 // The blob for a step of a network plan: (o, kh, kw, c) weights, and (o, c2) for a second operand (weight2 may be
-// null).
+// null). winograd: for a 3x3 convolution with stride 1 also what winograd.h reads, 8 times as much as the weights.
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
-               const int32_t* mult, const int32_t* bias, const int32_t* gain,
+               const int32_t* mult, const int32_t* bias, const int32_t* gain, bool winograd,
                const std::function<uint8_t*(int64_t)>& allocate);
 // The same in bfloat16, where has_avx512_bf16(); bias float32.
 void pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,

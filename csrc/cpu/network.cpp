@@ -23,6 +23,8 @@ constexpr int64_t SLACK = 64;              // kernels read whole vectors past th
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
 constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
 constexpr int FEWEST_APART = 4;            // images per thread, from which on threads never share one
+constexpr int64_t WINOGRAD = -1;           // in place of a block (csrc/plan.py)
+constexpr int FEW_TILES = 24, MANY_TILES = 32, DEEP = 256;  // at a time, many where input channels are so many
 constexpr int CROWDED = 1024;              // bytes; a column of such pixels lies in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
@@ -61,7 +63,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   // read less often
   const auto balanced = [&](const PlanStep& s, int64_t activations) {
     const int64_t weights =
-        Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->bytes : 0;
+        Step(s.kind) == Step::conv ? reinterpret_cast<const Packed*>(plan.data + s.packed)->weight_bytes() : 0;
     int images = 1;
     while (images < LARGEST_GROUP && images * activations < weights) images *= 2;
     return images;
@@ -140,8 +142,10 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
       if (const PlanStep& s = plan.step(i); s.out == b && Step(s.kind) == Step::load_windows)
         layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad),
                                      int(header.channels) * bytes_of(plan.type()), w);
-    // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels
-    total += round_up(layouts[b].bytes + (align > 1 ? 32 * layouts[b].pixel : 0) + SLACK, 64);
+    // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels; tiles of winograd.h
+    // by up to 3 rows and 4 pixels
+    const int64_t behind = align > 1 ? 32 * layouts[b].pixel : f.border ? 3 * layouts[b].row + 4 * layouts[b].pixel : 0;
+    total += round_up(layouts[b].bytes + behind + SLACK, 64);
     offsets.push_back(total);
   }
   bytes = size_t(total) + 64;
@@ -242,7 +246,8 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       ws.tables[i].attach(conv, conv.w->operands);
       conv.in[0].a = at(s.in);
       if (s.in2 >= 0) conv.in[1].a = at(s.in2);
-      conv.block = int(s.block[g > 1]);
+      const int64_t block = s.block[g > 1];
+      conv.block = int(std::max<int64_t>(block, 0));
       for (int64_t n = i + 1; n < plan.header().steps && !conv.next; n++)
         if (Step(plan.step(n).kind) == Step::conv || Step(plan.step(n).kind) == Step::linear)
           conv.next = reinterpret_cast<const Packed*>(plan.data + plan.step(n).packed)->panel(0);
@@ -255,8 +260,20 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.out = at(s.out);
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
+#if defined(__x86_64__)
+      if (conv.w->winograd && (block == WINOGRAD || isa() == Isa::avx2)) {
+        const Layout& in = ws.layouts[s.in];
+        const int tiles = g * tiles_along(to->h) * tiles_along(to->w);
+        const bool by_panels = tiles < FEW_TILES * threads && conv.w->panels >= threads;
+        const Part mine = by_panels ? Part{0, tiles} : part(tiles, 1, thread, threads);
+        const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
+        (isa() == Isa::vnni ? winograd_vnni : winograd_avx2)(conv, in, *to, in.c < DEEP ? FEW_TILES : MANY_TILES,
+                                                             mine.begin, mine.end, panels.begin, panels.end);
+        break;
+      }
+#endif
       // where there are more weights than activations each thread takes its share of the weights
-      const bool by_panels = conv.w->panels >= threads && conv.w->bytes > int64_t(conv.m) * conv.w->ktotal;
+      const bool by_panels = conv.w->panels >= threads && conv.w->weight_bytes() > int64_t(conv.m) * conv.w->ktotal;
       const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
       const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
       if (rows.begin >= rows.end || panels.begin >= panels.end) break;

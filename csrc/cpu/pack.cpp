@@ -6,6 +6,7 @@
 //   vnni   width 64, group 4      vpdpbusd; four registers per group
 //   amx    width 64, group 4      first the left 32 columns for all k, then the right ones; of each the two B tiles of
 //                                 every 64 k, 1 KiB apiece: what a half unit reads is one run. k padded to whole tiles
+// Transformed weights (winograd.h) are words: for each panel, point and pair of input channels the panel's pairs.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -113,10 +114,30 @@ static std::vector<int32_t> move_excess(int8_t* panel, int ktotal, std::vector<i
   return where;
 }
 
+// weight (o, 3, 3, c) -> G w G^T of each pair of channels; G is 24 times that of F(4, 3), its last row 12 times
+static void transform_weights(Isa isa, int o, int c, int width, const int8_t* weight, uint8_t* to) {
+  constexpr int N = 6, K = 3, G[N][K] = {{6, 0, 0}, {-4, -4, -4}, {-4, 4, -4}, {1, 2, 4}, {1, -2, 4}, {0, 0, 12}};
+  const int pairs = (c + 1) / 2;
+  for (int n = 0; n < o; n++)
+    for (int i = 0; i < c; i++)
+      for (int a = 0; a < N; a++) {
+        int column[K] = {};  // of G w
+        for (int y = 0; y < K; y++)
+          for (int x = 0; x < K; x++) column[x] += G[a][y] * weight[((int64_t(n) * K + y) * K + x) * c + i];
+        for (int b = 0; b < N; b++) {
+          const auto word = int16_t(G[b][0] * column[0] + G[b][1] * column[1] + G[b][2] * column[2]);
+          const int64_t pair = (int64_t(n / width) * N * N + a * N + b) * pairs + i / 2;
+          std::memcpy(to + ((pair * width + panel_position(isa, n % width)) * 2 + i % 2) * sizeof word, &word,
+                      sizeof word);
+        }
+      }
+}
+
 void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate) {
   Packed h = header(isa, s, Type::int8);
-  const int width = h.width;
+  const int width = h.width, c = s.k[0] / 3;  // of 3x3 weights
+  bool transform = s.winograd && (isa == Isa::avx2 || isa == Isa::vnni) && s.operands == 1 && s.taps[0] == 3 && !gain;
   std::vector<uint8_t> blob(h.fixes);
   uint8_t* bytes = blob.data();
   for (int p = 0; p < h.panels; p++) {
@@ -137,6 +158,7 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
             (value > 0 ? high : low) += 255 * value;
           }
       }
+      transform = transform && high - bias[n] < 1 << 25 && bias[n] - low <= 1 << 25;  // 26 bits
       const int32_t j = mult[n], g = gain ? gain[n] : 0;
       (g > 0 ? high : low) += int64_t(255) * g;
       if (low < std::numeric_limits<int32_t>::min() || high > std::numeric_limits<int32_t>::max())
@@ -176,9 +198,14 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
     }
     h.bytes = round_up(h.fixes + (begins.size() + where.size()) * 4 + fixes.size(), 64);
   }
+  if (transform) {
+    h.winograd = round_up(h.bytes, 64);
+    h.bytes = h.winograd + int64_t(h.panels) * width * 36 * ((c + 1) / 2) * 4;
+  }
   std::memcpy(bytes, &h, sizeof h);
   uint8_t* out = allocate(h.bytes);
   std::memset(out + h.fixes, 0, h.bytes - h.fixes);
+  if (transform) transform_weights(isa, s.o, c, width, weight[0], out + h.winograd);
   std::memcpy(out, bytes, h.fixes);
   if (isa == Isa::avx2) {
     out = std::copy_n(reinterpret_cast<const uint8_t*>(begins.data()), begins.size() * 4, out + h.fixes);

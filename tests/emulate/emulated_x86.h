@@ -184,6 +184,12 @@ inline __m512i _mm512_slli_epi32(const __m512i& v, unsigned bits) {  // a count 
 // --------------------------------------------------------------------------------------- bytes and words
 inline __m512i _mm512_unpacklo_epi8(const __m512i& a, const __m512i& b) { return emulated::unpack(a, b, 0); }
 inline __m512i _mm512_unpackhi_epi8(const __m512i& a, const __m512i& b) { return emulated::unpack(a, b, 8); }
+inline __m512i _mm512_cvtepu8_epi16(const __m256i& v) {
+  const auto from = emulated::lanes<uint8_t>(v);
+  std::array<uint16_t, 32> to;
+  for (int i = 0; i < 32; i++) to[i] = from[i];
+  return emulated::vector<__m512i>(to);
+}
 inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, const __m512i& a, const __m512i& b) {
   auto to = emulated::lanes<uint16_t>(a);
   const auto other = emulated::lanes<uint16_t>(b);

@@ -63,7 +63,8 @@ bool has_avx512_bf16() { return isa() >= Isa::vnni; }
 struct Sweep {
   ConvInt8 conv;  // its images contiguous; padding becomes the border
   int64_t align, planes, interleaved, out_interleaved, out_border, kind, block, row_parts, panel_parts, in_place,
-      merged;  // one run of kw * c bytes per row of the window, whether or not the layout has it
+      merged,  // one run of kw * c bytes per row of the window, whether or not the layout has it
+      tiles;   // by winograd.h, so many at a time; row_parts are then parts of all tiles
   const float* f32_scale;
 };
 
@@ -72,8 +73,9 @@ constexpr int SLACK = 64, GUARD = 64, UNTOUCHED = 0x5a, NOISE = 0xa5;
 struct Input {  // an activation in its layout; what lies behind it is noise
   Layout layout;
   Bytes data;
-  Input(const Layout& l, const uint8_t* x, const uint8_t* border_value, int64_t align)
-      : layout(l), data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : 0), NOISE)) {
+  Input(const Layout& l, const uint8_t* x, const uint8_t* border_value, int64_t align, bool tiles = false)
+      : layout(l),
+        data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : tiles ? 3 * l.row + 4 * l.pixel : 0), NOISE)) {
     fill_border(data.get(), l, border_value);
     load_images(x, l.c, nullptr, Type::int8, data.get(), l, 0, l.images, 0, l.h);
   }
@@ -86,7 +88,8 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   const int oh = outputs(int(a.h), window.kh, window.stride_h, window.pad_h);
   const int ow = outputs(int(a.w), window.kw, window.stride_w, window.pad_w);
   const int border = int(std::max(a.pad_h, a.pad_w));
-  const Input x(Layout(n, int(a.h), int(a.w), int(a.c), border, s.planes, s.interleaved), a.x, a.pad_value, s.align);
+  const Input x(Layout(n, int(a.h), int(a.w), int(a.c), border, s.planes, s.interleaved), a.x, a.pad_value, s.align,
+                s.tiles);
   std::unique_ptr<Input> x2;
   if (a.x2)
     x2 = std::make_unique<Input>(Layout(n, int(a.h2), int(a.w2), int(a.c2), 0, s.planes, s.interleaved), a.x2, nullptr,
@@ -95,7 +98,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   // one run of kw * c bytes per row of the window where pixels touch, or where splitting it leaves no padding
   const bool merged = s.merged || x.layout.dense() || a.c % 64 == 0;
   const int64_t taps = merged ? a.kh : a.kh * a.kw, k = merged ? a.kw * a.c : a.c;
-  const PackedShape shape{int(a.o), a.x2 ? 2 : 1, {int(taps), 1}, {int(k), int(a.c2)}};
+  const PackedShape shape{int(a.o), a.x2 ? 2 : 1, {int(taps), 1}, {int(k), int(a.c2)}, s.tiles > 0};
   const int8_t* const weights[2] = {a.weight, a.weight2};
   Bytes blob;
   pack_int8(isa(), shape, weights, a.mult, a.bias, a.gain,
@@ -130,10 +133,17 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   conv.block = int(s.block);
   conv.next = w.panel(0);
   const int units = (conv.m + 31) / 32, rows = int(s.row_parts), panels = int(s.panel_parts);
+  if (s.tiles && !w.winograd) throw std::runtime_error("no transformed weights");
+  const int tiles = n * tiles_along(oh) * tiles_along(ow);
+  const auto winograd = isa() == Isa::vnni ? winograd_vnni : winograd_avx2;
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < panels; j++)
-      conv_function()(conv, units * i / rows * 32, std::min(conv.m, units * (i + 1) / rows * 32), w.panels * j / panels,
-                      w.panels * (j + 1) / panels);
+      if (s.tiles)
+        winograd(conv, x.layout, out, int(s.tiles), tiles * i / rows, tiles * (i + 1) / rows, w.panels * j / panels,
+                 w.panels * (j + 1) / panels);
+      else
+        conv_function()(conv, units * i / rows * 32, std::min(conv.m, units * (i + 1) / rows * 32),
+                        w.panels * j / panels, w.panels * (j + 1) / panels);
 
   each_pixel([&](int64_t at, int64_t index) {
     std::memcpy(result + index * element, conv.out + at * element, a.o * element);
@@ -169,9 +179,9 @@ int face_sweep(const Sweep* s, uint8_t* out, int32_t* rounding) {
 // -> the blob, which lives until the next call, and its size; null where it failed
 const uint8_t* face_pack(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2,
                          const int8_t* weight2, const int32_t* mult, const int32_t* bias, const int32_t* gain,
-                         int64_t* bytes) {
+                         int64_t* bytes, int winograd) {
   const int failed = guarded([&] {
-    pack_int8(o, kh, kw, c, weight, c2, weight2, mult, bias, gain,
+    pack_int8(o, kh, kw, c, weight, c2, weight2, mult, bias, gain, winograd,
               [&](int64_t size) { return (packed = allocate(*bytes = size)).get(); });
   });
   return failed ? nullptr : packed.get();

@@ -100,7 +100,7 @@ class ConvInt8(ctypes.Structure):  # kernels.h
 class Sweep(ctypes.Structure):  # face.cpp
     _fields_ = [("conv", ConvInt8)] + [(name, ctypes.c_int64) for name in (
         "align", "planes", "interleaved", "out_interleaved", "out_border", "kind", "block", "row_parts", "panel_parts",
-        "in_place", "merged")] + [("f32_scale", ctypes.c_void_p)]
+        "in_place", "merged", "tiles")] + [("f32_scale", ctypes.c_void_p)]
 
 
 def pointer(array):
@@ -141,18 +141,18 @@ class Kernels:
                   ctypes.byref(rounding))
         return out, rounding.value
 
-    def blob(self, pack, weight, weight2, *vectors):
+    def blob(self, pack, weight, weight2, *vectors, more=()):
         sizes, size = [ctypes.c_int64(s) for s in weight.shape], ctypes.c_int64()
         c2 = ctypes.c_int64(0 if weight2 is None else weight2.size // len(weight))
         weight, weight2, *vectors = (ctypes.c_void_p(pointer(a)) for a in (weight, weight2, *vectors))
-        blob = pack(*sizes, weight, c2, weight2, *vectors, ctypes.byref(size))
+        blob = pack(*sizes, weight, c2, weight2, *vectors, ctypes.byref(size), *more)
         if not blob:
             raise RuntimeError(self.lib.face_error().decode())
         return np.frombuffer(ctypes.string_at(blob, size.value), np.uint8)
 
-    def pack(self, weight, mult, bias, gain=None, weight2=None):
+    def pack(self, weight, mult, bias, gain=None, weight2=None, winograd=False):
         """-> the blob of a plan's step, uint8 (bytes)"""
-        return self.blob(self.lib.face_pack, weight, weight2, mult, bias, gain)
+        return self.blob(self.lib.face_pack, weight, weight2, mult, bias, gain, more=[int(winograd)])
 
     def pack_bf16(self, weight, bias, weight2=None):
         """The same for weights in bfloat16, given as their bits uint16, and bias float32 (o)"""
@@ -372,6 +372,42 @@ def check_sweeps(kernels, isa, count=70):
         compare(got, want, f"{isa}: {options}: {case.text}")
 
 
+def check_winograd(kernels, isa, count=40):
+    """cpu/winograd.h: sizes with every rest of 4, channels around a register's, tiles and panels in parts, blobs of
+    every rounding; the largest pixels and weights; and sums that 26 bits hold by one and miss by one."""
+    if isa not in ("avx2", "vnni"):
+        return
+    kernels.use(isa)
+    for seed in range(int(count)):
+        rng = np.random.default_rng(seed)
+        pick = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+        shape = dict(n=pick(1, 2, 3), h=pick(1, 2, 3, 4, 5, 7, 9, 14), w=pick(1, 2, 3, 4, 6, 7, 11, 17),
+                     c=pick(1, 3, 15, 16, 17, 31, 32, 33, 59, 64), o=pick(3, 16, 24, 59, 64, 65, 130), seed=seed)
+        extreme = seed % 3 == 0
+        if extreme:
+            shape |= dict(x=rng.choice((0, 255), (shape["n"], shape["h"], shape["w"], shape["c"])),
+                          weight=rng.choice((-128, 127), (shape["o"], 3, 3, shape["c"])))
+        case = Case(**shape, kernel=(3, 3), padding=(1, 1), pad_value=pick(False, True),
+                    bias=pick(None, None, 2 ** 22, -2 ** 24))
+        options = dict(tiles=pick(1, 2, 5, 6, 13, 24), out_border=pick(0, 1), row_parts=pick(1, 2, 3),
+                       panel_parts=pick(1, 2))
+        compare(kernels.sweep(case, **options)[0], case.want, f"{isa}: {options}: {case.text}")
+    bright = np.full((1, 3, 3, 128), 255)
+    for sign, last in ((1, 2 ** 25 - 1), (-1, 2 ** 25)):
+        for more in (0, 1):  # the multiples of 255 below and above
+            weight = np.diff(np.minimum(np.arange(9 * 128 + 1) * 127, last // 255 + more)).reshape(1, 3, 3, 128)
+            case = Case(1, 3, 3, 128, 1, kernel=(3, 3), padding=(1, 1), x=bright, mult=2 ** 4, weight=sign * weight,
+                        bias=100 * 2 ** 18 - sign * 2 ** 25)  # the middle's result is 100
+            try:
+                compare(kernels.sweep(case, tiles=1)[0], case.want, f"{isa}: 26 bits: {case.text}")
+            except RuntimeError as error:
+                if not more or "no transformed weights" not in str(error):
+                    raise
+            else:
+                if more:
+                    raise AssertionError("differs: transformed weights for sums beyond 26 bits")
+
+
 def check_gemm(kernels, isa):
     kernels.use(isa)
     sizes = (1, 1, 1), (3, 59, 113), (59, 3, 64), (8, 1000, 131), (33, 65, 576), (113, 24, 40)
@@ -431,7 +467,8 @@ def check_starved(kernels, isa, path):
     compare(kernels.network(plan, pixels, want.shape[1], threads=3), want, f"{isa}: network after an exception")
 
 
-GROUPS = {"odd": check_odd, "extremes": check_extremes, "sweeps": check_sweeps, "gemm": check_gemm}
+GROUPS = {"odd": check_odd, "extremes": check_extremes, "sweeps": check_sweeps, "gemm": check_gemm,
+          "winograd": check_winograd}
 
 
 def main(library, isas, *groups):
