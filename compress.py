@@ -1029,6 +1029,9 @@ class Pipeline(train.Plan):
                 self.save(path)
             self.network = build_model(load_checkpoint(path), path).to(self.world.device)
             self.report.add(stage, self.network, path)
+            if stage == "prune" and not {"finetune", "qat"}.intersection(stages):
+                say("pruned and not trained since, which costs most of the accuracy: next, --epochs 5 instead of 0, or "
+                    f"python finetune.py --strategy full --checkpoint {path} --data {self.sets.root}")
 
     def path(self, name):
         return os.path.join(self.args.out, name if name == "best" else f"{self.at}-{name}")
@@ -1436,9 +1439,10 @@ def check_args(args):
             (int8 and not args.qat, "--int8 or --auto, and not with --qat", "float_layers"),
             ((int8 or args.cascade) and not args.qat, "--int8, --auto or --cascade, and not with --qat", "max_drop"),
             (channels and args.epochs, "--prune or a --target-..., and --epochs", "rounds"),
-            (channels or args.student or args.auto, "--prune, --target-..., --student or --auto", "round_to"),
-            (channels or args.auto, "--prune, --target-... or --auto", "importance", "ranking", "sensitivity",
-             "recalibrate"),
+            (channels or share is not None or args.auto, "--prune, --target-..., --auto or a share as --student",
+             "round_to"),
+            (channels or args.auto, "--prune, --target-... or --auto", "importance", "sensitivity", "recalibrate"),
+            (args.prune is not None or args.auto, "--prune or --auto", "ranking"),
             (trains, "training, and nothing is trained", "lr", "opt", "weight_decay", "batch_size", "amp_dtype",
              "save_every")):
         if not fits and (found := [flags[name] for name in names if name in flags]):

@@ -47,7 +47,7 @@ from resnet50 import UserError, above_zero, amount, between, fraction, positive,
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # what a stranger may send to a server
 TRAIN_FORMATS = FORMATS + ("BMP", "GIF", "PPM", "TIFF")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 VAL_NAMES = ("val", "valid", "validation")
 HELD_OUT = 0.1  # of a folder that has none of these
 DEMO = "runs/demo"

@@ -174,6 +174,7 @@ def check_args(args):
         (kind == "lora", "--strategy lora", "lora_rank", "lora_alpha"),
         (kind == "adapter", "--strategy adapter", "adapter_channels"),
         (kind == "full", "--strategy full", "fused_bn", "sync_bn"),  # a frozen batch-norm computes no statistics
+        (kind != "head" or args.resume, "a --strategy that trains more than the head", "grad_checkpointing"),
         (kind not in ("head", "lora", "adapter") or args.resume, "a --strategy that trains the network's weights",
          "l2_sp", *["layer_decay"] * (args.layer_decay != 1)),
         (args.target_domain, "--target-domain", "align", "align_weight"),
@@ -1434,7 +1435,7 @@ def detect(args, world, stop, most=16):
         if world.rank == 0:
             print("\n".join(sets[4]), file=sys.stderr)
     else:
-        train.open_run(args, world)
+        open_run(args, world)
         model, _, source = load_source(args)
         if not plain_resnet(model):
             raise UserError(f"{source}: --task detect builds on a plain ResNet-50")
@@ -1461,6 +1462,12 @@ def detect(args, world, stop, most=16):
 
 # ---------------------------------------------------------------------------------------------------------------- main
 
+def open_run(args, world):
+    """train.open_run(), also where the run begins with one of DEFAULTS"""
+    named = args.weights or args.model
+    return train.open_run(args, world, None if named else next(filter(os.path.exists, DEFAULTS), None))
+
+
 def begin_run(args, world, resume):
     """train.begin_run(), for a run of several parts"""
     if not args.resume and world.rank == 0:  # of a run that is overwritten: or --resume would take them for this one's
@@ -1473,7 +1480,7 @@ def begin_run(args, world, resume):
 def classify(args, world, stop, asked=None, before=lambda: None):
     """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more,
     which `before` begins once nothing can be refused any more"""
-    begin, resume = time.perf_counter(), train.open_run(args, world)
+    begin, resume = time.perf_counter(), open_run(args, world)
     model, checkpoint, source = load_source(args)
     *sets, notes = check_data(train.Plan().open(args, world), args)
     classes = list(sets[2])
@@ -1564,7 +1571,7 @@ def fine_tune(args, world, stop):
         return train.eval_only(args, world)
     if not args.then:
         return classify(args, world, stop)
-    resume = train.open_run(args, world)
+    resume = open_run(args, world)
     step = changed(args, out=os.path.join(args.out, "step"), then=None, resume=args.resume and "auto")
     final = changed(args, data=args.then, then=None, overwrite=True)
     train.Plan().open(final, world)  # what is wrong with it is better said before the first step

@@ -1523,6 +1523,8 @@ def main(args):
     device = find_device(args.device)
     model, _, source = load_model(args)
     if model is None:
+        if args.classes:
+            raise UserError("--classes names the outputs of a --checkpoint or of --weights", code=2)
         config = dict(stride_on=args.stride_on, attention=args.attention, stem=args.stem, num_classes=args.num_classes)
         try:
             model = ResNet50(**{k: v for k, v in config.items() if v is not None}).to(

@@ -853,8 +853,9 @@ def find_batch_size(model, size, amp, world, limit):
     return max(1, found * 9 // 10 // 8 * 8) if found > 8 else found
 
 
-def open_run(args, world):
-    """Checks --out and makes it; -> path of the checkpoint to resume from, or None."""
+def open_run(args, world, source=None):
+    """Checks --out and makes it; -> path of the checkpoint to resume from, or None. `source`: file that the run begins
+    with, --checkpoint or what is taken without it."""
     last, restarted = os.path.join(args.out, "last.pt"), world.restarted(args.out)
     if restarted and (args.resume is None or os.path.exists(last)):
         args.resume = "auto"
@@ -868,11 +869,11 @@ def open_run(args, world):
                 and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
             raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, "
                             "--out names another folder", code=2)
-    if path is None and args.overwrite and args.checkpoint and os.path.exists(args.checkpoint):
+    source = args.checkpoint or source
+    if path is None and args.overwrite and source and os.path.exists(source):
         for old in filter(os.path.exists, (os.path.join(args.out, name) for name in RUN_FILES)):
-            if os.path.samefile(old, args.checkpoint):
-                raise UserError(f"--overwrite would delete {old}, which --checkpoint reads: --out names another folder",
-                                code=2)
+            if os.path.samefile(old, source):
+                raise UserError(f"--overwrite would delete {old}, which is read: --out names another folder", code=2)
     world.barrier()  # nobody writes before everybody has looked
     if world.rank == 0:
         try:

@@ -238,14 +238,16 @@ def test_a_network_without_batch_norm_is_trained_and_resumed_without_its_first_c
 # ------------------------------------------------------------------------------------------- from script to script
 
 @pytest.mark.parametrize("script, more", [(train, ()), (finetune, ()), (finetune, ("--task", "detect"))])
-def test_overwriting_does_not_delete_the_network_that_is_read(script, more, tiny, tmp_path):
+def test_overwriting_does_not_delete_the_network_that_is_read(script, more, tiny, tmp_path, monkeypatch):
     path, link = tmp_path / "run" / "best.pt", tmp_path / "link.pt"
     resnet50.save_checkpoint(path, ResNet50(num_classes=10, widths=WIDTHS), classes="abcdefghij")
     link.symlink_to(path)
     before = path.read_bytes()
-    for name in (path, link):
-        with pytest.raises(UserError, match="--overwrite would delete .*best.pt, which --checkpoint reads") as caught:
-            call(script, "--data", tiny, "--checkpoint", str(name), "--out", str(path.parent), "--overwrite", *more)
+    monkeypatch.setattr(finetune, "DEFAULTS", [str(path)])
+    for name in (path, link, *[None] * (script is finetune)):  # finetune.py finds one by itself
+        with pytest.raises(UserError, match="--overwrite would delete .*best.pt, which is read") as caught:
+            call(script, "--data", tiny, *(["--checkpoint", str(name)] if name else []), "--out", str(path.parent),
+                 "--overwrite", *more)
         assert caught.value.code == 2 and path.read_bytes() == before
 
 

@@ -523,11 +523,13 @@ def test_smaller_files(call, flags):
     assert result["after"]["bytes"] < (0.9 if "--sparsity-2-4" in flags else 0.7) * small["after"]["bytes"]
 
 
-def test_dynamic_quantization_of_the_classifier(call, run, tiny, tmp_path):
+def test_dynamic_quantization_of_the_classifier(call, run, tiny, tmp_path, capsys):
     """Against float64, with the rounding of weights and inputs written anew; in a fresh process; not to be trained"""
     path = call("--dynamic", "--prune", 0.5, "--epochs", 0)["checkpoint"]
+    pruned = os.path.join(os.path.dirname(path), "1-prune.pt")
+    assert f"python finetune.py --strategy full --checkpoint {pruned} --data {tiny}" in capsys.readouterr().err
     model = resnet50.build_model(resnet50.load_checkpoint(path), path)
-    before = resnet50.build_model(resnet50.load_checkpoint(os.path.join(os.path.dirname(path), "1-prune.pt")), path)
+    before = resnet50.build_model(resnet50.load_checkpoint(pruned), pruned)
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, before.fc.in_features, generator=g) * torch.tensor([[1.0], [50.0], [0.0]])
     weight, scale = before.fc.weight.double(), before.fc.weight.double().abs().amax(1) / 127
@@ -713,6 +715,8 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--qat", "--correction", "biases"), 2, "--correction goes with --int8 or --auto"),
     (("--int8", "--qat", "--float-layers", "fc"), 2, "--float-layers goes with --int8 or --auto, and not with --qat"),
     (("--int8", "--int4-weights", "32"), 2, "--int4-weights excludes"),
+    (("--target-macs", "1e9", "--ranking", "global"), 2, "--ranking goes with --prune or --auto"),
+    (("--student", "resnet18", "--round-to", "4"), 2, "--round-to goes with --prune"),
     (("--distill", "TRAINED", "--student", "0.5", "--epochs", "0"), 2, "--student needs --epochs"),
     (("--cascade", "nowhere.pt", "TRAINED"), 3, "nowhere.pt: No such file")])
 def test_bad_input_is_one_line_and_leaves_nothing(call, tmp_path, trained, flags, code, text):

@@ -864,7 +864,7 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--strategy", "layers:9"], "has 5 stages"), (["--data", "nowhere"], "nowhere: no such folder"),
-    (["--checkpoint", "OUT/best.pt"], "--overwrite would delete .*best.pt, which --checkpoint reads"),
+    (["--checkpoint", "OUT/best.pt"], "--overwrite would delete .*best.pt, which is read"),
     (["--data", "DAMAGED"], "0001.jpg: not an image"),
     (["--data", "DAMAGED", "--then", "SHAPES"], "0001.jpg: not an image")])
 def test_overwriting_loses_nothing_where_the_new_run_cannot_begin(flags, complaint, tune, shapes, tmp_path):
@@ -1027,6 +1027,7 @@ script.search = search
     (["--l2-sp", 1, "--strategy", "lora"], "--l2-sp goes with", 2),
     (["--l2-sp", 1, "--strategy", "head"], "--l2-sp goes with", 2), (["--search", 16], "there are 15 settings", 2),
     (["--layer-decay", 0.5, "--strategy", "adapter"], "--layer-decay goes with", 2),
+    (["--grad-checkpointing", "--strategy", "head"], "--grad-checkpointing goes with", 2),
     (["--drop-path", 0.1, "--strategy", "head"], "--drop-path: --strategy head sees", 2),
     (["--progressive", 32, 0, 1, "--strategy", "head"], "--progressive: --strategy head sees", 2),
     (["--eval-only", "--model", "mobilenet_v2", "--weights", "DEFAULT"], "--eval-only scores what --checkpoint", 2),

@@ -515,8 +515,8 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                           "vnni,avx2", "winograd"),
     "Winograd: odd channels": ("pack.cpp", "const int pairs = (c + 1) / 2;", "const int pairs = (c + !FAULT) / 2;",
                                "vnni,avx2", "winograd"),
-    "Winograd: tiles of a thread": ("network.cpp", "mine.begin, mine.end, panels", "mine.begin + FAULT, mine.end, panels",
-                                    "vnni,avx2", "network"),
+    "Winograd: tiles of a thread": ("network.cpp", "mine.begin, mine.end, panels", "mine.begin + FAULT, mine.end, "
+                                    "panels", "vnni,avx2", "network"),
     "Winograd: panels of a thread": ("network.cpp", "mine.end, panels.begin, panels.end);", "mine.end, panels.begin, "
                                      "panels.end - (FAULT && panels.end > 1));", "vnni,avx2", "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),

@@ -368,7 +368,7 @@ def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("more, code, text", [
-    (["--checkpoint", "OUT/best.pt"], 2, "--overwrite would delete OUT/best.pt, which --checkpoint reads"),
+    (["--checkpoint", "OUT/best.pt"], 2, "--overwrite would delete OUT/best.pt, which is read"),
     (["--data", "nowhere"], 3, "nowhere: no such folder"), (["--num-classes", 7], 2, "the data has 10 classes")])
 def test_overwriting_loses_nothing_where_the_new_run_cannot_begin(run, tiny, tmp_path, stopped, more, code, text):
     out = stopped(run, tmp_path / "r")

@@ -59,7 +59,7 @@ struct Tables {
 };
 
 // winograd.h: 3x3 convolutions with stride 1 and no residual, for blobs that have transformed weights and for `in` with
-// a border, behind which 3 rows, 4 pixels and 64 bytes may be read. Tiles [t0, t1) of all images, `most` at a time, by
+// a border, behind which a row and 64 bytes may be read. Tiles [t0, t1) of all images, `most` at a time, by
 // panels [p0, p1). Of conv only w, in[0].a and out are used.
 inline int tiles_along(int size) { return (size + 3) / 4; }
 void winograd_vnni(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);

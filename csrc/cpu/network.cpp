@@ -143,8 +143,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
         layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad),
                                      int(header.channels) * bytes_of(plan.type()), w);
     // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels; tiles of winograd.h
-    // by up to 3 rows and 4 pixels
-    const int64_t behind = align > 1 ? 32 * layouts[b].pixel : f.border ? 3 * layouts[b].row + 4 * layouts[b].pixel : 0;
+    // past the border by a row
+    const int64_t behind = align > 1 ? 32 * layouts[b].pixel : f.border ? layouts[b].row : 0;
     total += round_up(layouts[b].bytes + behind + SLACK, 64);
     offsets.push_back(total);
   }
@@ -272,8 +272,10 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         break;
       }
 #endif
-      // where there are more weights than activations each thread takes its share of the weights
-      const bool by_panels = conv.w->panels >= threads && conv.w->weight_bytes() > int64_t(conv.m) * conv.w->ktotal;
+      // where there are more weights than activations each thread takes its share of the weights; VNNI, slower than
+      // they arrive, where they are many times as much: activations would come from the other core's cache
+      const int64_t share = isa() == Isa::vnni ? 8 : 1;
+      const bool by_panels = conv.w->panels >= threads && conv.w->weight_bytes() > share * conv.m * conv.w->ktotal;
       const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
       const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
       if (rows.begin >= rows.end || panels.begin >= panels.end) break;

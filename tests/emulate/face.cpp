@@ -74,8 +74,7 @@ struct Input {  // an activation in its layout; what lies behind it is noise
   Layout layout;
   Bytes data;
   Input(const Layout& l, const uint8_t* x, const uint8_t* border_value, int64_t align, bool tiles = false)
-      : layout(l),
-        data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : tiles ? 3 * l.row + 4 * l.pixel : 0), NOISE)) {
+      : layout(l), data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : tiles ? l.row : 0), NOISE)) {
     fill_border(data.get(), l, border_value);
     load_images(x, l.c, nullptr, Type::int8, data.get(), l, 0, l.images, 0, l.h);
   }
