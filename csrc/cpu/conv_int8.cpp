@@ -22,6 +22,13 @@ PackedShape merged(int64_t o, int64_t kh, int64_t kw, int64_t c, int64_t c2) {
   return {int(o), c2 ? 2 : 1, {int(kh), 1}, {int(kw * c), int(c2)}};
 }
 
+// A network measures where winograd.h is faster; here it is taken where it always is (csrc/LOG.md).
+bool by_winograd(const ConvInt8& a, int64_t o, int64_t c) {
+  const bool fits = a.kh == 3 && a.kw == 3 && a.stride_h == 1 && a.stride_w == 1 && a.pad_h == 1 && a.pad_w == 1 &&
+                    !a.residual && !a.x2;
+  return fits && o >= 16 && (isa() == Isa::avx2 || (isa() == Isa::vnni && c >= 32 && c * o <= 128 * 128));
+}
+
 // Weights that were packed lately. Packing takes longer than an image's convolution, but weights may change in place
 // and their memory may become another tensor's: so a blob is used again only where all bytes that it was made of are
 // still the same.
@@ -32,7 +39,7 @@ struct Recent {
   std::vector<uint8_t> source;
   Bytes blob;
 };
-constexpr size_t RECENT_BYTES = 256u << 20;  // of sources; blobs are about as large
+constexpr size_t RECENT_BYTES = 512u << 20;
 std::mutex recent_mutex;
 std::list<std::shared_ptr<const Recent>> recent_ones;  // the last used first
 
@@ -77,7 +84,7 @@ std::shared_ptr<const Recent> packed(const PackedShape& shape, const int8_t* con
   recent_ones.push_front(made);
   size_t total = 0;
   for (auto it = recent_ones.begin(); it != recent_ones.end();) {
-    total += (*it)->source.size();
+    total += (*it)->source.size() + size_t(reinterpret_cast<const Packed*>((*it)->blob.get())->bytes);
     it = total > RECENT_BYTES ? recent_ones.erase(it) : std::next(it);
   }
   return made;
@@ -96,7 +103,7 @@ struct Source {
       data = x;
       return;
     }
-    const int64_t bytes = layout.bytes + 64 + 32 * layout.pixel;
+    const int64_t bytes = layout.bytes + 64 + std::max(32 * layout.pixel, layout.row + layout.pixel);
     copy = allocate(bytes);
     std::memset(copy.get(), 0, bytes);
     if (pad_value) fill_border(copy.get(), layout, pad_value);
@@ -143,6 +150,7 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
   const int cg = int(a.c / a.groups), og = int(a.o / a.groups), border = int(std::max(a.pad_h, a.pad_w));
   PackedShape shape =
       a.groups == 1 ? merged(og, a.kh, a.kw, cg, a.c2) : PackedShape{og, 1, {int(a.kh * a.kw), 0}, {cg, 0}};
+  shape.winograd = by_winograd(a, og, cg);
   const int64_t per_image =
       std::max({(a.h + border) * (a.w + border) * a.c, oh * int64_t(ow) * a.o, a.h2 * a.w2 * a.c2, int64_t(1)});
   const int chunk = int(std::clamp<int64_t>(CHUNK_BYTES / per_image, 1, a.n));
@@ -157,19 +165,28 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
                      border || padded(0));
       Layout of_group = x.layout;
       of_group.c = cg;
+      const Layout results(images, oh, ow, int(a.o), 0);
       Conv conv;
+      conv.w = w;
+      conv.in[0].a = x.data + g * cg;
+      conv.out = out + n * oh * ow * a.o + g * og;
+      if (w->winograd) {
+        const int tiles = images * tiles_along(oh) * tiles_along(ow);
+        parallel(threads, [&](int thread, int count) {
+          winograd_function()(conv, of_group, results, tiles_at_once(cg), int(int64_t(tiles) * thread / count),
+                              int(int64_t(tiles) * (thread + 1) / count), 0, w->panels);
+        });
+        continue;
+      }
       std::unique_ptr<Source> x2;
       if (a.x2)
         x2 = std::make_unique<Source>(a.x2 + n * a.h2 * a.w2 * a.c2, images, int(a.h2), int(a.w2), int(a.c2), 0,
                                       nullptr, padded(1));
       Tables tables;
-      tables.build(of_group, window, Layout(images, oh, ow, int(a.o), 0), x2 ? &x2->layout : nullptr, int(a.stride2_h),
+      tables.build(of_group, window, results, x2 ? &x2->layout : nullptr, int(a.stride2_h),
                    int(a.stride2_w), 1, alignment(), w, !a.pad_value);
-      conv.w = w;
       tables.attach(conv, w->operands);
-      conv.in[0].a = x.data + g * cg;
       if (x2) conv.in[1].a = x2->data;
-      conv.out = out + n * oh * ow * a.o + g * og;
       if (a.residual) conv.residual = a.residual + n * oh * ow * a.o + g * og;
       run(conv, threads);
     }

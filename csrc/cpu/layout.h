@@ -59,10 +59,22 @@ struct Tables {
 };
 
 // winograd.h: 3x3 convolutions with stride 1 and no residual, for blobs that have transformed weights and for `in` with
-// a border, behind which a row and 64 bytes may be read. Tiles [t0, t1) of all images, `most` at a time, by
+// a border, behind which a row, a pixel and 64 bytes may be read. Tiles [t0, t1) of all images, `most` at a time, by
 // panels [p0, p1). Of conv only w, in[0].a and out are used.
-inline int tiles_along(int size) { return (size + 3) / 4; }
 void winograd_vnni(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
 void winograd_avx2(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
+
+inline int tiles_along(int size) { return (size + 3) / 4; }
+constexpr int FEW_TILES = 24, MANY_TILES = 32;
+inline int tiles_at_once(int channels) { return channels < 256 ? FEW_TILES : MANY_TILES; }
+
+using WinogradFunction = void (*)(const Conv&, const Layout&, const Layout&, int, int, int, int, int);
+inline WinogradFunction winograd_function() {
+#if defined(__x86_64__)
+  return isa() == Isa::vnni ? winograd_vnni : winograd_avx2;
+#else
+  return nullptr;  // no blob has such weights
+#endif
+}
 
 }  // namespace r50

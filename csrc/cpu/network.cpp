@@ -24,7 +24,6 @@ constexpr int LARGEST_GROUP = 32;          // images at a time where weights out
 constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
 constexpr int FEWEST_APART = 4;            // images per thread, from which on threads never share one
 constexpr int64_t WINOGRAD = -1;           // in place of a block (csrc/plan.py)
-constexpr int FEW_TILES = 24, MANY_TILES = 32, DEEP = 256;  // at a time, many where input channels are so many
 constexpr int CROWDED = 1024;              // bytes; a column of such pixels lies in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
 
@@ -143,8 +142,8 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
         layouts[b] = Layout::windows(held[b], heights[b], widths[b], int(s.kw), int(s.stride), int(s.pad),
                                      int(header.channels) * bytes_of(plan.type()), w);
     // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels; tiles of winograd.h
-    // past the border by a row
-    const int64_t behind = align > 1 ? 32 * layouts[b].pixel : f.border ? layouts[b].row : 0;
+    // past the border by a row and a pixel
+    const int64_t behind = align > 1 ? 32 * layouts[b].pixel : f.border ? layouts[b].row + layouts[b].pixel : 0;
     total += round_up(layouts[b].bytes + behind + SLACK, 64);
     offsets.push_back(total);
   }
@@ -260,18 +259,15 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.out = at(s.out);
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
-#if defined(__x86_64__)
       if (conv.w->winograd && (block == WINOGRAD || isa() == Isa::avx2)) {
         const Layout& in = ws.layouts[s.in];
         const int tiles = g * tiles_along(to->h) * tiles_along(to->w);
         const bool by_panels = tiles < FEW_TILES * threads && conv.w->panels >= threads;
         const Part mine = by_panels ? Part{0, tiles} : part(tiles, 1, thread, threads);
         const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
-        (isa() == Isa::vnni ? winograd_vnni : winograd_avx2)(conv, in, *to, in.c < DEEP ? FEW_TILES : MANY_TILES,
-                                                             mine.begin, mine.end, panels.begin, panels.end);
+        winograd_function()(conv, in, *to, tiles_at_once(in.c), mine.begin, mine.end, panels.begin, panels.end);
         break;
       }
-#endif
       // where there are more weights than activations each thread takes its share of the weights; VNNI, slower than
       // they arrive, where they are many times as much: activations would come from the other core's cache
       const int64_t share = isa() == Isa::vnni ? 8 : 1;

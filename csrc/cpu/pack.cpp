@@ -136,8 +136,8 @@ static void transform_weights(Isa isa, int o, int c, int width, const int8_t* we
 void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate) {
   Packed h = header(isa, s, Type::int8);
-  const int width = h.width, c = s.k[0] / 3;  // of 3x3 weights
-  bool transform = s.winograd && (isa == Isa::avx2 || isa == Isa::vnni) && s.operands == 1 && s.taps[0] == 3 && !gain;
+  const int width = h.width, c = s.taps[0] * s.k[0] / 9;  // of 3x3 weights
+  bool transform = s.winograd && (isa == Isa::avx2 || isa == Isa::vnni) && s.operands == 1 && !gain;
   std::vector<uint8_t> blob(h.fixes);
   uint8_t* bytes = blob.data();
   for (int p = 0; p < h.panels; p++) {

@@ -74,7 +74,7 @@ struct Input {  // an activation in its layout; what lies behind it is noise
   Layout layout;
   Bytes data;
   Input(const Layout& l, const uint8_t* x, const uint8_t* border_value, int64_t align, bool tiles = false)
-      : layout(l), data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : tiles ? l.row : 0), NOISE)) {
+      : layout(l), data(filled(l.bytes + SLACK + (align > 1 ? 32 * l.pixel : tiles ? l.row + l.pixel : 0), NOISE)) {
     fill_border(data.get(), l, border_value);
     load_images(x, l.c, nullptr, Type::int8, data.get(), l, 0, l.images, 0, l.h);
   }
@@ -134,12 +134,11 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   const int units = (conv.m + 31) / 32, rows = int(s.row_parts), panels = int(s.panel_parts);
   if (s.tiles && !w.winograd) throw std::runtime_error("no transformed weights");
   const int tiles = n * tiles_along(oh) * tiles_along(ow);
-  const auto winograd = isa() == Isa::vnni ? winograd_vnni : winograd_avx2;
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < panels; j++)
       if (s.tiles)
-        winograd(conv, x.layout, out, int(s.tiles), tiles * i / rows, tiles * (i + 1) / rows, w.panels * j / panels,
-                 w.panels * (j + 1) / panels);
+        winograd_function()(conv, x.layout, out, int(s.tiles), tiles * i / rows, tiles * (i + 1) / rows,
+                            w.panels * j / panels, w.panels * (j + 1) / panels);
       else
         conv_function()(conv, units * i / rows * 32, std::min(conv.m, units * (i + 1) / rows * 32),
                         w.panels * j / panels, w.panels * (j + 1) / panels);
