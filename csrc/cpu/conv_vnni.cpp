@@ -2,6 +2,7 @@
 // Register tile: 6 rows x 64 channels = 24 accumulators, 4 registers of weights, 1 broadcast of 4 bytes.
 #include <algorithm>
 #include <cstring>
+
 #include "layout.h"
 #include "vec.h"
 
@@ -125,7 +126,6 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1) {
 
 struct Vnni {  // for winograd.h
   static constexpr int BYTES = 64, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
-
   typedef uint16_t Words __attribute__((vector_size(BYTES)));
   typedef uint32_t Sums __attribute__((vector_size(BYTES)));
   typedef int32_t Signed __attribute__((vector_size(BYTES)));

@@ -3,7 +3,7 @@
 //
 // 6 x 6 pixels and 3 x 3 weights are transformed, multiplied element by element, summed over the input channels, and
 // transformed back to 4 x 4 results. With all matrices scaled to whole numbers, what comes back is 576 = 9 * 64 times
-// the convolution. Transformed pixels stay within 20400 and transformed weights within 18288, so both are 16-bit words
+// the convolution. Transformed pixels stay within 20400 and transformed weights within 18432, so both are 16-bit words
 // whatever the bytes were. Their products are summed modulo 2^32, where 9 has an inverse and 64 costs six bits: a sum
 // that fits 26 bits, which pack_int8 proves from the weights, comes back exactly. Words multiply at half the rate of
 // bytes: of the time of the multiplies half is left, and the transforms' is added.
