@@ -496,7 +496,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                               "max_pool_of<uint16_t>)", "vnni,amx", "network"),
     "residual without its stride": ("layout.cpp", "x * residual_stride)", "(FAULT ? x : x * residual_stride))",
                                     "plain,vnni,amx", "network"),
-    "residual of other channels": ("network.cpp", "panels.begin * panel;", "FAULT ? 0 : panels.begin * panel;",
+    "residual of other channels": ("network.cpp", "residuals[m] + first,", "residuals[m] + (FAULT ? 0 : first),",
                                    "plain", "network"),
     "residual of too few channels": ("network.cpp", "size_t(count));", "size_t(FAULT ? count - 1 : count));",
                                      "plain,vnni,amx", "network"),
