@@ -36,7 +36,8 @@ WINOGRAD = -1  # as a block: by cpu/winograd.h, where there are transformed weig
 TRANSFORMED = dict(avx2=512 * 512, vnni=256 * 256)
 BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768, WINOGRAD),
               amx=(0, 1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513))
-ROUNDS, WORTH = 5, 0.98  # of measuring; what a choice must bring
+FIRST, ROUNDS = 2, 5  # of measuring: to find what loses, and to choose
+WORTH, LOST = 0.98, 1.1  # of the time of the kernel's own choice: what another must reach; what ends its trial
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
 PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
 STRIDES = dict(x="stride", x2="stride2", residual="residual_stride")  # with which a step reads an activation
@@ -281,15 +282,22 @@ def tune(plan, size):
     known = dict(machine=here)
     for field, images in BATCHES.items():
         pixels = torch.zeros(images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        times = []
-        for _ in range(ROUNDS):
-            for block in BLOCKS[isa()]:
-                table[convs, at(field)] = block
+        blocks = torch.tensor(BLOCKS[isa()])
+        tried = blocks[:, None].expand(-1, len(convs))
+        gains = []
+        for _ in range(FIRST + ROUNDS):
+            times = []
+            for table[convs, at(field)] in tried:
                 times.append(torch.ops.resnet50.network_profile(pixels, plan, classes)[convs].double())
-        # against the kernel's own choice in the same round, as some machines change speed from one second to the next
-        times = torch.stack(times).unflatten(0, (ROUNDS, -1))
-        gain, best = (times / times[:, :1]).quantile(0.5, dim=0).min(0)
-        known[field] = torch.tensor(BLOCKS[isa()])[torch.where(gain < WORTH, best, 0)].tolist()
+            # against the kernel's own choice of the same round: some machines change speed from one second to the next
+            gains.append(torch.stack(times) / times[0])
+            if len(gains) == FIRST:
+                # what a layer lost by is not tried there again: it would push others' data out of the caches, as the
+                # transformed weights of winograd.h do
+                lost = torch.stack(gains).amin(0) > LOST
+                tried = torch.where(lost, 0, tried)
+        gain, best = torch.stack(gains[FIRST:]).quantile(0.5, dim=0).masked_fill(lost, 1).min(0)
+        known[field] = blocks[torch.where(gain < WORTH, best, 0)].tolist()
         table[convs, at(field)] = torch.tensor(known[field], dtype=torch.int64)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a second
         descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))

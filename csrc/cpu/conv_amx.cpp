@@ -80,7 +80,8 @@ struct Leaving {
   const bool fetches;
 
   Leaving(const Conv& conv, const Unit& unit, const Unit& next)
-      : epilogue(*conv.w, unit.panel), residual(conv.residual + unit.panel * BYTES), out(conv.out + unit.panel * BYTES),
+      : epilogue(conv.w->start(unit.panel), conv.w->o - unit.panel * WIDTH),
+        residual(conv.residual + unit.panel * BYTES), out(conv.out + unit.panel * BYTES),
         ahead(conv.out + next.panel * BYTES), acc(unit.acc), outs(conv.outs + unit.m),
         ahead_rows(std::max(0, std::min(next.m, conv.m - ROWS)) - unit.m),  // the last unit may be shorter
         left(unit.rows), fetches(conv.block & 1) {}

@@ -2,15 +2,18 @@
 //
 // int8: register v of 16 lanes holds the channels with 2h + t = v (panel_position in pack.cpp): after the fma the low
 // 16 bits of each lane are the rounded value, registers 2h and 2h + 1 are merged into 16-bit words, and one packus puts
-// all 64 channels in order. That is 4 fma, 2 shifts, 2 blends, 1 pack and 1 store of a whole cache line per row; a
-// residual adds a load, 2 unpacks and 4 vpdpwssd.
+// all 64 channels in order. That is 4 fma, 2 shuffles, 1 pack and 1 store of a whole cache line per row; a residual
+// adds a load, 2 unpacks and 4 vpdpwssd.
 #pragma once
+#include <algorithm>
 #include <array>
 
 #include "conv.h"
 #include "x86.h"
 
 namespace r50 {
+
+inline __mmask64 first(int channels) { return ~__mmask64(0) >> (64 - std::min(channels, 64)); }  // 1 or more
 
 // The constants of one panel. Made where a loop begins and used by value, so that they stay in registers.
 template <Rounding rounding_, bool residual_>
@@ -22,17 +25,18 @@ struct Epilogue512 {
   __m512i gain0, gain1, gain2, gain3;
   __mmask64 valid;
 
-  Epilogue512(const Packed& w, int p) {
-    const float *scale = w.scale(p), *addend = w.addend(p);
+  // vectors: Packed::start() of the panel; left: channels from its first one on
+  Epilogue512(const int32_t* vectors, int left) {
+    const auto* scale = reinterpret_cast<const float*>(vectors + 64);
+    const float* addend = scale + 64;
+    const int32_t* gain = vectors + 3 * 64;
     scale0 = _mm512_load_ps(scale), scale1 = _mm512_load_ps(scale + 16);
     scale2 = _mm512_load_ps(scale + 32), scale3 = _mm512_load_ps(scale + 48);
     addend0 = _mm512_load_ps(addend), addend1 = _mm512_load_ps(addend + 16);
     addend2 = _mm512_load_ps(addend + 32), addend3 = _mm512_load_ps(addend + 48);
-    const int32_t* gain = w.gain(p);
     gain0 = _mm512_load_si512(gain), gain1 = _mm512_load_si512(gain + 16);
     gain2 = _mm512_load_si512(gain + 32), gain3 = _mm512_load_si512(gain + 48);
-    const int left = w.o - p * 64;
-    valid = left >= 64 ? ~__mmask64(0) : (__mmask64(1) << left) - 1;
+    valid = first(left);
   }
 
   static R50_INLINE __m512i round16(__m512i acc, __m512 scale, __m512 addend) {
@@ -61,11 +65,15 @@ struct Epilogue512 {
     sum2 = _mm512_dpwssd_epi32(sum2, high, gain2), sum3 = _mm512_dpwssd_epi32(sum3, high, gain3);
   }
 
+  // the low halves of `odd`'s lanes in place of the high halves of `even`'s
+  static R50_INLINE __m512i merge(__m512i even, __m512i odd) {
+    const __m512i up = _mm512_set4_epi32(0x0d0c0000, 0x09080000, 0x05040000, 0x01000000);
+    return _mm512_mask_shuffle_epi8(even, 0xcccccccccccccccc, odd, up);
+  }
+
   R50_INLINE void store(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, uint8_t* to) const {
-    const __m512i low = _mm512_mask_blend_epi16(0xaaaaaaaa, round16(sum0, scale0, addend0),
-                                                _mm512_slli_epi32(round16(sum1, scale1, addend1), 16));
-    const __m512i high = _mm512_mask_blend_epi16(0xaaaaaaaa, round16(sum2, scale2, addend2),
-                                                 _mm512_slli_epi32(round16(sum3, scale3, addend3), 16));
+    const __m512i low = merge(round16(sum0, scale0, addend0), round16(sum1, scale1, addend1));
+    const __m512i high = merge(round16(sum2, scale2, addend2), round16(sum3, scale3, addend3));
     _mm512_mask_storeu_epi8(to, valid, _mm512_packus_epi16(low, high));
   }
 };
@@ -83,10 +91,8 @@ struct EpilogueBf16 {
   static constexpr int BYTES = 2;  // of an element
   __mmask32 valid0, valid1;
 
-  EpilogueBf16(const Packed& w, int p) {
-    const int left = w.o - p * 64;
-    valid0 = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
-    valid1 = left >= 64 ? ~__mmask32(0) : left > 32 ? (__mmask32(1) << (left - 32)) - 1 : 0;
+  EpilogueBf16(const int32_t*, int left) {
+    valid0 = __mmask32(first(left)), valid1 = __mmask32(first(left) >> 32);
   }
 
   R50_INLINE void add(__m512i& sum0, __m512i& sum1, __m512i& sum2, __m512i& sum3, const uint8_t* from) const {
@@ -121,7 +127,7 @@ template <int BYTES_>
 struct Wide {
   static constexpr bool wide = true;
   static constexpr int BYTES = BYTES_;
-  Wide(const Packed&, int) {}
+  Wide(const int32_t*, int) {}
 };
 
 // run.template operator()<the epilogue>() for this convolution

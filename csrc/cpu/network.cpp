@@ -53,11 +53,38 @@ struct Workspace {
   Workspace(const Plan& plan, int images, int h, int w);
 };
 
+struct Span {
+  int first, last;  // steps
+};
+
+// -> where buffers of these sizes lie in one memory: those that are never in use at the same time may share it, so that
+// results go where the caches still hold what nobody needs any more
+std::vector<int64_t> arrange(const std::vector<int64_t>& sizes, const std::vector<Span>& used) {
+  std::vector<int> order(sizes.size()), placed;
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return sizes[a] > sizes[b]; });
+  std::vector<int64_t> offsets(sizes.size());
+  for (int b : order) {
+    int64_t at = 0;
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (int other : placed)
+        if (used[b].first <= used[other].last && used[other].first <= used[b].last &&
+            at < offsets[other] + sizes[other] && offsets[other] < at + sizes[b])
+          at = offsets[other] + sizes[other], moved = true;
+    }
+    offsets[b] = at;
+    placed.push_back(b);
+  }
+  return offsets;
+}
+
 Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.header().id, images, h, w) {
   const PlanHeader& header = plan.header();
   const int align = alignment();
   std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0),
-      first_pass(header.buffers, -1);
+      first_pass(header.buffers, -1), passes;
+  std::vector<bool> exchanged(header.buffers, false);  // between passes
   // one image at a time while its activations outweigh the weights, then as many as balance them, so that weights are
   // read less often
   const auto balanced = [&](const PlanStep& s, int64_t activations) {
@@ -101,7 +128,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
   int pass = 0, largest = 1;
   const auto touch = [&](int64_t buffer, int g) {
     if (buffer < 0) return;
-    if (first_pass[buffer] >= 0 && first_pass[buffer] != pass) held[buffer] = images;
+    if (first_pass[buffer] >= 0 && first_pass[buffer] != pass) held[buffer] = images, exchanged[buffer] = true;
     if (first_pass[buffer] < 0) first_pass[buffer] = pass;
     held[buffer] = std::max(held[buffer], g);
   };
@@ -111,6 +138,7 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     largest = std::max(largest, wanted[i]);
     group.push_back(std::gcd(images, largest));
     if (i && group[i] != group[i - 1]) pass++;
+    passes.push_back(pass);
     for (int64_t b : {s.in, s.in2, s.residual, s.out}) touch(b, group[i]);
     if (kind == Step::conv && s.kw > 1 && plan.buffer(s.in).pixel % 64)
       forms[s.in].whole = false;  // its taps cannot be taken apart
@@ -128,8 +156,24 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
       changed = true;
     }
   }
-  std::vector<int64_t> offsets;
-  int64_t total = 0;
+  std::vector<Span> used(header.buffers, {int(header.steps), -1});
+  const auto use = [&](int64_t b, int64_t first, int64_t last) {
+    used[b] = {std::min(used[b].first, int(first)), std::max(used[b].last, int(last))};
+  };
+  for (int64_t i = 0; i < header.steps; i++) {
+    const PlanStep& s = plan.step(i);
+    const auto [begin, end] = std::equal_range(passes.begin(), passes.end(), passes[i]);
+    for (int64_t b : {s.in, s.in2, s.residual, s.out}) {
+      if (b < 0) continue;
+      if (forms[b].border)  // which is written once, below
+        use(b, 0, header.steps);
+      else if (exchanged[b])  // while the first pass writes it image by image, and the last one reads it so
+        use(b, begin - passes.begin(), end - passes.begin() - 1);
+      else
+        use(b, i, i);
+    }
+  }
+  std::vector<int64_t> sizes;
   for (int64_t b = 0; b < header.buffers; b++) {
     const PlanBuffer& p = plan.buffer(b);
     const Form& f = forms[b];
@@ -144,14 +188,14 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     // groups of AMX rows run past the last pixel by up to 15 of the largest distance, two pixels; tiles of winograd.h
     // past the border by a row and a pixel
     const int64_t behind = align > 1 ? 32 * layouts[b].pixel : f.border ? layouts[b].row + layouts[b].pixel : 0;
-    total += round_up(layouts[b].bytes + behind + SLACK, 64);
-    offsets.push_back(total);
+    sizes.push_back(round_up(layouts[b].bytes + behind + SLACK, 64));
   }
-  bytes = size_t(total) + 64;
+  const std::vector<int64_t> offsets = arrange(sizes, used);
+  for (int64_t b = 0; b < header.buffers; b++) bytes = std::max(bytes, size_t(offsets[b] + sizes[b]));
   memory = allocate(int64_t(bytes));
   std::memset(memory.get(), 0, bytes);
   for (int64_t b = 0; b < header.buffers; b++) {
-    buffers.push_back(memory.get() + (b ? offsets[b - 1] : 0));
+    buffers.push_back(memory.get() + offsets[b]);
     if (const int64_t fill = plan.buffer(b).fill; fill >= 0 && layouts[b].border)
       fill_border(buffers[b], layouts[b], plan.data + fill);
   }

@@ -58,7 +58,7 @@ struct Winograd {
   const Conv& conv;
   const Packed& w = *conv.w;
   const Layout &in, &out;
-  const int most;  // tiles at a time
+  const int most;  // tiles at a time, at most MANY_TILES
   const int pairs = (in.c + 1) / 2;
   const int64_t of_tile = round_up(in.c, LANES) * WORD;        // bytes of its words at one point
   const int64_t of_words = most * of_tile + LINE;              // of a point; not a power of two, or all points
@@ -208,31 +208,34 @@ struct Winograd {
   template <class Finish>
   void run(int t0, int t1, int p0, int p1, Finish&& finish) {
     const int down = tiles_along(out.h), across = tiles_along(out.w);
-    std::vector<Tile> tiles;
-    for (int first = t0; first < t1; first += most) {
-      tiles.clear();
+    Tile tiles[MANY_TILES];
+    const int passes = (t1 - t0 + most - 1) / most;  // of almost equal length: a few tiles take as long as many
+    for (int pass = 0, first = t0, here; pass < passes; pass++, first += here) {
+      here = int(int64_t(t1 - t0) * (pass + 1) / passes) - (first - t0);
       int count[4] = {};
-      for (int t = first; t < std::min(first + most, t1); t++) {
-        Tile tile{t / (down * across), t / across % down * RESULTS, t % across * RESULTS, false, false, {}};
+      for (int i = 0; i < here; i++) {
+        const int t = first + i;
+        Tile& tile = tiles[i];
+        tile = {t / (down * across), t / across % down * RESULTS, t % across * RESULTS, false, false, {}};
         tile.tall = out.h - tile.y > 2;
         tile.wide = out.w - tile.x > 2;
         for (int k = 0; k < 4; k++)
           if (tile.has(k)) tile.place[k] = count[k]++;
-        tiles.push_back(tile);
       }
-      for (size_t t = 0, strip; t < tiles.size(); t += strip) {
-        const Tile& tile = tiles[t];
-        strip = std::min({size_t(STRIP), tiles.size() - t, size_t(across - tile.x / RESULTS)});
+      for (int i = 0, strip; i < here; i += strip) {
+        const Tile& tile = tiles[i];
+        strip = std::min({STRIP, here - i, across - tile.x / RESULTS});
         const uint8_t* from = conv.in[0].a + in.at(tile.n, tile.y - 1, tile.x - 1);
         for (int c = 0; c < in.c; c += LANES)
-          tile.tall ? transform_strip<true>(&tile, int(strip), from + c, c * WORD)
-                    : transform_strip<false>(&tile, int(strip), from + c, c * WORD);
+          tile.tall ? transform_strip<true>(&tile, strip, from + c, c * WORD)
+                    : transform_strip<false>(&tile, strip, from + c, c * WORD);
       }
       for (int p = p0; p < p1; p++) {
         const uint8_t* b = w.at(w.winograd) + int64_t(p) * POINTS * pairs * WIDTH * 2 * WORD;
         for (int point = 0; point < POINTS; point++, b += pairs * WIDTH * 2 * WORD)
           multiply_point(point, b, count[kind(point / PATCH, point % PATCH)]);
-        for (const Tile& tile : tiles) {
+        for (const Tile* t = tiles; t < tiles + here; t++) {
+          const Tile& tile = *t;
           alignas(64) uint32_t acc[RESULTS * RESULTS * WIDTH];
           if (tile.tall)
             tile.wide ? transform_back<true, true>(tile, p, acc) : transform_back<true, false>(tile, p, acc);

@@ -119,6 +119,9 @@ inline void _mm512_mask_storeu_epi16(void* p, __mmask32 mask, const __m512i& v) 
 // ------------------------------------------------------------------------------------- constants and casts
 inline __m512i _mm512_setzero_si512() { return {}; }
 inline __m512i _mm512_set1_epi32(int32_t x) { return emulated::each<__m512i>([&](int) { return x; }); }
+inline __m512i _mm512_set4_epi32(int32_t d, int32_t c, int32_t b, int32_t a) {
+  return emulated::each<__m512i>([&](int i) { return std::array{a, b, c, d}[i % 4]; });
+}
 inline __m512d _mm512_set1_pd(double x) { return emulated::each<__m512d>([&](int) { return x; }); }
 inline __m512 _mm512_castsi512_ps(const __m512i& v) { return std::bit_cast<__m512>(v); }
 inline __m512i _mm512_castps_si512(const __m512& v) { return std::bit_cast<__m512i>(v); }
@@ -177,9 +180,6 @@ inline __m512i _mm512_min_epi32(const __m512i& a, const __m512i& b) {
 inline __m512i _mm512_max_epi32(const __m512i& a, const __m512i& b) {
   return emulated::each<__m512i>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
-inline __m512i _mm512_slli_epi32(const __m512i& v, unsigned bits) {  // a count past the width gives 0
-  return emulated::each<__m512i>([&](int i) { return bits > 31 ? 0 : int32_t(uint32_t(v.lane[i]) << bits); });
-}
 
 // --------------------------------------------------------------------------------------- bytes and words
 inline __m512i _mm512_unpacklo_epi8(const __m512i& a, const __m512i& b) { return emulated::unpack(a, b, 0); }
@@ -190,11 +190,11 @@ inline __m512i _mm512_cvtepu8_epi16(const __m256i& v) {
   for (int i = 0; i < 32; i++) to[i] = from[i];
   return emulated::vector<__m512i>(to);
 }
-inline __m512i _mm512_mask_blend_epi16(__mmask32 mask, const __m512i& a, const __m512i& b) {
-  auto to = emulated::lanes<uint16_t>(a);
-  const auto other = emulated::lanes<uint16_t>(b);
-  for (int i = 0; i < 32; i++)
-    if (mask >> i & 1) to[i] = other[i];
+inline __m512i _mm512_mask_shuffle_epi8(const __m512i& kept, __mmask64 mask, const __m512i& v, const __m512i& from) {
+  auto to = emulated::lanes<uint8_t>(kept);
+  const auto bytes = emulated::lanes<uint8_t>(v), index = emulated::lanes<uint8_t>(from);
+  for (int i = 0; i < 64; i++)  // of its own 128 bits; 0 where the index is negative
+    if (mask >> i & 1) to[i] = index[i] & 128 ? 0 : bytes[i / 16 * 16 + (index[i] & 15)];
   return emulated::vector<__m512i>(to);
 }
 inline __m512i _mm512_maskz_permutexvar_epi16(__mmask32 mask, const __m512i& from, const __m512i& v) {
