@@ -460,7 +460,7 @@ def load_teacher(name, model, classes, device, stride_on=None):
     foreign = not checkpoint["config"]
     teacher, names = build_model(checkpoint, name, stride_on=stride_on if foreign else None), checkpoint["classes"]
     if teacher.precision != "float":
-        raise UserError(f"--distill {name}: is an {teacher.precision} network; the teacher must be a float one")
+        raise UserError(f"--distill {name}: is not a float network but {teacher.precision}")
     count = teacher.config["num_classes"]
     if count != model.config["num_classes"] or (names and classes and list(names) != list(classes)):
         raise UserError(f"--distill {name}: has other classes ({count}) than the student "
@@ -862,7 +862,7 @@ def open_sets(args, checkpoint, model, world, trains):
     train.split_again(args, checkpoint, root)
     part = next(p for p in ("train", *data.VAL_NAMES, "") if data.is_folder(os.path.join(root, p)))
     folders = data.list_classes(os.path.join(root, part))[0]
-    index = data.class_index(classes or folders, wnids)
+    index = data.class_index(classes or folders, data.ids_of(classes or folders, wnids, folders))
     labelled = bool(folders) and all(index.get(name) is not None for name in folders) \
         and len(classes or folders) == model.config["num_classes"]
     if trains and not labelled:

@@ -592,6 +592,13 @@ def class_index(classes, wnids):
     return index
 
 
+def ids_of(classes, wnids, folders):
+    """-> wnids; for a network that knows names alone, such as torchvision's weights, and folders that are called by WordNet
+    ids, one for each class: these, for their order is ImageNet's"""
+    named_so = wnids is None and len(folders) == len(classes) and all(re.fullmatch(r"n\d{8}", f) for f in folders)
+    return folders if named_so and not set(folders) & set(classes) else wnids
+
+
 def walk(root, onerror=None):
     """Folders and their files as os.walk finds them, through links too, sorted, without hidden folders. A link to a
     folder above it is not followed: it would lead round in a circle."""
@@ -682,6 +689,7 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
         classes, _ = list_classes(train_root if split else val_root or root)
         if not classes:
             raise UserError(f"{root}: no class folders (expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg)")
+    wnids = ids_of(classes, wnids, list_classes(train_root if split else val_root or root)[0])
     index, train = class_index(classes, wnids), None
     notes = [f"{root}: one class alone, {classes[0]}: is that folder the data set?"] if len(classes) == 1 else []
     if not (eval_only and val_root):
@@ -1336,8 +1344,14 @@ def pack_folder(args):
         raise UserError(f"{args.pack}: no such folder")
     if os.path.exists(args.out) and not args.overwrite:
         refuse(f"{args.out}: exists; --overwrite replaces it")
-    return dict(make_pack(args.pack, args.out, mode, args.max_side or args.raw, args.quality or 90, args.workers,
-                          args.exif, args.on_corrupt == "skip", args.shards), pack=args.out, mode=mode)
+    old = []
+    with contextlib.suppress(UserError, OSError):  # what is no pack any more has no shards that one could be sure of
+        old = Pack(args.out).files
+    made = make_pack(args.pack, args.out, mode, args.max_side or args.raw, args.quality or 90, args.workers, args.exif,
+                     args.on_corrupt == "skip", args.shards)
+    for shard in set(old) - {args.out}:
+        os.unlink(shard)
+    return dict(made, pack=args.out, mode=mode)
 
 
 def check_pack(path):

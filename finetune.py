@@ -851,13 +851,15 @@ def report(model, val, classes, args, world, most=24):
     predicted, seen = logits.argmax(1), ~logits[:, 0].isnan()
     matrix = (labels * n + predicted)[seen].bincount(minlength=n * n).view(n, n).numpy()
     counts = matrix.sum(1)
-    per_class = {c: round(100 * matrix[i, i] / counts[i], 3) if counts[i] else None for i, c in enumerate(classes)}
+    shares = [round(100 * matrix[i, i] / counts[i], 3) if counts[i] else None for i in range(n)]
+    per_class = {c if classes.count(c) == 1 else f"{c} ({i})": a  # ImageNet has two cranes
+                 for i, (c, a) in enumerate(zip(classes, shares))}
     loss = F.cross_entropy(logits, labels, reduction="none")
     wrong = [i for i in loss.argsort(descending=True, stable=True).tolist() if seen[i] and predicted[i] != labels[i]]
     if world.rank == 0:
         table = io.StringIO()
         csv.writer(table, lineterminator="\n").writerows([["true \\ predicted", *classes, "accuracy"]] + [
-            [c, *row, per_class[c]] for c, row in zip(classes, matrix)])
+            [c, *row, share] for c, row, share in zip(classes, matrix, shares)])
         for name, text in (("csv", table.getvalue()), ("svg", confusion_svg(matrix, classes))):
             # a class has its folder's name, which may be any bytes
             write_atomic(os.path.join(args.out, f"confusion.{name}"), text.encode(errors="backslashreplace"))

@@ -234,6 +234,17 @@ def test_class_list_maps_folder_names(tmp_path):
         data.open_folder(make(tmp_path / "names", {"crane": 1}), classes, wnids, eval_only=True)
 
 
+def test_names_without_ids_take_the_folders_in_order(tmp_path):
+    """torchvision's weights know their classes by name, ImageNet's folders are called by WordNet ids."""
+    ids, names = ["n01440764", "n01443537"], ["tench", "goldfish"]
+    root = make(tmp_path, {ids[1]: 2, ids[0]: 1})
+    _, val, classes, wnids, _ = data.open_folder(root, names, eval_only=True)
+    assert classes == names and wnids == ids and sorted(val.labels) == [0, 1, 1]
+    for more in ([*names, "shark"], ["tench", ids[0]]):  # other folders than classes; classes that are called so
+        with pytest.raises(UserError, match="not among"):
+            data.open_folder(root, more, eval_only=True)
+
+
 def test_split_by_hash_is_stable(tmp_path):
     root = make(tmp_path, {"a": 60, "b": 60})
     first = data.open_folder(root, val_split=0.2)

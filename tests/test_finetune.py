@@ -698,6 +698,16 @@ def test_the_report_of_a_class_whose_name_is_no_text(shapes, tmp_path):
     xml.dom.minidom.parse(str(tmp_path / "confusion.svg"))
 
 
+def test_the_report_of_two_classes_of_one_name(shapes, tmp_path):
+    val = data.open_folder(shapes)[1]
+    found = finetune.report(new_network(3), val, ["crane", "disk", "crane"], parse("--workers", 0, "--out", tmp_path),
+                            train.World())
+    shares = found["per_class"]
+    counts = np.bincount(val.labels)
+    assert list(shares) == ["crane (0)", "disk", "crane (2)"]
+    assert sum(a * k for a, k in zip(shares.values(), counts)) / counts.sum() == pytest.approx(found["top1"], abs=1e-3)
+
+
 def test_confusion_picture_with_odd_and_many_names():
     names = ['a "b" <c> & d', "x" * 60] + [f"class {i}" for i in range(98)]
     for n in (1, 2, 61, 100):

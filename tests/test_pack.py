@@ -217,6 +217,15 @@ def test_shards_hold_the_same(folder, packs, tmp_path, run):
     assert (tmp_path / "x.001").read_bytes() == b"mine"
 
 
+def test_overwriting_a_pack_removes_its_shards(folder, packs, tmp_path):
+    out = tmp_path / "one"
+    pack(folder, out, *MODES["raw"], "--shards", 3)
+    (tmp_path / "one.007").write_text("somebody else's")
+    pack(folder, out, *MODES["raw"], "--overwrite")
+    assert sorted(os.listdir(tmp_path)) == ["one", "one.007"]
+    assert out.read_bytes() == open(packs["raw"], "rb").read()
+
+
 def test_shards_leave_room_for_other_files(folder, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     last = max(map(int, os.listdir("/proc/self/fd")))
