@@ -593,7 +593,7 @@ def class_index(classes, wnids):
 
 
 def ids_of(classes, wnids, folders):
-    """-> wnids; for a network that knows names alone, such as torchvision's weights, and folders that are called by WordNet
+    """-> wnids; where a network knows names alone, as torchvision's weights do, and the folders are called by WordNet
     ids, one for each class: these, for their order is ImageNet's"""
     named_so = wnids is None and len(folders) == len(classes) and all(re.fullmatch(r"n\d{8}", f) for f in folders)
     return folders if named_so and not set(folders) & set(classes) else wnids
