@@ -172,6 +172,45 @@ def test_every_tile_and_split_gives_the_same(device, multiprocessors):
         compare(device.conv_int8(case), case.want, f"{multiprocessors}: {case.text}")
 
 
+# threads and bytes of shared memory of a block, for uint8 results (csrc/cuda/conv.cuh)
+TILES = [(128, 32 << 10), (256, 48 << 10), (256, 64 << 10), (128, 64 << 10), (128, 80 << 10), (256, 96 << 10)]
+
+
+@pytest.mark.parametrize("tile", range(len(TILES)))
+def test_every_tile_gives_the_same(device, tile, monkeypatch):
+    monkeypatch.setenv("RESNET50_TILE", str(tile))
+    for i, shape in enumerate((LAYERS[1], LAYERS[5], LAYERS[7])):
+        case = Case(**shape, seed=80 + i)
+        compare(device.conv_int8(case), case.want, f"tile {tile}: {case.text}")
+        if isinstance(device, emulated.Device) and i < 2:  # the third has fewer rows than some
+            assert (device.lib.device_threads(), device.lib.device_shared()) == TILES[tile]
+    rng = np.random.default_rng(tile)
+    a, b = rng.integers(0, 256, (300, 80), np.uint8), rng.integers(-128, 128, (130, 80), np.int8)
+    np.testing.assert_array_equal(device.gemm_int8(a, b), a.astype(np.int32) @ b.T.astype(np.int32))
+    x, weight = (rng.normal(size=s).astype(np.float16).view(np.uint16) for s in ((1, 15, 19, 24), (72, 3, 3, 24)))
+    ones = np.ones(72, np.float32)
+    got = device.conv_half(x, weight, ones, ones, padding=(1, 1), type="float16")
+    monkeypatch.setenv("RESNET50_TILE", "0")
+    np.testing.assert_array_equal(got, device.conv_half(x, weight, ones, ones, padding=(1, 1), type="float16"))
+
+
+@emulates
+def test_the_fastest_way_is_found_once(emulator):
+    emulator.use(multiprocessors=16)
+    try:
+        for width, tile in ((21, 2), (22, 5), (21, 2)):  # a width of its own per problem, the third is known
+            case = Case(n=1, h=20, w=width, c=64, o=128, seed=1)
+            emulator.lib.device_fastest(tile)
+            compare(emulator.conv_int8(case), case.want, case.text)
+            known = emulator.lib.device_measured()
+            compare(emulator.conv_int8(case), case.want, case.text)
+            assert (emulator.lib.device_threads(), emulator.lib.device_shared()) == TILES[tile]
+            assert emulator.lib.device_measured() == known
+        assert known == 0
+    finally:
+        emulator.lib.device_fastest(-1)
+
+
 def test_a_gpu_without_our_kernels_does_not_pass(monkeypatch):
     monkeypatch.setattr(csrc, "has_cuda", lambda: False)
     with pytest.raises(AssertionError, match="no CUDA kernels"):
@@ -195,11 +234,15 @@ def test_extremes(device):
 
 
 @emulates
-def test_fragments_are_loaded_without_conflicts(emulator):
+def test_fragments_are_loaded_without_conflicts(emulator, monkeypatch):
     emulator.use()
     for i, shape in enumerate(LAYERS):
         emulator.conv_int8(Case(**shape, seed=i))
         assert emulator.lib.device_multiplies() > 0 and emulator.lib.device_conflicts() == 0
+    for tile in range(len(TILES)):
+        monkeypatch.setenv("RESNET50_TILE", str(tile))
+        emulator.conv_int8(Case(**LAYERS[1], seed=1))
+        assert emulator.lib.device_shared() == TILES[tile][1] and emulator.lib.device_conflicts() == 0
 
 
 @pytest.mark.parametrize("m, k, n", [(1, 1, 1), (5, 2048, 100), (70, 59, 113), (3, 512, 16), (129, 80, 65)])

@@ -6,6 +6,12 @@
 // cp.async fills. 16-byte chunk c of row r lies at chunk c ^ (r / 2 % 4) of that row, so that the eight rows of an
 // ldmatrix touch all 32 banks. The result goes through shared memory too and leaves in 16-byte stores.
 #pragma once
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <vector>
+
 #include "cuda/cells.cuh"
 #include "cuda/dev.cuh"
 #include "cuda/kernels.h"
@@ -283,9 +289,33 @@ void run(Conv p, int parts, Stream stream) {
   launch(conv<Type, T>, grid<T>(p, parts), T::THREADS, T::template SHARED<typename Type::Output>, stream, p);
 }
 
+// More rows and columns per warp need fewer bytes of shared memory for as many multiplies, and larger tiles fewer bytes
+// of L2; smaller ones leave room for more blocks and waste less at the edges.
 using Small = Tile<64, 64, 2, 2>;
 using Narrow = Tile<128, 64, 4, 2>;
 using Wide = Tile<128, 128, 2, 4>;
+using Square = Tile<128, 128, 2, 2>;
+using Tall = Tile<256, 64, 4, 1>;
+using Large = Tile<256, 128, 4, 2>;
+enum { SMALL, NARROW, WIDE, SQUARE, TALL, LARGE, TILES };
+
+// f(the tile of this number)
+template <class F>
+auto with_tile(int tile, F&& f) {
+  switch (tile) {
+    case SMALL: return f(Small());
+    case NARROW: return f(Narrow());
+    case WIDE: return f(Wide());
+    case SQUARE: return f(Square());
+    case TALL: return f(Tall());
+    default: return f(Large());
+  }
+}
+
+// How a convolution is computed. Sums along k are made in the same order with every tile, but not in parts.
+struct Way {
+  int tile, parts;
+};
 
 // Parts along k that give every multiprocessor a few blocks of the small tile, none shorter than 8 steps.
 inline int parts_of(const Conv& p, int size) {
@@ -296,27 +326,69 @@ inline int parts_of(const Conv& p, int size) {
   return int(wanted < 2 || steps < 16 ? 1 : wanted < steps / 8 ? wanted : steps / 8);
 }
 
+// Ways with the same result, the one that is fastest as a rule first.
+template <class Type>
+std::vector<Way> ways_of(const Conv& p) {
+  std::vector<Way> ways;
+  if (const int parts = parts_of(p, sizeof(typename Type::Element)); parts > 1) {
+    ways.push_back({SMALL, parts});
+    if (!Type::EXACT) return ways;
+  } else {  // the largest tile of which there are enough to keep all multiprocessors at work twice over
+    const dim3 wide = grid<Wide>(p, 1), narrow = grid<Narrow>(p, 1);
+    const unsigned enough = 2 * unsigned(multiprocessors());
+    const bool is_wide = p.group_o > Narrow::BN && wide.x * wide.y >= enough;
+    ways.push_back({is_wide ? WIDE : narrow.x * narrow.y >= enough ? NARROW : SMALL, 1});
+  }
+  for (int tile = 0; tile < TILES; tile++)
+    with_tile(tile, [&](auto t) {
+      using T = decltype(t);
+      const bool fits = T::template SHARED<typename Type::Output> <= shared_memory();
+      const bool is_used = (T::BM == Small::BM || p.m > T::BM / 2) && (T::BN == Small::BN || p.group_o > T::BN / 2);
+      if (fits && is_used && (ways[0].tile != tile || ways[0].parts > 1)) ways.push_back({tile, 1});
+    });
+  return ways;
+}
+
+// The fastest of them: measured when this process first meets the problem on this device, by run(way). RESNET50_TILE
+// names a tile by its number instead, where it is one of them.
+template <class Run>
+Way fastest(const Conv& p, const std::vector<Way>& ways, Stream stream, Run&& run) {
+  if (const char* named = std::getenv("RESNET50_TILE")) {
+    for (const Way& way : ways)
+      if (way.tile == std::atoi(named) && way.parts == 1) return way;
+    return ways[0];
+  }
+  static std::mutex mutex;
+  static std::map<std::vector<int64_t>, Way> known;
+  std::vector<int64_t> key{current_device(), p.m, p.o, p.groups, p.residual != nullptr};
+  for (const Input& in : p.in)
+    key.insert(key.end(), {in.h, in.w, in.c, in.kh, in.kw, in.sh, in.sw, in.ph, in.pw});
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(key); found != known.end()) return found->second;
+  if (ways.size() == 1 || is_recorded(stream)) return ways[0];
+  Way best = ways[0];
+  float least = std::numeric_limits<float>::infinity();
+  for (const Way& way : ways)
+    if (const float time = milliseconds(stream, [&] { run(way); }); time < least) least = time, best = way;
+  return known[key] = best;
+}
+
 // Type's result, or through the scratch in parts of Parts' sums.
 template <class Type, class Parts>
 void choose(const Conv& conv, void* memory, Stream stream) {
-  constexpr int SIZE = sizeof(typename Type::Element);
   Pieces scratch{static_cast<unsigned char*>(memory)};
   const Conv p = in_cells<typename Type::Element>(conv, scratch, stream);
-  if (const int parts = parts_of(p, SIZE); parts > 1) {
+  const auto compute = [&](const Way& way) {
+    if (way.parts == 1) return with_tile(way.tile, [&](auto tile) { run<Type, decltype(tile)>(p, 1, stream); });
     Conv q = p;
-    q.out = scratch.take(0);
+    q.out = Pieces(scratch).take(0);
     q.bias = nullptr, q.scale = nullptr;  // not once per part
-    run<Parts, Small>(q, parts, stream);
+    run<Parts, Small>(q, way.parts, stream);
     const size_t count = size_t(p.m) * p.o;
-    return launch(add_parts<Type>, dim3(unsigned((count + 255) / 256)), 256, 0, stream, p,
-                  static_cast<const typename Type::Accumulator*>(q.out), parts);
-  }
-  // the largest tile of which there are enough to keep all multiprocessors at work twice over
-  const dim3 wide = grid<Wide>(p, 1), narrow = grid<Narrow>(p, 1);
-  const unsigned enough = 2 * unsigned(multiprocessors());
-  if (p.group_o > Narrow::BN && wide.x * wide.y >= enough) return run<Type, Wide>(p, 1, stream);
-  if (narrow.x * narrow.y >= enough) return run<Type, Narrow>(p, 1, stream);
-  run<Type, Small>(p, 1, stream);
+    launch(add_parts<Type>, dim3(unsigned((count + 255) / 256)), 256, 0, stream, p,
+           static_cast<const typename Type::Accumulator*>(q.out), way.parts);
+  };
+  compute(fastest(p, ways_of<Type>(p), stream, compute));
 }
 
 template <class Type>

@@ -8,6 +8,7 @@ template <Float TYPE>
 struct Type {
   using Element = uint16_t;
   using Accumulator = float;
+  static constexpr bool EXACT = false;  // sums depend on their order
   using Output = uint16_t;
   static constexpr bool RESIDUAL = true;
   static R50_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -76,22 +76,58 @@ R50_DEVICE float unpack_f16(uint16_t half) {
 }
 R50_DEVICE float unpack_bf16(uint16_t half) { return __uint_as_float(uint32_t(half) << 16); }
 
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
 // kernel<<<grid, block, shared bytes, stream>>>(args...); throws what CUDA says.
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, int block, int shared, cudaStream_t stream, Args... args) {
   if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
   kernel<<<grid, block, shared, stream>>>(args...);
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  check(cudaGetLastError());
 }
 
-// Streaming multiprocessors of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(cudaGetLastError()));
-  return count;
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return device;
+}
+inline int attribute(cudaDeviceAttr which) {  // of the current device
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, which, current_device()));
+  return value;
+}
+inline int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }  // streaming ones
+inline int shared_memory() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }  // bytes, of one block
+
+// Whether what is launched is recorded for a graph instead of run, as by cudaStreamBeginCapture.
+inline bool is_recorded(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(stream, &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// How long f() takes, which launches on the stream: the least of a few times.
+template <class F>
+float milliseconds(cudaStream_t stream, F&& f) {
+  struct Event {
+    cudaEvent_t event;
+    Event() { check(cudaEventCreate(&event)); }
+    ~Event() { cudaEventDestroy(event); }
+  } begin, end;
+  float least = 1e30f;
+  for (int i = 0; i < 5; i++) {
+    f();  // the device is at work while the others are launched
+    check(cudaEventRecord(begin.event, stream));
+    for (int j = 0; j < 3; j++) f();
+    check(cudaEventRecord(end.event, stream));
+    check(cudaEventSynchronize(end.event));
+    float time = 0;
+    check(cudaEventElapsedTime(&time, begin.event, end.event));
+    least = time < least ? time : least;
+  }
+  return least / 3;
 }
 
 }  // namespace r50

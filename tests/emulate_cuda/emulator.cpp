@@ -103,6 +103,7 @@ struct Emulator {
   int order = 0;  // of threads: 0 forward, 1 reverse, 2 shuffled anew each time
   std::mt19937 random{0};
   int multiprocessors = 4;
+  int fastest = -1, measured = 0;  // of what is measured: which one takes no time, and how many there were
   int64_t conflicts = 0, multiplies = 0;  // of ldmatrix: passes beyond the first; mma instructions
 
   Emulator() {
@@ -438,6 +439,11 @@ struct Emulator {
 namespace r50 {
 
 int multiprocessors() { return Emulator::get().multiprocessors; }
+bool is_recorded(CUstream_st*) { return Emulator::get().fastest < 0; }
+float next_time() {
+  Emulator& e = Emulator::get();
+  return float(std::abs(e.measured++ - e.fastest));
+}
 uint32_t shared_address(const void* p) {
   return SHARED_START + uint32_t(static_cast<const uint8_t*>(p) - Emulator::get().shared);
 }
@@ -493,6 +499,7 @@ ACCESS(unaligned_write16, 16, true)
 extern "C" {
 void __tsan_read_range(void* p, long bytes) { Emulator::get().access(p, size_t(bytes), false, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, long bytes) { Emulator::get().access(p, size_t(bytes), true, __builtin_return_address(0)); }
+uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) { return *p; }  // of the host's static variables
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
 void __tsan_func_entry(void*) {}
@@ -536,6 +543,13 @@ void device_order(int order, unsigned seed) {
   Emulator::get().random.seed(seed);
 }
 void device_multiprocessors(int count) { Emulator::get().multiprocessors = count; }
+void device_fastest(int which) {
+  Emulator::get().fastest = which;
+  Emulator::get().measured = 0;
+}
+int device_measured() { return Emulator::get().measured; }
+int device_threads() { return Emulator::get().block_threads; }  // of the last launch
+int device_shared() { return Emulator::get().shared_bytes; }
 int64_t device_conflicts() { return Emulator::get().conflicts; }
 int64_t device_multiplies() { return Emulator::get().multiplies; }
 }
