@@ -593,10 +593,10 @@ def class_index(classes, wnids):
 
 
 def ids_of(classes, wnids, folders):
-    """-> wnids; where a network knows names alone, as torchvision's weights do, and the folders are called by WordNet
-    ids, one for each class: these, for their order is ImageNet's"""
-    named_so = wnids is None and len(folders) == len(classes) and all(re.fullmatch(r"n\d{8}", f) for f in folders)
-    return folders if named_so and not set(folders) & set(classes) else wnids
+    """-> wnids; where a network knows the names of ImageNet's 1000 classes alone, as torchvision's weights do, and the
+    folders are called by as many WordNet ids: these, for their order is that of the classes"""
+    named_so = len(folders) == len(classes) == 1000 and all(re.fullmatch(r"n\d{8}", f) for f in folders)
+    return folders if wnids is None and named_so and not set(folders) & set(classes) else wnids
 
 
 def walk(root, onerror=None):
@@ -689,9 +689,11 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
         classes, _ = list_classes(train_root if split else val_root or root)
         if not classes:
             raise UserError(f"{root}: no class folders (expected {root}/train/<class>/*.jpg or {root}/<class>/*.jpg)")
-    wnids = ids_of(classes, wnids, list_classes(train_root if split else val_root or root)[0])
+    known, wnids = wnids, ids_of(classes, wnids, list_classes(train_root if split else val_root or root)[0])
     index, train = class_index(classes, wnids), None
     notes = [f"{root}: one class alone, {classes[0]}: is that folder the data set?"] if len(classes) == 1 else []
+    if wnids is not known:
+        notes.append(f"{root}: its WordNet ids stand for the network's classes, in their order")
     if not (eval_only and val_root):
         train, more = scan(train_root if split else root, index, allow_empty=False)
         notes += more

@@ -236,13 +236,15 @@ def test_class_list_maps_folder_names(tmp_path):
 
 def test_names_without_ids_take_the_folders_in_order(tmp_path):
     """torchvision's weights know their classes by name, ImageNet's folders are called by WordNet ids."""
-    ids, names = ["n01440764", "n01443537"], ["tench", "goldfish"]
-    root = make(tmp_path, {ids[1]: 2, ids[0]: 1})
-    _, val, classes, wnids, _ = data.open_folder(root, names, eval_only=True)
-    assert classes == names and wnids == ids and sorted(val.labels) == [0, 1, 1]
-    for more in ([*names, "shark"], ["tench", ids[0]]):  # other folders than classes; classes that are called so
+    ids, names = [f"n{1440764 + 3 * i:08}" for i in range(1000)], [f"class {i % 999}" for i in range(1000)]
+    root = make(tmp_path, dict.fromkeys(reversed(ids), 1))
+    _, val, classes, wnids, notes = data.open_folder(root, names, eval_only=True)
+    assert "WordNet ids stand for" in notes[0] and classes == names and wnids == ids and val.labels.tolist() == list(range(1000))
+    for others in ([*names, "shark"], [ids[0], *names[1:]]):  # as many as no ids; some that are called so
         with pytest.raises(UserError, match="not among"):
-            data.open_folder(root, more, eval_only=True)
+            data.open_folder(root, others, eval_only=True)
+    with pytest.raises(UserError, match="not among"):  # two classes may have been named in any order
+        data.open_folder(make(tmp_path / "two", {"n02084071": 1, "n02121808": 1}), ["cat", "dog"], eval_only=True)
 
 
 def test_split_by_hash_is_stable(tmp_path):

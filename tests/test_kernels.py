@@ -481,7 +481,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                               "plain", "network"),
     "bf16: second half of a row": ("epilogue512.h", "loadu_epi16(valid1, from + 64)",
                                    "loadu_epi16(valid1, from + (FAULT ? 32 : 64))", "vnni,amx", "network"),
-    "bf16: last channels": ("epilogue512.h", "first(left) >> 32", "(FAULT ? 0 : first(left)) >> 32", "vnni,amx",
+    "bf16: last channels": ("epilogue512.h", "mask_of(left) >> 32", "(FAULT ? 0 : mask_of(left)) >> 32", "vnni,amx",
                             "network"),
     "bf16: residual's other half": ("epilogue512.h", "second, other)", "FAULT ? first : second, other)",
                                     "vnni,amx", "network"),

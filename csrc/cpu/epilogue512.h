@@ -13,7 +13,8 @@
 
 namespace r50 {
 
-inline __mmask64 first(int channels) { return ~__mmask64(0) >> (64 - std::min(channels, 64)); }  // 1 or more
+// the bytes of the first channels, 1 or more
+inline __mmask64 mask_of(int channels) { return ~__mmask64(0) >> (64 - std::min(channels, 64)); }
 
 // The constants of one panel. Made where a loop begins and used by value, so that they stay in registers.
 template <Rounding rounding_, bool residual_>
@@ -36,7 +37,7 @@ struct Epilogue512 {
     addend2 = _mm512_load_ps(addend + 32), addend3 = _mm512_load_ps(addend + 48);
     gain0 = _mm512_load_si512(gain), gain1 = _mm512_load_si512(gain + 16);
     gain2 = _mm512_load_si512(gain + 32), gain3 = _mm512_load_si512(gain + 48);
-    valid = first(left);
+    valid = mask_of(left);
   }
 
   static R50_INLINE __m512i round16(__m512i acc, __m512 scale, __m512 addend) {
@@ -92,7 +93,7 @@ struct EpilogueBf16 {
   __mmask32 valid0, valid1;
 
   EpilogueBf16(const int32_t*, int left) {
-    valid0 = __mmask32(first(left)), valid1 = __mmask32(first(left) >> 32);
+    valid0 = __mmask32(mask_of(left)), valid1 = __mmask32(mask_of(left) >> 32);
   }
 
   R50_INLINE void add(__m512i& sum0, __m512i& sum1, __m512i& sum2, __m512i& sum3, const uint8_t* from) const {

@@ -111,6 +111,11 @@ inline bool is_recorded(cudaStream_t stream) {
 // How long f() takes, which launches on the stream: the least of a few times.
 template <class F>
 float milliseconds(cudaStream_t stream, F&& f) {
+  struct Relaxed {  // another thread may record a graph, which waiting for an event would otherwise end
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode)); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode); }
+  } relaxed;
   struct Event {
     cudaEvent_t event;
     Event() { check(cudaEventCreate(&event)); }
