@@ -334,6 +334,26 @@ def test_blocks_are_measured_once_and_kept(native, monkeypatch, tmp_path):
     np.testing.assert_array_equal(csrc.network_int8(pixels, tune(build_plan(SMALL), 32), 7).numpy(), expected)
 
 
+def test_what_loses_does_not_spoil_what_another_layer_gains(native, monkeypatch, tmp_path):
+    """The first layer gains by blocks of 48 unless the last one, which loses by them, has such too; by blocks of 64 all
+    gain too little."""
+    monkeypatch.setitem(BLOCKS, csrc.isa(), (0, 48, 64))
+    monkeypatch.setattr(csrc.plan, "cache_folders", lambda: [str(tmp_path)])
+    plan = build_plan(SMALL)
+    table = steps_of(plan)
+    convs = (table[:, 0] == KINDS["conv"]).nonzero()[:, 0]
+
+    def profile(pixels, plan, classes):
+        chosen, times = blocks(plan)[:, int(len(pixels) > 1)], torch.full((len(table),), 100)
+        times[convs[chosen == 64]] = 99
+        times[convs[0]] -= 20 * int(chosen[0] == 48 and chosen[-1] != 48)
+        times[convs[-1]] += 50 * int(chosen[-1] == 48)
+        return times
+
+    monkeypatch.setattr(torch.ops.resnet50, "network_profile", profile)
+    assert blocks(tune(plan, 32)).tolist() == [[48, 48]] + [[0, 0]] * (len(convs) - 1)
+
+
 def test_pixels_that_nobody_reads_are_skipped():
     """The v1 wiring (stride on the 1x1), v1.5, and stages of one block. Values: test_kernels.py's networks."""
     def conv(out, x, kernel=1, stride=1, **more):
