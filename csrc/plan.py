@@ -287,7 +287,8 @@ def tune(plan, size):
         gains = []
         for _ in range(FIRST + ROUNDS):
             times = []
-            for table[convs, at(field)] in tried:
+            for chosen in tried:
+                table[convs, at(field)] = chosen
                 times.append(torch.ops.resnet50.network_profile(pixels, plan, classes)[convs].double())
             # against the kernel's own choice of the same round: some machines change speed from one second to the next
             gains.append(torch.stack(times) / times[0])

@@ -195,6 +195,20 @@ def test_every_tile_gives_the_same(device, tile, monkeypatch):
 
 
 @emulates
+def test_tiles_that_do_not_fit_are_left_out(emulator, monkeypatch):
+    """Blocks of sm_86 and sm_89 have 99 KiB of shared memory; 256 x 128 sums of 32 bits pass through more."""
+    monkeypatch.setenv("RESNET50_TILE", "5")
+    emulator.use(multiprocessors=16)
+    a, b = np.ones((300, 64), np.uint8), np.ones((130, 64), np.int8)
+    try:
+        for kib, threads in ((227, 256), (99, 128)):  # the second is the first way, 64 x 64
+            emulator.lib.device_shared_limit(kib << 10)
+            assert (emulator.gemm_int8(a, b) == 64).all() and emulator.lib.device_threads() == threads
+    finally:
+        emulator.lib.device_shared_limit(227 << 10)
+
+
+@emulates
 def test_the_fastest_way_is_found_once(emulator):
     emulator.use(multiprocessors=16)
     try:

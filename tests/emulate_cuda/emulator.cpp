@@ -102,7 +102,7 @@ struct Emulator {
 
   int order = 0;  // of threads: 0 forward, 1 reverse, 2 shuffled anew each time
   std::mt19937 random{0};
-  int multiprocessors = 4;
+  int multiprocessors = 4, shared_limit = MAX_SHARED;  // bytes, of a block
   int fastest = -1, measured = 0;  // of what is measured: which one takes no time, and how many there were
   int64_t conflicts = 0, multiplies = 0;  // of ldmatrix: passes beyond the first; mma instructions
 
@@ -407,7 +407,7 @@ struct Emulator {
   }
 
   void launch(dim3 grid, int count, int bytes, const std::function<void()>& function) {
-    if (count < 1 || count > MAX_THREADS || count % WARP || bytes < 0 || bytes > MAX_SHARED || grid.y > 65535 ||
+    if (count < 1 || count > MAX_THREADS || count % WARP || bytes < 0 || bytes > shared_limit || grid.y > 65535 ||
         grid.z > 65535 || !grid.x || !grid.y || !grid.z)
       throw std::runtime_error("CUDA: invalid configuration argument");
     gridDim = grid, blockDim = dim3(unsigned(count)), block_threads = count, shared_bytes = bytes, kernel = &function;
@@ -439,6 +439,7 @@ struct Emulator {
 namespace r50 {
 
 int multiprocessors() { return Emulator::get().multiprocessors; }
+int shared_memory() { return Emulator::get().shared_limit; }
 bool is_recorded(CUstream_st*) { return Emulator::get().fastest < 0; }
 float next_time() {
   Emulator& e = Emulator::get();
@@ -550,6 +551,7 @@ void device_fastest(int which) {
 int device_measured() { return Emulator::get().measured; }
 int device_threads() { return Emulator::get().block_threads; }  // of the last launch
 int device_shared() { return Emulator::get().shared_bytes; }
+void device_shared_limit(int bytes) { Emulator::get().shared_limit = bytes; }
 int64_t device_conflicts() { return Emulator::get().conflicts; }
 int64_t device_multiplies() { return Emulator::get().multiplies; }
 }
