@@ -216,6 +216,66 @@ def test_a_lost_segment_is_damage_and_moves_nothing():
     assert crop(tensor(content), [0, 0, 160, 200, 160, 200, 0, 0, 0], (160, 200)) is not None
 
 
+def segments(content):
+    """A JPEG with restart markers -> [headers, segment, marker, segment, ..., marker and end]"""
+    start = content.index(b"\xff\xda")
+    start += 2 + int.from_bytes(content[start + 2:start + 4], "big")
+    return [content[:start], *re.split(rb"(\xff[\xd0-\xd7\xd9])", content[start:])]
+
+
+@pytest.mark.parametrize("kind", ["444", "422", "420", "grey"])
+def test_segments_are_decoded_by_themselves(kind):
+    """Every pixel of a photograph and of noise, checks and stripes, whose codes and values are as long as they get; by
+    the standard's tables and by their own. Damage outside the box does not matter, inside it is noticed."""
+    if csrc.isa() == "plain":
+        pytest.skip("left to libjpeg-turbo")
+    rng = np.random.default_rng(5)
+    y, x = np.mgrid[:100, :136]
+    checks, stripes = ((y + x) % 2 * 255)[..., None], ((y // 8 + x // 8) % 2 * 255)[..., None]
+    noise = rng.integers(0, 2, (100, 136, 3)) * 255
+    sparse = np.where(y[..., None] % 8 < 4, 128, noise // 4 + stripes // 4)
+    for pixels in (photograph(100, 136), noise, checks, stripes, np.where(x[..., None] < 68, noise, checks), sparse):
+        image = Image.fromarray(np.broadcast_to(pixels, (100, 136, 3)).astype(np.uint8))
+        for quality, interval, optimize in ((100, 1, False), (95, 3, True), (100, 4, True), (30, 2, False)):
+            buffer = io.BytesIO()
+            (image.convert("L") if kind == "grey" else image).save(
+                buffer, "JPEG", quality=quality, restart_marker_blocks=interval, optimize=optimize,
+                **KINDS[kind if kind != "grey" else "444"])
+            content = buffer.getvalue()
+            whole, parts = np.array(data.decode(content)), segments(content)
+            across = -(-136 // (16 if kind in ("422", "420") else 8))
+            if across % interval:
+                assert torch.equal(crop(content, [0, 0, 100, 136, 100, 136, 0, 0, 0], (100, 136)),
+                                   torch.from_numpy(whole).permute(2, 0, 1))
+                continue
+            first = parts[1]
+            for row in ([40, 30, 60, 106, 60, 106, 0, 0, 0], [50, 60, 33, 17, 33, 17, 0, 0, 0]):
+                parts[1] = b""
+                assert torch.equal(crop(b"".join(parts), row, row[2:4]), naive(whole, row, row[2:4]))
+                under = 1 + 2 * ((row[0] + 8) // (16 if kind == "420" else 8) * (across // interval)
+                                 + (row[1] + 8) * across // 136 // interval)
+                parts[1], kept = first, parts[under]
+                for spoiled in (kept[:-1], b"\xff\x00" * len(kept)):
+                    parts[under] = spoiled
+                    assert crop(b"".join(parts), row, row[2:4]) is None, (quality, interval, spoiled[-4:])
+                parts[under] = kept + b"\xff"  # as markers may begin
+                assert torch.equal(crop(b"".join(parts), row, row[2:4]), naive(whole, row, row[2:4]))
+                parts[under] = kept + b"\x55"  # which libjpeg-turbo does not always notice
+                got = crop(b"".join(parts), row, row[2:4])
+                assert got is None or torch.equal(got, naive(whole, row, row[2:4]))
+                parts[under] = kept
+
+
+def test_a_code_that_no_table_has_is_damage():
+    """Though it ends where its segment does"""
+    buffer = io.BytesIO()
+    Image.new("L", (40, 40), 255).save(buffer, "JPEG", quality=100, restart_marker_blocks=1)
+    parts, row = segments(buffer.getvalue()), [8, 8, 30, 30, 30, 30, 0, 0, 0]
+    assert crop(b"".join(parts), row, (30, 30)).min() == 255
+    parts[1 + 2 * 12] = b"\xff\x00"  # and its neighbour begins with ones
+    assert parts[1 + 2 * 13][0] >> 7 and crop(b"".join(parts), row, (30, 30)) is None
+
+
 def without(content, marker):
     """A JPEG file less its header segments of that kind"""
     at, kept = 2, content[:2]
@@ -231,8 +291,9 @@ def test_the_tables_of_another_file_decode_nothing():
     for other in ("fine", "progressive"):
         assert crop(encoded(40, 60, other), row, size) is not None
         assert crop(without(encoded(40, 60, "420"), 0xdb), row, size) is None  # as Pillow, which takes one for each
-        bare = without(encoded(40, 60, "420"), 0xc4)  # by the tables that libjpeg-turbo has for films
-        assert torch.equal(crop(bare, row, size), naive(np.array(data.decode(bare)), row, size))
+        for kind in ("420", "restarts"):
+            bare = without(encoded(40, 60, kind), 0xc4)  # by the tables that libjpeg-turbo has for films
+            assert torch.equal(crop(bare, row, size), naive(np.array(data.decode(bare)), row, size))
 
 
 def test_what_is_no_jpeg_of_ours():
@@ -412,7 +473,7 @@ def test_memory_is_used_again_and_a_reader_may_leave(folder):
 
 def build_fuzz(folder):
     program, cpu = str(folder / "fuzz"), os.path.join(ROOT, "csrc", "cpu")
-    sources = [os.path.join(cpu, f"{name}.cpp") for name in ("jpeg", "crop_resize", "isa")]
+    sources = [os.path.join(cpu, f"{name}.cpp") for name in ("jpeg", "huffman", "crop_resize", "isa")]
     sources.append(os.path.join(ROOT, "tests", "fuzz_jpeg.cpp"))
     built = subprocess.run(["g++", "-std=c++20", "-O1", "-g", "-DUSE_LIBJPEG", "-fsanitize=address,undefined",
                             "-fno-sanitize-recover=all", "-I", cpu, *sources, "-ljpeg", "-o", program],
@@ -429,7 +490,8 @@ def test_mutated_files_give_an_error_or_an_image(tmp_path):
     program, files = build_fuzz(tmp_path), []
     for i, kind in enumerate(KINDS):
         content = encoded(40 + 9 * i, 90 - 7 * i, kind)
-        for name, file in (("a", content), ("b", csrc.jpeg_restart(tensor(content), 16).numpy().tobytes())):
+        for name, file in (("a", content), *((width, csrc.jpeg_restart(tensor(content), width).numpy().tobytes())
+                                             for width in (16, 1000))):
             files.append(str(tmp_path / f"{kind}.{name}"))
             with open(files[-1], "wb") as f:
                 f.write(file)

@@ -35,7 +35,7 @@ Features detect() {
   const bool fma = c & bit_FMA, ymm = (low & 0x6) == 0x6, zmm = (low & 0xe6) == 0xe6,
              tiles = (low & 0x60000) == 0x60000;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
-  f.avx2 = ymm && fma && (b & bit_AVX2);
+  f.avx2 = ymm && fma && (b & bit_AVX2) && (b & bit_BMI) && (b & bit_BMI2);
   f.avx512 = f.avx2 && zmm && (b & bit_AVX512F) && (b & bit_AVX512BW) && (b & bit_AVX512DQ) && (b & bit_AVX512VL);
   f.vnni = f.avx512 && (c & (1u << 11)), f.vbmi = f.vnni && (c & (1u << 1));
   const bool amx = (d & (1u << 24)) && (d & (1u << 25)) && (d & (1u << 22));  // tiles, int8, bf16

@@ -7,7 +7,8 @@
 
 #ifdef USE_LIBJPEG
 #include <jpeglib.h>
-#include <jerror.h>
+
+#include "huffman.h"
 #endif
 
 namespace r50 {
@@ -71,10 +72,7 @@ struct Errors {
 };
 
 [[noreturn]] void leave(j_common_ptr info) { std::longjmp(reinterpret_cast<Errors*>(info->err)->back, 1); }
-// Bytes between the segments, which cut() puts there, are no damage.
-void count_only(j_common_ptr info, int level) {
-  info->err->num_warnings += level < 0 && info->err->msg_code != JWRN_EXTRANEOUS_DATA;
-}
+void count_only(j_common_ptr info, int level) { info->err->num_warnings += level < 0; }
 void say_nothing(j_common_ptr) {}
 
 jpeg_error_mgr* quiet(Errors& errors) {
@@ -107,60 +105,117 @@ struct Destination {
   }
 };
 
+// The restart segments under a box, as an image of their own, and how far libjpeg has come in it.
+struct Segments {
+  std::vector<uint8_t> header, bytes;
+  std::vector<Segment> list;
+  int64_t decoded;
+  Scan scan;
+  HuffmanTable tables[2 * NUM_HUFF_TBLS];  // of DC and of AC coefficients
+  std::vector<JCOEF> coefficients;         // of as many as are decoded together
+  const JCOEF *next, *end;                 // what libjpeg has not got of these
+};
+
 // A thread's buffers, kept from image to image. The decompressor is each image's own: a file without tables would be
 // decoded with those of the image before.
 struct Decoder {
   Errors errors;
   jpeg_decompress_struct info{};
-  std::vector<uint8_t> part, pixels;
+  Segments segments;
+  std::vector<uint8_t> pixels;
 };
 
-// Cuts a sequential file with `across` restart segments to each row of MCUs down to `rows` times `columns` of them from
-// `top` and `left` on: a file of its own, in `part`. False where the markers are not what they should be.
-bool cut(const uint8_t* f, int64_t n, const Headers& h, int64_t across, int64_t top, int64_t rows, int64_t left,
-         int64_t columns, std::vector<uint8_t>& part) {
-  const int64_t width = std::min(columns * h.restart * h.mcu_w, h.width - left * h.restart * h.mcu_w);
-  const int64_t height = std::min(rows * h.mcu_h, h.height - top * h.mcu_h);
-  part.assign(f, f + h.data_at);
+// The segments of a sequential file with `down` rows of `across`: those in [top, bottom) and [left, right). False where
+// the markers are not what they should be.
+bool find_segments(const uint8_t* f, int64_t n, const Headers& h, int64_t down, int64_t across, int64_t top,
+                   int64_t bottom, int64_t left, int64_t right, Segments& s) {
+  const int64_t step = h.restart * h.mcu_w;
+  const int64_t height = std::min(bottom * h.mcu_h, h.height) - top * h.mcu_h;
+  const int64_t width = std::min(right * step, h.width) - left * step;
+  s.header.assign(f, f + h.data_at);
   for (int i = 0; i < 2; i++) {
-    part[h.size_at + i] = uint8_t(height >> (8 - 8 * i));
-    part[h.size_at + 2 + i] = uint8_t(width >> (8 - 8 * i));
+    s.header[h.size_at + i] = uint8_t(height >> (8 - 8 * i));
+    s.header[h.size_at + 2 + i] = uint8_t(width >> (8 - 8 * i));
   }
-  // libjpeg-turbo reads 8 bytes ahead, and each block (MCU) where it meets a marker so once more and slowly; and all
-  // blocks slowly where less than a few KiB are left
-  constexpr uint8_t AHEAD[8] = {};
-  constexpr size_t LEFT = 512 * D_MAX_BLOCKS_IN_MCU;
-  int64_t segment = 0, begin = h.data_at, copied = 0;
-  const int64_t last = (top + rows - 1) * across + left + columns - 1;
-  for (int64_t at = begin; segment <= last;) {
-    if (at >= n - 1) return false;  // a marker was the file's last
-    const auto* found = static_cast<const uint8_t*>(std::memchr(f + at, 0xff, n - 1 - at));
-    if (!found) return false;
-    at = found - f;
-    const int marker = f[at + 1];
-    if (marker == 0 || marker == 0xff) {
-      at += marker ? 1 : 2;
-      continue;
+  s.header.insert(s.header.end(), {0xff, EOI});
+  s.list.clear();
+  const int64_t most = n - h.data_at + SEGMENT_AHEAD;
+  if (int64_t(s.bytes.size()) < most) s.bytes.resize(most);
+  uint8_t* to = s.bytes.data();
+  int64_t at = h.data_at, segment = 0;
+  for (int64_t y = 0; y < bottom; y++)
+    for (int64_t x = 0; x < across; x++, segment++) {
+      const bool wanted = y >= top && x >= left && x < right;
+      uint8_t* const begin = to;
+      int marker = 0;  // none, but a 255 with its zero
+      while (!marker) {
+        const void* found = at < n - 1 ? std::memchr(f + at, 0xff, n - 1 - at) : nullptr;
+        if (!found) return false;
+        const int64_t more = static_cast<const uint8_t*>(found) - f - at;
+        marker = f[at + more + 1];
+        if (wanted) std::memcpy(to, f + at, more + !marker), to += more + !marker;
+        at += more + 2;
+      }
+      if (marker != (y == down - 1 && x == across - 1 ? EOI : RST0 + segment % 8)) return false;
+      if (wanted) s.list.push_back({begin, to});
     }
-    if (marker != EOI && marker != RST0 + segment % 8) return false;
-    if (marker == EOI && segment != last) return false;
-    const int64_t column = segment % across;
-    if (segment / across >= top && column >= left && column < left + columns) {
-      if (copied) part.insert(part.end(), {0xff, uint8_t(RST0 + (copied - 1) % 8)});
-      part.insert(part.end(), f + begin, f + at);
-      part.insert(part.end(), AHEAD, AHEAD + sizeof AHEAD);
-      copied++;
-    }
-    segment++, at += 2, begin = at;
-  }
-  part.insert(part.end(), {0xff, EOI});
-  part.resize(part.size() + LEFT);
   return true;
 }
 
-// The rows and columns of `box` at least, of a file that lies in memory. Nothing here has a destructor: errors leave by
-// longjmp.
-bool decode(Decoder& d, const uint8_t* f, int64_t n, const int64_t box[4], int shrink, JpegPixels& out) {
+}  // namespace
+}  // namespace r50
+
+// What libjpeg calls for each MCU, for this begins so in all its versions, though in no header that is installed.
+struct jpeg_entropy_decoder {
+  void (*start_pass)(j_decompress_ptr);
+  boolean (*decode_mcu)(j_decompress_ptr, JBLOCKROW*);
+};
+
+namespace r50 {
+namespace {
+
+// In its place: what decode_segments makes of some segments at a time
+boolean next_mcu(j_decompress_ptr info, JBLOCKROW* to) {
+  Segments& s = *static_cast<Segments*>(info->client_data);
+  if (s.next == s.end) {
+    const int64_t of_one = s.scan.coefficients();
+    const int64_t count = std::min(int64_t(s.coefficients.size()) / of_one, int64_t(s.list.size()) - s.decoded);
+    std::memset(s.coefficients.data(), 0, count * of_one * sizeof(JCOEF));
+    if (!decode_segments(s.scan, s.list.data() + s.decoded, count, s.coefficients.data())) return FALSE;
+    s.decoded += count, s.next = s.coefficients.data(), s.end = s.next + count * of_one;
+  }
+  for (int b = 0; b < s.scan.blocks; b++, s.next += DCTSIZE2)
+    if (to) std::memcpy(to[b], s.next, sizeof(JBLOCK));
+  return TRUE;
+}
+
+bool take_over(jpeg_decompress_struct& info, Segments& s) {
+  const int64_t mcus = int64_t(info.MCUs_per_row) * info.MCU_rows_in_scan;
+  if (mcus != int64_t(s.list.size()) * info.restart_interval) return false;
+  s.scan.interval = int(info.restart_interval), s.scan.blocks = info.blocks_in_MCU;
+  bool made[2 * NUM_HUFF_TBLS] = {};
+  const auto table = [&](JHUFF_TBL* const* from, int number, bool dc) -> const HuffmanTable* {
+    const int i = number + (dc ? 0 : NUM_HUFF_TBLS);
+    if (!made[i]) made[i] = s.tables[i].set(from[number]->bits, from[number]->huffval, dc);
+    return made[i] ? &s.tables[i] : nullptr;
+  };
+  for (int b = 0; b < info.blocks_in_MCU; b++) {
+    s.scan.component[b] = info.MCU_membership[b];
+    const jpeg_component_info& c = *info.cur_comp_info[info.MCU_membership[b]];
+    s.scan.dc[b] = table(info.dc_huff_tbl_ptrs, c.dc_tbl_no, true);
+    s.scan.ac[b] = table(info.ac_huff_tbl_ptrs, c.ac_tbl_no, false);
+    if (!s.scan.dc[b] || !s.scan.ac[b]) return false;
+  }
+  constexpr int64_t TOGETHER = 1 << 15;  // coefficients: within L2
+  s.coefficients.resize(s.scan.coefficients() * std::max(TOGETHER / s.scan.coefficients(), SEGMENTS_AT_ONCE));
+  s.next = s.end = nullptr, s.decoded = 0;
+  info.client_data = &s, info.entropy->decode_mcu = next_mcu;
+  return true;
+}
+
+// The rows and columns of `box` at least, of a file that lies in memory, or of d.segments and their header. Nothing here
+// has a destructor: errors leave by longjmp.
+bool decode(Decoder& d, const uint8_t* f, int64_t n, bool segments, const int64_t box[4], int shrink, JpegPixels& out) {
   jpeg_decompress_struct& info = d.info;
   info.err = quiet(d.errors);
   jpeg_destroy_decompress(&info);  // where the image before ran out of memory
@@ -174,6 +229,10 @@ bool decode(Decoder& d, const uint8_t* f, int64_t n, const int64_t box[4], int s
   info.out_color_space = JCS_RGB, info.dct_method = JDCT_ISLOW, info.do_fancy_upsampling = TRUE;
   info.scale_num = 1, info.scale_denom = shrink;
   jpeg_start_decompress(&info);
+  if (segments && !take_over(info, d.segments)) {
+    jpeg_destroy_decompress(&info);
+    return false;
+  }
   const int64_t height = info.output_height, width = info.output_width;
   // chroma is interpolated from its neighbours, so that a column or row at the edge of what is decoded would differ
   constexpr int64_t MARGIN = 2;
@@ -221,13 +280,14 @@ bool jpeg_decode(const uint8_t* file, int64_t bytes, const int64_t box[4], const
     const int64_t left = std::max<int64_t>(box[1] - margin, 0) / step;
     const int64_t right = std::min((box[1] + box[3] + margin + step - 1) / step, across / h.restart);
     const int64_t inner[4] = {box[0] - top * h.mcu_h, box[1] - left * step, box[2], box[3]};
-    if (cut(file, bytes, h, across / h.restart, top, bottom - top, left, right - left, decoder.part) &&
-        decode(decoder, decoder.part.data(), int64_t(decoder.part.size()), inner, shrink, out)) {
+    Segments& s = decoder.segments;
+    if (find_segments(file, bytes, h, down, across / h.restart, top, bottom, left, right, s) &&
+        decode(decoder, s.header.data(), int64_t(s.header.size()), true, inner, shrink, out)) {
       out.top += top * h.mcu_h / shrink, out.left += left * step / shrink;
       return true;
     }
   }
-  return decode(decoder, file, bytes, box, shrink, out);
+  return decode(decoder, file, bytes, false, box, shrink, out);
 }
 
 std::vector<uint8_t> jpeg_restart(const uint8_t* file, int64_t bytes, int64_t pixels) {
