@@ -213,9 +213,10 @@ bool take_over(jpeg_decompress_struct& info, Segments& s) {
   return true;
 }
 
-// The rows and columns of `box` at least, of a file that lies in memory, or of d.segments and their header. Nothing here
-// has a destructor: errors leave by longjmp.
-bool decode(Decoder& d, const uint8_t* f, int64_t n, bool segments, const int64_t box[4], int shrink, JpegPixels& out) {
+// The rows and columns of `box` at least, of a file that lies in memory, or of its segments and their header. Nothing
+// here has a destructor: errors leave by longjmp.
+bool decode(Decoder& d, const uint8_t* f, int64_t n, bool segments, const int64_t box[4], int shrink,
+            JpegPixels& out) {
   jpeg_decompress_struct& info = d.info;
   info.err = quiet(d.errors);
   jpeg_destroy_decompress(&info);  // where the image before ran out of memory
