@@ -1049,3 +1049,32 @@ def test_schemas_are_those_of_the_native_library(native):
     for name, schema in parsed.items():
         compiled = operation(name).default._schema
         assert str(compiled) == "resnet50::" + str(schema)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="one CPU")
+def test_threads_that_wake_on_one_cpu_do_not_stay_there():
+    """As where CPUs share no cache, and Linux wakes a thread beside the one that wakes it"""
+    code = """
+import os, threading, torch, csrc
+csrc.load()
+torch.set_num_threads(2)
+before = set(os.listdir("/proc/self/task"))
+a, b = torch.ones(2048, 512, dtype=torch.uint8), torch.ones(512, 512, dtype=torch.int8)
+csrc.gemm_int8(a, b)
+team = [int(t) for t in {*os.listdir("/proc/self/task")} - before] + [threading.get_native_id()]
+assert len(team) == 2, team
+cpus, apart = os.sched_getaffinity(0), 0
+def cpu(t):
+    return int(open(f"/proc/self/task/{t}/stat").read().rsplit(")", 1)[1].split()[36])
+for _ in range(20):
+    for allowed in ({min(cpus)}, cpus):
+        for t in team:
+            os.sched_setaffinity(t, allowed)
+    csrc.gemm_int8(a, b)
+    apart += cpu(team[0]) != cpu(team[1])
+    assert all(os.sched_getaffinity(t) == cpus for t in team)
+print(apart)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 15

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <sched.h>
+
 #include <exception>
 #include <mutex>
 
@@ -14,8 +16,8 @@
 namespace r50 {
 namespace {
 
-constexpr int SPINS =
-    4000;  // some 50 to 100 us: longer than the gap between two layers, shorter than a scheduler's tick
+constexpr int SPINS = 4000;   // 50 to 200 us: longer than the gap between two layers, shorter than a scheduler's tick
+constexpr int YIELDS = 4000;  // some ms: longer than a virtual CPU that was halted takes to go on
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -27,6 +29,10 @@ void wait_while(std::atomic<int>& value, int old) {
   for (int i = 0; i < SPINS; i++) {
     if (value.load(std::memory_order_acquire) != old) return;
     pause();
+  }
+  for (int i = 0; i < YIELDS; i++) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    sched_yield();
   }
   value.wait(old, std::memory_order_acquire);
 }
@@ -43,13 +49,47 @@ void team(int threads, Body&& body) {
   for (auto& other : others) other.join();
 }
 #else
+// The CPUs of a team. Where CPUs share no cache, as in many virtual machines, Linux wakes a thread that has slept for
+// long on the CPU of the one that wakes it, and both take turns there, tens of milliseconds long. A thread that finds
+// its CPU taken goes to another, from where it may be moved again as ever.
+class Cpus {
+#ifdef __linux__
+  std::atomic<uint64_t> taken_[CPU_SETSIZE / 64] = {};
+
+ public:
+  bool take() {
+    const int cpu = sched_getcpu();
+    if (cpu < 0 || cpu >= CPU_SETSIZE) return true;
+    const uint64_t bit = uint64_t(1) << cpu % 64;
+    return !(taken_[cpu / 64].fetch_or(bit) & bit);
+  }
+  void settle() {
+    cpu_set_t allowed;
+    if (take() || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    cpu_set_t free = allowed;
+    for (int i = 0; i < CPU_SETSIZE; i++)
+      if (taken_[i / 64] >> i % 64 & 1) CPU_CLR(i, &free);
+    if (!CPU_COUNT(&free) || sched_setaffinity(0, sizeof free, &free)) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+    take();
+  }
+#else
+ public:
+  void take() {}
+  void settle() {}
+#endif
+};
+
 template <class Body>
 void team(int threads, Body&& body) {
   has_team = true;
+  Cpus cpus;
+  cpus.take();
 #pragma omp parallel num_threads(threads)
-  if (omp_get_num_threads() == threads)
+  if (omp_get_num_threads() == threads) {
+    if (omp_get_thread_num()) cpus.settle();
     body(omp_get_thread_num(), threads);
-  else if (omp_get_thread_num() == 0)
+  } else if (omp_get_thread_num() == 0)
     body(0, 1);
 }
 
