@@ -217,18 +217,20 @@ class Model:
         net, size = spread(net, self.args.devices), net.preprocess["crop"]
         device, batch = torch.device(self.args.devices[0]), self.args.max_batch
 
-        def seconds(n):
+        def seconds(n, times):
+            """The least of some calls, the first of which is cold"""
             blank = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device)
-            blank = blank.contiguous(memory_format=torch.channels_last)
-            for _ in range(2):  # cold, then warm
+            blank, took = blank.contiguous(memory_format=torch.channels_last), []
+            for _ in range(times):
                 began = time.perf_counter()
                 logits = predict(net, blank).cpu()
+                took.append(time.perf_counter() - began)
             if not logits.isfinite().all():
                 raise UserError(f"{source}: its outputs are not finite")
-            return time.perf_counter() - began
+            return min(took)
         with torch.inference_mode():
             unit = torch.get_num_threads() if device.type == "cpu" else 1
-            enough = enough_images(seconds(1), seconds(batch), batch, unit)
+            enough = enough_images(seconds(1, 9), seconds(batch, 3), batch, unit)
         number = str(getattr(net, "dtype", net.precision)).removeprefix("torch.")
         say(f"{self.name}: {source}, {number}, {size} pixels")
         classes = [c.encode(errors="backslashreplace").decode()  # a folder's name may be any bytes, an answer not
@@ -294,6 +296,10 @@ class Model:
             self.images -= count
             return tickets
 
+    def learn(self, seconds, images):
+        """The pace from a batch. One image, which anything may have held up, says little about many."""
+        self.pace += (seconds / images - self.pace) * images / (images + self.args.max_batch)
+
     def work(self):
         while True:
             tickets, started = self.take(), time.monotonic()
@@ -319,7 +325,7 @@ class Model:
                     ticket.set_exception(Refusal(500, "the network failed; the server's log says how"))
                 continue
             seconds = time.monotonic() - started
-            self.pace += (seconds / len(pixels) - self.pace) / 4 if self.pace else seconds / len(pixels)
+            self.learn(seconds, len(pixels))
             self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
             for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
                 ticket.computed, ticket.batch = seconds, len(pixels)
@@ -362,7 +368,7 @@ def stamp_of(path):
 
 
 def decode(network, encoded, args, gate):
-    """Encoded bytes -> uint8 (3, crop, crop). The size is looked at before any pixel is decoded."""
+    """Encoded bytes -> uint8 (crop, crop, 3). The size is looked at before any pixel is decoded."""
     require(encoded, "the image is empty")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -371,7 +377,7 @@ def decode(network, encoded, args, gate):
             raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
         with gate:
             gap = 0 if args.full_decode else 2
-            return network.transform.encoded(encoded, FORMATS, network.exif, gap).permute(2, 0, 1)
+            return network.transform.encoded(encoded, FORMATS, network.exif, gap)
     except Refusal:
         raise
     except Image.UnidentifiedImageError:
@@ -1037,6 +1043,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with model.expecting(len(images), deadline):
             if isinstance(images, list):
                 images = torch.stack([decode(network, e, self.args, self.server.gate) for e in images])
+                images = images.permute(0, 3, 1, 2)  # channels_last, and so is a batch of them: networks take no other
             self.decoded, self.images = time.monotonic() - begin, len(images)
             self.ticket = model.submit(network, images, deadline, self.alive)
         try:

@@ -202,11 +202,11 @@ class Offline:
         self.transform, self.images = data.eval_transform(self.model.preprocess), images
 
     def decode(self, i):
-        return self.transform.encoded(self.images[i % len(self.images)], gap=2).permute(2, 0, 1)  # as the server
+        return self.transform.encoded(self.images[i % len(self.images)], gap=2)  # as the server
 
     def predict(self, pixels):
         with torch.inference_mode():
-            return resnet50.predict(self.model, torch.stack(pixels).contiguous(memory_format=torch.channels_last))
+            return resnet50.predict(self.model, torch.stack(pixels).permute(0, 3, 1, 2))
 
     def rate(self, seconds, batch=32):
         decoded, until, done = queue.Queue(2 * batch), time.monotonic() + seconds, 0
