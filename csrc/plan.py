@@ -37,6 +37,7 @@ TRANSFORMED = dict(avx2=512 * 512, vnni=256 * 256)
 BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768, WINOGRAD),
               amx=(0, 1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513))
 FIRST, ROUNDS = 2, 5  # of measuring: to find what loses, and to choose
+METHOD = 2  # of measuring: what was kept of another is not taken
 WORTH, LOST = 0.98, 1.1  # of the time of the kernel's own choice: what another must reach; what ends its trial
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
 PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
@@ -266,7 +267,7 @@ def tune(plan, size):
         packed = plan[int(table[i, at("packed")]):][:64].view(torch.int32)  # cpu/conv.h: struct Packed
         return " ".join(map(str, packed[:15].tolist() + [int(table[i, f]) for f in geometry]))
     cpu = cpuinfo("model name") or platform.machine()
-    here = f"{cpu} {isa()} {torch.get_num_threads()} threads {size} px {build_key()}"
+    here = f"{cpu} {isa()} {torch.get_num_threads()} threads {size} px {build_key()} {METHOD}"
     digest = hashlib.sha256(" | ".join([here, *map(signature, convs)]).encode()).hexdigest()[:16]
     path = os.path.join(cache_folders()[-1], f"blocks-{digest}.json")
     try:
@@ -289,7 +290,9 @@ def tune(plan, size):
             times = []
             for chosen in tried:
                 table[convs, at(field)] = chosen
-                times.append(torch.ops.resnet50.network_profile(pixels, plan, classes)[convs].double())
+                for _ in range(2):  # the first finds in the caches what another choice has left there
+                    time = torch.ops.resnet50.network_profile(pixels, plan, classes)[convs].double()
+                times.append(time)
             # against the kernel's own choice of the same round: some machines change speed from one second to the next
             gains.append(torch.stack(times) / times[0])
             if len(gains) == FIRST:
