@@ -335,8 +335,8 @@ def test_blocks_are_measured_once_and_kept(native, monkeypatch, tmp_path):
 
 
 def test_what_loses_does_not_spoil_what_another_layer_gains(native, monkeypatch, tmp_path):
-    """The first layer gains by blocks of 48 unless the last one, which loses by them, has such too, or the caches do not
-    hold yet what it needs for them; by blocks of 64 all gain too little."""
+    """The first layer gains by blocks of 48 unless the last one, which loses by them, has such too, or the caches do
+    not hold yet what it needs for them; by blocks of 64 all gain too little."""
     monkeypatch.setitem(BLOCKS, csrc.isa(), (0, 48, 64))
     monkeypatch.setattr(csrc.plan, "cache_folders", lambda: [str(tmp_path)])
     plan = build_plan(SMALL)

@@ -70,8 +70,12 @@ def peak(kind, threads, milliseconds=PEAK_MS):
         return math.nan
     if threads == 1:
         return torch.ops.resnet50.peak_macs(kind, milliseconds)
+
+    def of_core(core):
+        os.sched_setaffinity(0, {core})  # of this thread alone: two that begin on one core would share it for a while
+        return torch.ops.resnet50.peak_macs(kind, milliseconds)
     with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(lambda _: torch.ops.resnet50.peak_macs(kind, milliseconds), range(threads)))
+        return sum(pool.map(of_core, sorted(CORES)[-threads:]))
 
 
 def bandwidth(threads):
