@@ -3,6 +3,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import fcntl
+import gc
 import gzip
 import http.client
 import io
@@ -22,6 +23,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 import zlib
 
 import numpy as np
@@ -935,6 +937,31 @@ def test_sighup_while_networks_are_read_is_answered_when_they_are(monkeypatch):
     monkeypatch.setattr(serve, "open_models", read)
     serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
     assert told == ["reload"] and signal.signal(signal.SIGHUP, before) is too_early
+
+
+def test_the_garbage_collector_has_little_to_look_through(monkeypatch):
+    """And still takes a network that was replaced, though it refers to itself"""
+    class Net:
+        pass
+    net = Net()
+    net.call, old, seen = [net], [net], []
+    gone = weakref.ref(net)
+    del net
+
+    def read(args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {"a": types.SimpleNamespace(network=types.SimpleNamespace(path="a"), reload=reload)}
+
+    def reload():
+        seen.append(gc.get_freeze_count())
+        old.clear()
+        os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(serve, "open_models", read)
+    try:
+        serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+        assert seen[0] > 100_000 < gc.get_freeze_count() and len(gc.get_objects()) < 10_000 and gone() is None
+    finally:
+        gc.unfreeze()
 
 
 def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
