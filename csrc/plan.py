@@ -303,7 +303,7 @@ def tune(plan, size):
         gain, best = torch.stack(gains[FIRST:]).quantile(0.5, dim=0).masked_fill(lost, 1).min(0)
         known[field] = blocks[torch.where(gain < WORTH, best, 0)].tolist()
         table[convs, at(field)] = torch.tensor(known[field], dtype=torch.int64)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start a second
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start some seconds
         descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
         with os.fdopen(descriptor, "w") as f:
             json.dump(known, f)
