@@ -671,6 +671,12 @@ def hash_split(files, share):
     return files.select(np.flatnonzero(~chosen)), files.select(np.flatnonzero(chosen))
 
 
+def known_as(classes, names, wnids):
+    """Folders' names, and a network's classes by name and wnid -> the network's (names, wnids), where the folders are
+    these classes in their order, else (classes, None)"""
+    return (list(names), classes) if names and ids_of(names, wnids, classes) == classes else (classes, None)
+
+
 def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False):
     """-> (train Files or None, val Files, classes, wnids, notes). `classes` None: taken from the training folders
     alone. Without val/, validation is the `val_split` of the images that a fixed hash picks; with

@@ -1485,6 +1485,8 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     begin, resume = time.perf_counter(), open_run(args, world)
     model, checkpoint, source = load_source(args)
     *sets, notes = check_data(train.Plan().open(args, world), args)
+    if sets[3] is None:
+        sets[2:] = data.known_as(list(sets[2]), checkpoint["classes"], checkpoint["wnids"])
     classes = list(sets[2])
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num-classes {args.num_classes}: the data has {len(classes)} classes", code=2)
@@ -1521,6 +1523,8 @@ def classify(args, world, stop, asked=None, before=lambda: None):
         if args.resume and os.path.exists(found):  # args.json then has what it found where a search would start
             with open(found, encoding="utf-8") as file:
                 rows, best = json.load(file)
+            if (tried := sum(row["epochs"] == 1 for row in rows)) != args.search:
+                raise UserError(f"--search {args.search}: --resume found one of {tried} settings in {args.out}", 2)
         else:
             kinds = ["head"] * head_alone(args, model) + ["gradual", "full"]
             rows, best = search(args, run, kinds if args.strategy == "auto" else [args.strategy])

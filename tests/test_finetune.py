@@ -857,6 +857,8 @@ def test_search_then_train(tune, tmp_path):
     assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == best["lr"]
     again = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2, "--resume")
     assert again["loss"] == result["loss"]
+    with pytest.raises(UserError, match="--search 2: --resume found one of 3 settings"):
+        tune("--search", 2, "--strategy", "head", "--views", 1, "--epochs", 2, "--resume")
     other = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2, "--seed", 1, "--overwrite")
     first, read, anew = ([r["loss"] for r in found["search"]] for found in (result, again, other))
     assert first == read and first != anew
@@ -937,6 +939,19 @@ def test_a_head_that_knows_the_classes_is_kept_and_said(tune, capsys):
     assert second["per_class"] == first["per_class"]
     said = capsys.readouterr().err
     assert all(text in said for text in ("its head is kept: it knows these 3 classes", "disk: 5 and 3", "a new head"))
+
+
+@pytest.mark.parametrize("names, wnids, kept", [
+    (("plate", "loop", "box"), list(SHAPES), True), (("plate", "loop", "box"), list(SHAPES[::-1]), False),
+    (SHAPES[::-1], None, False)])
+def test_folders_named_by_the_wnids_of_a_network_are_its_classes(names, wnids, kept, tune, tmp_path):
+    network = new_network(3, widths=WIDTHS)
+    save_checkpoint(tmp_path / "known.pt", network, classes=names, wnids=wnids)
+    result = tune("--strategy", "head", "--epochs", 1, "--lr", 1e-12, "--views", 1, checkpoint=tmp_path / "known.pt")
+    after = load_checkpoint(result["checkpoint"])
+    assert torch.allclose(after["model"]["fc.weight"], network.fc.weight, atol=1e-6) == kept
+    assert (after["classes"], after["wnids"]) == ((list(names), wnids) if kept else (list(SHAPES), None))
+    assert set(result["per_class"]) == set(names if kept else SHAPES)
 
 
 def test_target_domain_is_scored(tune, shapes, tmp_path):
