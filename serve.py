@@ -1369,6 +1369,7 @@ def check_args(args):
             say(f"only {args.max_connections} connections: the system allows {files} open files (ulimit -n)")
 
 
+M_ARENA_MAX = -8  # malloc.h
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -1406,6 +1407,9 @@ def settle():
 
 def serve(args):
     """One process, until SIGTERM or SIGINT"""
+    # glibc gives threads heaps of their own, in which images leave holes of all sizes: memory would not stay flat
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     with arriving([signal.SIGHUP]) as signals:  # files that change after they were read are read again
         for device in args.devices:  # here, as CUDA that a parent has started does not survive a fork
             find_device(device)

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import platform
 import pwd
 import re
 import resource
@@ -986,6 +987,24 @@ def test_no_request_fails_while_networks_are_replaced(networks, tmp_path):
     for client in clients:
         client.result()  # raises what ended it
     assert len(statuses) > 20 and set(statuses) == {200}
+    stop(process)
+
+
+def heaps(pid):
+    """How many heaps a process has for threads: 64 MiB each, at a multiple of that, of which a part may be used"""
+    with open(f"/proc/{pid}/maps") as f:
+        found = [(*(int(n, 16) for n in line.split()[0].split("-")), line.split()[1]) for line in f]
+    return sum(a % 2 ** 26 == 0 and (use, rest) == ("rw-p", "---p") and end == begin and last == a + 2 ** 26
+               for (a, end, use), (begin, last, rest) in zip(found, found[1:]))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_threads_share_a_heap(networks):
+    process, port = start("--checkpoint", networks["float"], "--no-access-log")
+    before, image = heaps(process.pid), picture()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert {status for status, *_ in pool.map(lambda _: ask(port, "POST", "/predict", image), range(32))} == {200}
+    assert heaps(process.pid) == before
     stop(process)
 
 
