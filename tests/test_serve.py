@@ -937,6 +937,7 @@ def test_sighup_while_networks_are_read_is_answered_when_they_are(monkeypatch):
     before = signal.signal(signal.SIGHUP, too_early)
     monkeypatch.setattr(serve, "open_models", read)
     serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+    gc.unfreeze()  # of this process, which has other tests to run
     assert told == ["reload"] and signal.signal(signal.SIGHUP, before) is too_early
 
 
