@@ -457,7 +457,11 @@ class Flat:
     """A network that runs by its list `steps`; call(step, x, residual, x2) is the subclass's, and so is program(): the
     steps as csrc.plan.build_plan takes them, or None where csrc/ cannot run them all as one operation."""
 
-    graphs = packed = None
+    graphs = packed = sparse = None
+
+    def forget(self):
+        """What was made of the tensors as they were until now"""
+        self.graphs = self.packed = self.sparse = None
 
     def pack(self):
         """Makes `packed`, the network as this machine's kernels read it, once."""
@@ -476,7 +480,7 @@ class Flat:
         return self.plan() if pixels.device.type == "cpu" and not torch.compiler.is_exporting() else None
 
     def __getstate__(self):  # a copy may run on another instruction set, and records graphs of its own
-        return {**self.__dict__, "packed": None, "graphs": None}
+        return {**self.__dict__, "packed": None, "graphs": None, "sparse": None}
 
     def replay(self, x):
         """run(x), on CUDA as one launch"""
@@ -486,11 +490,11 @@ class Flat:
         return self.graphs(x)
 
     def _apply(self, fn, recurse=True):
-        self.graphs = self.packed = None  # what was recorded reads the tensors that fn is about to replace
+        self.forget()  # what was recorded reads the tensors that fn is about to replace
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args):  # which loading a cascade calls too
-        self.packed = None
+        self.forget()
         return super()._load_from_state_dict(*args)
 
     def run(self, x, steps=None, watch=None):
@@ -638,10 +642,21 @@ class Int8Conv(nn.Module):
                                    ("scale", torch.float64, ()), ("zero", torch.int32, ())):
             self.register_buffer(name, None if shape is None else torch.zeros(shape, dtype=dtype))
 
-    def forward(self, x, residual=None, x2=None):
+    def pack_2_4(self):
+        """-> (weight, weight2) as csrc.conv_int8_2_4 takes them, or None where it cannot run this"""
+        if self.groups > 1 or self.pad_value is not None or (weight := csrc.pack_2_4(self.weight)) is None:
+            return None
+        weight2 = None if self.weight2 is None else csrc.pack_2_4(self.weight2)
+        return None if (weight2 is None) != (self.weight2 is None) else (weight, weight2)
+
+    def forward(self, x, residual=None, x2=None, packed=None):
+        """packed: what pack_2_4 returned"""
+        sizes = [[size] * 2 for size in (self.stride, self.padding, self.stride2)]
+        if packed:
+            return csrc.conv_int8_2_4(x, packed[0], self.mult, self.bias, self.weight.shape[2:], residual, self.gain,
+                                      x2, packed[1], *sizes)
         return csrc.conv_int8(x, self.weight, self.mult, self.bias, residual, self.gain, x2, self.weight2,
-                              self.pad_value, *([size] * 2 for size in (self.stride, self.padding, self.stride2)),
-                              self.groups)
+                              self.pad_value, *sizes, self.groups)
 
 
 class Int8AvgPool(nn.Module):
@@ -786,6 +801,12 @@ class Int8ResNet50(Flat, nn.Module):
                         **sizes, **dict(module.named_buffers()))
         return [describe(step) for step in self.steps]
 
+    def pack_sparse(self):
+        """Makes `sparse`, {step name: weights}, of the convolutions that are 2:4 sparse: CUDA has kernels for those."""
+        found = {step.name: self.get_submodule(step.name) for step in self.steps}
+        found = {name: layer.pack_2_4() for name, layer in found.items() if isinstance(layer, Int8Conv)}
+        self.sparse = {name: packed for name, packed in found.items() if packed}
+
     def grid_of(self, name):
         """-> (scale, zero) of a buffer: a value stands for scale * (value - zero)"""
         if name == "pixels":
@@ -816,12 +837,17 @@ class Int8ResNet50(Flat, nn.Module):
             return csrc.max_pool_int8(x, module.kernel_size, module.stride, module.padding)
         if step.kind == "pool" and not floating:
             return module(x.float()).round().to(torch.uint8)
+        if self.sparse and step.name in self.sparse and not torch.compiler.is_compiling():
+            more["packed"] = self.sparse[step.name]
         return module(x, **more)
 
     def forward(self, pixels):
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if (plan := self.plan_for(pixels)) is not None:
             return csrc.network_int8(pixels, plan, self.config["num_classes"])
+        if pixels.is_cuda and self.sparse is None and not (
+                torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()):  # it looks at the weights
+            self.pack_sparse()
         return self.replay(pixels)
 
 

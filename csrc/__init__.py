@@ -409,6 +409,19 @@ def conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=
                             groups)
 
 
+def pack_2_4(weight):
+    """int8 (O, C, kh, kw) NHWC -> uint8, what conv_int8_2_4 takes; None unless C is a multiple of 16 and of each four
+    channels that follow each other two at least are zero (compress.py --sparsity-2-4). Never saved."""
+    return reference.pack_2_4(weight)
+
+
+def conv_int8_2_4(x, weight, mult, bias, kernel, residual=None, gain=None, x2=None, weight2=None, stride=(1, 1),
+                  padding=(0, 0), stride2=(1, 1)):
+    """conv_int8 with the kernel (kh, kw), weight and weight2 packed by pack_2_4: the same bits. On CUDA half of the
+    multiplies; elsewhere there is no kernel for it, and PyTorch unpacks the weights."""
+    return _ops().conv_int8_2_4(x, weight, mult, bias, kernel, residual, gain, x2, weight2, stride, padding, stride2)
+
+
 def gemm_int8(a, b, bias=None, mult=None, scale=None):
     """uint8 (M, K) by int8 (N, K), bias int32 (N) -> int32 (M, N); with mult int32 (N) requantized to uint8 as in
     conv_int8; with scale float32 (N) float32."""

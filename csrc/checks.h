@@ -71,27 +71,55 @@ struct Geometry {
   int64_t n, c, h, w, o, kh, kw, sh, sw, ph, pw, groups, oh, ow;
 };
 
+// Of a convolution of x, which has four dimensions, by o * kh * kw weights for each channel of a group.
+inline Geometry geometry(const char* op, const Tensor& x, int64_t o, int64_t kh, int64_t kw,
+                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding, int64_t groups) {
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, op, ": stride and padding must have two numbers each");
+  for (int i = 0; i < 2; i++)
+    STD_TORCH_CHECK(stride[i] <= INT32_MAX && padding[i] <= (INT32_MAX - x.size(2 + i)) / 2, op, ": stride ", stride[i],
+                    ", padding ", padding[i], ": the stride and the padded x ", shape_of(x), " must fit int32");
+  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 && padding[1] >= 0 && groups > 0, op,
+                  ": stride and groups must be positive and padding not negative");
+  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), o, kh, kw, stride[0], stride[1], padding[0], padding[1],
+             groups, 0, 0};
+  STD_TORCH_CHECK(g.h + 2 * g.ph >= g.kh && g.w + 2 * g.pw >= g.kw, op, ": x ", shape_of(x),
+                  " is smaller than the kernel");
+  g.oh = (g.h + 2 * g.ph - g.kh) / g.sh + 1;
+  g.ow = (g.w + 2 * g.pw - g.kw) / g.sw + 1;
+  return g;
+}
+
 inline Geometry geometry(const char* op, const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride,
                          const std::vector<int64_t>& padding, int64_t groups) {
   STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4, op,
                   ": x must be (N, C, H, W) and weight (O, C / groups, kh, kw), got ", shape_of(x), " and ",
                   shape_of(weight));
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2, op, ": stride and padding must have two numbers each");
-  for (int i = 0; i < 2; i++)
-    STD_TORCH_CHECK(stride[i] <= INT32_MAX && padding[i] <= (INT32_MAX - x.size(2 + i)) / 2, op, ": stride ", stride[i],
-                    ", padding ", padding[i], ": the stride and the padded x ", shape_of(x), " must fit int32");
-  Geometry g{x.size(0), x.size(1), x.size(2), x.size(3), weight.size(0), weight.size(2), weight.size(3),
-             stride[0], stride[1], padding[0], padding[1], groups, 0, 0};
-  STD_TORCH_CHECK(stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 && padding[1] >= 0 && groups > 0 &&
-                      g.c % groups == 0 && g.o % groups == 0 && weight.size(1) == g.c / groups,
-                  op, ": weight must be (O, ", g.c,
-                  " / groups, kh, kw) with O a multiple of groups, and stride positive; got ", shape_of(weight),
-                  ", groups ", groups);
-  g.oh = (g.h + 2 * g.ph - g.kh) / g.sh + 1;
-  g.ow = (g.w + 2 * g.pw - g.kw) / g.sw + 1;
-  STD_TORCH_CHECK(g.h + 2 * g.ph >= g.kh && g.w + 2 * g.pw >= g.kw, op, ": x ", shape_of(x),
-                  " is smaller than the kernel");
+  const Geometry g = geometry(op, x, weight.size(0), weight.size(2), weight.size(3), stride, padding, groups);
+  STD_TORCH_CHECK(g.c % groups == 0 && g.o % groups == 0 && weight.size(1) == g.c / groups, op, ": weight must be (O, ",
+                  g.c, " / groups, kh, kw) with O a multiple of groups; got ", shape_of(weight), ", groups ", groups);
   return g;
+}
+
+// What joins the sums of an int8 convolution, and what they are multiplied by.
+inline void check_sums(const char* op, const Geometry& g, const Tensor& mult, const Tensor& bias,
+                       const OptionalTensor& residual, const OptionalTensor& gain, const OptionalTensor& x2,
+                       const OptionalTensor& weight2, const std::vector<int64_t>& stride2, int device) {
+  check_vector(mult, op, "mult", ScalarType::Int, "int32", g.o, device);
+  check_vector(bias, op, "bias", ScalarType::Int, "int32", g.o, device);
+  check_vector(gain, op, "gain", ScalarType::Int, "int32", g.o, device);
+  STD_TORCH_CHECK(bool(residual) == bool(gain) && bool(x2) == bool(weight2), op,
+                  ": residual goes with gain, and x2 with weight2");
+  if (residual)
+    check(*residual, op, "residual", ScalarType::Byte, "uint8", {g.n, g.o, g.oh, g.ow},
+          "like the output (N, O, H', W')", device);
+  if (x2) {
+    check(*x2, op, "x2", ScalarType::Byte, "uint8", {g.n, -1, -1, -1}, "(N, C2, H2, W2)", device);
+    STD_TORCH_CHECK(g.groups == 1 && stride2.size() == 2 && stride2[0] > 0 && stride2[1] > 0 &&
+                        std::max(stride2[0], stride2[1]) <= INT32_MAX &&
+                        (x2->size(2) - 1) / stride2[0] + 1 == g.oh && (x2->size(3) - 1) / stride2[1] + 1 == g.ow,
+                    op, ": x2 with stride2 must give the output's size ", g.oh, "x", g.ow,
+                    ", and groups must be 1; got x2 ", shape_of(*x2));
+  }
 }
 
 inline Geometry check_conv_int8(const Tensor& x, const Tensor& weight, const Tensor& mult, const Tensor& bias,
@@ -103,24 +131,9 @@ inline Geometry check_conv_int8(const Tensor& x, const Tensor& weight, const Ten
   const Geometry g = geometry(op, x, weight, stride, padding, groups);
   check(x, op, "x", ScalarType::Byte, "uint8", {-1, -1, -1, -1}, "(N, C, H, W)", device);
   check(weight, op, "weight", ScalarType::Char, "int8", {-1, -1, -1, -1}, "(O, C / groups, kh, kw)", device);
-  check_vector(mult, op, "mult", ScalarType::Int, "int32", g.o, device);
-  check_vector(bias, op, "bias", ScalarType::Int, "int32", g.o, device);
-  check_vector(gain, op, "gain", ScalarType::Int, "int32", g.o, device);
   check_vector(pad_value, op, "pad_value", ScalarType::Byte, "uint8", g.c, device);
-  STD_TORCH_CHECK(bool(residual) == bool(gain) && bool(x2) == bool(weight2), op,
-                  ": residual goes with gain, and x2 with weight2");
-  if (residual)
-    check(*residual, op, "residual", ScalarType::Byte, "uint8", {g.n, g.o, g.oh, g.ow},
-          "like the output (N, O, H', W')", device);
-  if (x2) {
-    check(*x2, op, "x2", ScalarType::Byte, "uint8", {g.n, -1, -1, -1}, "(N, C2, H2, W2)", device);
-    check(*weight2, op, "weight2", ScalarType::Char, "int8", {g.o, x2->size(1), 1, 1}, "(O, C2, 1, 1)", device);
-    STD_TORCH_CHECK(groups == 1 && stride2.size() == 2 && stride2[0] > 0 && stride2[1] > 0 &&
-                        std::max(stride2[0], stride2[1]) <= INT32_MAX &&
-                        (x2->size(2) - 1) / stride2[0] + 1 == g.oh && (x2->size(3) - 1) / stride2[1] + 1 == g.ow,
-                    op, ": x2 with stride2 must give the output's size ", g.oh, "x", g.ow,
-                    ", and groups must be 1; got x2 ", shape_of(*x2));
-  }
+  check_sums(op, g, mult, bias, residual, gain, x2, weight2, stride2, device);
+  if (x2) check(*weight2, op, "weight2", ScalarType::Char, "int8", {g.o, x2->size(1), 1, 1}, "(O, C2, 1, 1)", device);
   return g;
 }
 

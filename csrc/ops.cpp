@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
   m.def("conv_int8(Tensor x, Tensor weight, Tensor mult, Tensor bias, Tensor? residual=None, Tensor? gain=None, "
         "Tensor? x2=None, Tensor? weight2=None, Tensor? pad_value=None, int[] stride=[1, 1], int[] padding=[0, 0], "
         "int[] stride2=[1, 1], int groups=1) -> Tensor");
+  m.def("conv_int8_2_4(Tensor x, Tensor weight, Tensor mult, Tensor bias, int[] kernel, Tensor? residual=None, "
+        "Tensor? gain=None, Tensor? x2=None, Tensor? weight2=None, int[] stride=[1, 1], int[] padding=[0, 0], "
+        "int[] stride2=[1, 1]) -> Tensor");
   m.def("gemm_int8(Tensor a, Tensor b, Tensor? bias=None, Tensor? mult=None, Tensor? scale=None) -> Tensor");
   m.def("pack_int8(Tensor weight, Tensor mult, Tensor bias, Tensor? gain=None, Tensor? weight2=None, "
         "bool winograd=False) -> Tensor");

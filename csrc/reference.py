@@ -11,6 +11,7 @@ MULT_BITS = 22  # y = acc * mult / 2^22
 MAX_GAIN = 2 ** 15
 GATE_BITS = 12  # a gate is an integer / 2^12
 FLOATS = torch.float32, torch.bfloat16, torch.float16  # the last on CUDA only, where there are kernels
+BLOCK_2_4 = 640  # bytes in which pack_2_4 has 16 output channels and 64 of k
 MAX_NUMEL = 2 ** 31  # the kernels address the pixels of a batch with int32
 MAX_RESIZED = 2 ** 28  # pixels of a resized box, whole, which is what PyTorch makes of it before the crop
 
@@ -42,20 +43,43 @@ def refuse(bad, message):
         raise RuntimeError(message)
 
 
-def conv_size(op, x, weight, stride, padding, groups):
-    """(N, C, H, W) by (O, C / groups, kh, kw) -> (N, O, Ho, Wo)"""
+def check_steps(op, stride, padding, groups=1):
     refuse(len(stride) != 2 or len(padding) != 2 or min(stride) < 1 or min(padding) < 0 or groups < 1,
            f"{op}: stride {list(stride)}, padding {list(padding)}, groups {groups}; expected two numbers from 1, two "
            "from 0, and one from 1")
     refuse(max(stride) >= 2 ** 31 or max(padding) >= 2 ** 30,
            f"{op}: stride {list(stride)}, padding {list(padding)}: the stride and the padded x must fit int32")
+
+
+def windows(op, x, kernel, stride, padding):
+    """How many there are in x (N, C, H, W) -> Ho, Wo"""
+    size = [(x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)]
+    refuse(min(size) < 1, f"{op}: x is {tuple(x.shape)}; expected at least {tuple(kernel)} pixels with the padding "
+                          f"{list(padding)} around them")
+    return size
+
+
+def conv_size(op, x, weight, stride, padding, groups):
+    """(N, C, H, W) by (O, C / groups, kh, kw) -> (N, O, Ho, Wo)"""
+    check_steps(op, stride, padding, groups)
     refuse(x.shape[1] % groups or weight.shape[0] % groups,
            f"{op}: {x.shape[1]} input and {weight.shape[0]} output channels; expected multiples of groups={groups}")
     expect(op, weight.dtype, ("O", x.shape[1] // groups, "kh", "kw"), x.device, weight=weight)
-    size = [(x.shape[i] + 2 * padding[i - 2] - weight.shape[i]) // stride[i - 2] + 1 for i in (2, 3)]
-    refuse(min(size) < 1, f"{op}: x is {tuple(x.shape)}; expected at least {tuple(weight.shape[2:])} pixels with the "
-                          f"padding {list(padding)} around them")
-    return x.shape[0], weight.shape[0], *size
+    return x.shape[0], weight.shape[0], *windows(op, x, weight.shape[2:], stride, padding)
+
+
+def check_sums(op, d, size, mult, bias, residual, gain, x2, weight2, stride2):
+    """What joins the sums of a convolution with a result of this size, and what they are multiplied by"""
+    refuse((residual is None) != (gain is None), f"{op}: expected residual and gain together, or neither")
+    refuse((x2 is None) != (weight2 is None), f"{op}: expected x2 and weight2 together, or neither")
+    expect(op, torch.int32, (size[1],), d, mult=mult, bias=bias, gain=gain)
+    expect(op, torch.uint8, size, d, residual=residual)
+    if x2 is not None:
+        expect(op, torch.uint8, (size[0], "C2", "H2", "W2"), d, x2=x2)
+        check_steps(op, stride2, (0, 0))
+        reached = windows(op, x2, (1, 1), stride2, (0, 0))
+        refuse(reached != [*size[2:]], f"{op}: x2 {tuple(x2.shape)} with stride2 {list(stride2)} gives {reached}; "
+                                       f"expected {tuple(size)}")
 
 
 def check_conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=None, pad_value=None,
@@ -64,18 +88,29 @@ def check_conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, we
     expect(op, torch.uint8, ("N", "C", "H", "W"), x=x)
     expect(op, torch.int8, ("O", "C / groups", "kh", "kw"), d, weight=weight)
     size = conv_size(op, x, weight, stride, padding, groups)
-    refuse((residual is None) != (gain is None), f"{op}: expected residual and gain together, or neither")
-    refuse((x2 is None) != (weight2 is None), f"{op}: expected x2 and weight2 together, or neither")
     refuse(x2 is not None and groups != 1, f"{op}: x2 goes with groups 1, got {groups}")
-    expect(op, torch.int32, (size[1],), d, mult=mult, bias=bias, gain=gain)
-    expect(op, torch.uint8, size, d, residual=residual)
+    check_sums(op, d, size, mult, bias, residual, gain, x2, weight2, stride2)
     expect(op, torch.uint8, (x.shape[1],), d, pad_value=pad_value)
-    if x2 is not None:
-        expect(op, torch.uint8, (size[0], "C2", "H2", "W2"), d, x2=x2)
-        expect(op, torch.int8, (size[1], x2.shape[1], 1, 1), d, weight2=weight2)
-        reached = conv_size(op, x2, weight2, stride2, (0, 0), 1)
-        refuse(reached != size, f"{op}: x2 {tuple(x2.shape)} with stride2 {list(stride2)} gives {tuple(reached)}; "
-                                f"expected {tuple(size)}")
+    expect(op, torch.int8, (size[1], x2.shape[1] if x2 is not None else "C2", 1, 1), d, weight2=weight2)
+    return size
+
+
+def check_conv_int8_2_4(x, weight, mult, bias, kernel, residual=None, gain=None, x2=None, weight2=None, stride=(1, 1),
+                        padding=(0, 0), stride2=(1, 1)):
+    op, d = "conv_int8_2_4", x.device
+    expect(op, torch.uint8, ("N", "C", "H", "W"), x=x)
+    expect(op, torch.int32, ("O",), d, mult=mult)
+    refuse(len(kernel) != 2 or min(kernel) < 1, f"{op}: kernel {list(kernel)}; expected two numbers from 1")
+    check_steps(op, stride, padding)
+    size = x.shape[0], mult.shape[0], *windows(op, x, kernel, stride, padding)
+    check_sums(op, d, size, mult, bias, residual, gain, x2, weight2, stride2)
+    for name, packed, pixels, taps in (("weight", weight, x, kernel[0] * kernel[1]), ("weight2", weight2, x2, 1)):
+        if packed is not None:
+            refuse(pixels.shape[1] % 16,
+                   f"{op}: x and x2 must have multiples of 16 channels (N, C, H, W), got {tuple(pixels.shape)}")
+            expect(op, torch.uint8, (-(-size[1] // 16), -(-taps * pixels.shape[1] // 64), BLOCK_2_4), d,
+                   **{name: packed})
+            refuse(packed.storage_offset() % 16, f"{op}: {name} must begin at a multiple of 16 bytes")
     return size
 
 
@@ -250,6 +285,49 @@ def conv_int8(x, weight, mult, bias, residual=None, gain=None, x2=None, weight2=
     return nhwc(requantize(acc, mult), torch.uint8)
 
 
+def pack_2_4(weight):
+    """int8 (O, C, kh, kw) NHWC -> uint8 (O / 16, kh kw C / 64, 640), both rounded up; None where more than two of four
+    channels that follow each other are not zero, or C is no multiple of 16. A block is what a warp multiplies by at
+    once (m16n8k64 in the PTX manual): for each lane 4 g + m the 16 bytes that are kept of rows g and g + 8, then for
+    each a word with the places of 16, 2 bits each: row g + 8 (m % 2), for the half m / 2 of k."""
+    o, c = weight.shape[:2]
+    if c % 16:
+        return None
+    rows = weight.permute(0, 2, 3, 1).reshape(o, -1)
+    rows = F.pad(rows, (0, -rows.shape[1] % 64, 0, -o % 16))
+    fours = rows.view(*(rows.shape[0] // 16, 2, 8), rows.shape[1] // 64, 16, 4)  # blocks, i, g of rows; of k
+    if ((fours != 0).sum(-1) > 2).any():
+        return None
+    order = (fours == 0).to(torch.uint8).argsort(dim=-1, stable=True)
+    places = order[..., :2].sort(-1).values  # the first zeros fill up
+    kept = fours.gather(-1, places).flatten(-2).unflatten(-1, (2, 4, 4))  # k in halves, m, bytes
+    kept = kept.permute(0, 3, 2, 5, 4, 1, 6).flatten(2)  # blocks of rows and of k; g, m, half, i, byte
+    words = (places[..., 0] + 4 * places[..., 1]).unflatten(-1, (2, 4, 2))  # k in halves, bytes, their two halves
+    words = (words[..., 0] + 16 * words[..., 1]).permute(0, 3, 2, 4, 1, 5).flatten(2)  # g, half, i, byte
+    return torch.cat([kept.view(torch.uint8), words.to(torch.uint8)], 2)
+
+
+def unpack_2_4(packed, o, c, kernel):
+    """-> int8 (O, C, kh, kw), of which pack_2_4 makes this"""
+    blocks, steps = packed.shape[:2]
+    kept = packed[:, :, :512].view(torch.int8).unflatten(2, (8, 4, 2, 2, 4)).permute(0, 5, 2, 1, 4, 3, 6)
+    kept = kept.reshape(blocks * 16, steps * 16, 2)
+    words = packed[:, :, 512:].unflatten(2, (8, 2, 2, 4)).permute(0, 4, 2, 1, 3, 5).reshape(blocks * 16, steps * 8)
+    fours = torch.stack([words & 15, words >> 4], 2).flatten(1)
+    rows = torch.zeros(*fours.shape, 4, dtype=torch.int8, device=packed.device)
+    rows.scatter_(2, torch.stack([fours & 3, fours >> 2], 2).long(), kept)
+    rows = rows.flatten(1)[:o, :kernel[0] * kernel[1] * c]
+    return rows.reshape(o, *kernel, c).permute(0, 3, 1, 2)
+
+
+def conv_int8_2_4(x, weight, mult, bias, kernel, residual=None, gain=None, x2=None, weight2=None, stride=(1, 1),
+                  padding=(0, 0), stride2=(1, 1)):
+    """conv_int8, whose weight (O, C, *kernel) and weight2 (O, C2, 1, 1) pack_2_4 has packed."""
+    weight = unpack_2_4(weight, len(mult), x.shape[1], kernel)
+    weight2 = None if x2 is None else unpack_2_4(weight2, len(mult), x2.shape[1], (1, 1))
+    return conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, None, stride, padding, stride2)
+
+
 def gemm_int8(a, b, bias=None, mult=None, scale=None):
     """a uint8 (M, K), b int8 (N, K), bias int32 (N) -> a b^T + bias (M, N): int32 as it is; with mult int32 (N)
     requantized to uint8; with scale float32 (N) times that, as float32."""
@@ -361,7 +439,8 @@ def bn_relu_backward(grad, y, x, weight, mean, invstd, relu, residual):
     return nhwc(dx, x.dtype), nhwc(g, x.dtype) if residual else x.new_empty(0), dweight, dbias
 
 
-OPERATIONS = {"conv_int8": (check_conv_int8, conv_int8), "gemm_int8": (check_gemm_int8, gemm_int8),
+OPERATIONS = {"conv_int8": (check_conv_int8, conv_int8), "conv_int8_2_4": (check_conv_int8_2_4, conv_int8_2_4),
+              "gemm_int8": (check_gemm_int8, gemm_int8),
               "max_pool_int8": (check_max_pool_int8, max_pool_int8),
               "avg_pool_int8": (check_avg_pool_int8, avg_pool_int8),
               "gate_int8": (check_gate_int8, gate_int8),

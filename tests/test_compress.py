@@ -519,6 +519,13 @@ def test_smaller_files(call, flags):
     elif "--sparsity-2-4" in flags:
         for key, value in weights.items():
             assert (value.movedim(1, -1).reshape(-1, 4).count_nonzero(1) <= 2).all()
+    if "--int8" in flags:
+        net = resnet50.build_model(resnet50.load_checkpoint(result["checkpoint"]), "it")
+        net.pack_sparse()
+        convs = {step.name: net.get_submodule(step.name) for step in net.steps if step.kind == "conv"}
+        fit = {name for name, layer in convs.items() if layer.pad_value is None and all(
+            w is None or w.shape[1] % 16 == 0 for w in (layer.weight, layer.weight2))}
+        assert len(fit) > 5 and net.sparse.keys() == fit  # CUDA's kernels take them
     small = call("--sparsity", 0.0001, "--epochs", 0, "--out", os.path.dirname(result["checkpoint"]) + "-dense")
     assert result["after"]["bytes"] < (0.9 if "--sparsity-2-4" in flags else 0.7) * small["after"]["bytes"]
 

@@ -26,6 +26,8 @@ from csrc import reference
 from csrc.__main__ import clean
 from csrc.plan import BATCHES, BLOCKS, FIELDS, KINDS, WINOGRAD, build_plan, skip_unread, steps_of, tune
 from tests.conftest import ROOT
+from tests.emulate.kernels import two_of_four
+from tests.emulate_cuda import device as emulated
 
 NHWC = torch.channels_last
 MULT_ONE = 2 ** 22  # a multiplier of 1
@@ -68,6 +70,12 @@ def u8(*shape, seed=0):
 def s8(*shape, seed=1):
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed)).to(
         memory_format=NHWC if len(shape) == 4 else torch.contiguous_format)
+
+
+def sparse(*shape, seed=1):
+    """s8, of whose input channels two of each four at most are not zero"""
+    mask = two_of_four(np.random.default_rng(seed), (shape[0], *shape[2:], shape[1]))
+    return s8(*shape, seed=seed) * torch.from_numpy(mask).permute(0, 3, 1, 2)
 
 
 def s32(n, low, high, seed=2):
@@ -226,6 +234,27 @@ def test_conv_int8_random_sums_of_every_magnitude(native, bits):
     y = both("conv_int8", **arguments)
     np.testing.assert_array_equal(y.numpy(), naive_conv(**arguments))
     assert len(y.unique()) > 100
+
+
+# ------------------------------------------------------------------------------------------------ conv_int8_2_4
+
+@pytest.mark.parametrize("shape", [(16, 64, 1, 1), (40, 32, 3, 3), (7, 16, 2, 1), (130, 80, 1, 3)])
+def test_two_of_four_are_packed(shape):
+    """In the order of the GPU's instruction, against one that is written weight by weight; and back."""
+    weight = sparse(*shape)
+    packed = csrc.pack_2_4(weight)
+    rows = weight.permute(0, 2, 3, 1).reshape(shape[0], -1).numpy()
+    np.testing.assert_array_equal(packed.numpy(), emulated.pack_2_4(rows))
+    assert torch.equal(reference.unpack_2_4(packed, *shape[:2], shape[2:]), weight)
+    weight[-1, 4:7, 0, 0] = 1  # three of four
+    assert csrc.pack_2_4(weight) is None and csrc.pack_2_4(sparse(8, 24, 1, 1)) is None
+
+
+def test_conv_int8_2_4_is_conv_int8():
+    arguments = case(2, 48, 9, 7, 24, 3, 1, 1, residual=True, second=(32, 2))
+    dense = {**arguments, "weight": sparse(24, 48, 3, 3), "weight2": sparse(24, 32, 1, 1)}
+    packed = {k: csrc.pack_2_4(v) if k.startswith("weight") else v for k, v in dense.items() if k != "groups"}
+    np.testing.assert_array_equal(csrc.conv_int8_2_4(**packed, kernel=(3, 3)).numpy(), naive_conv(**dense))
 
 
 # ------------------------------------------------------------------------------------------------- gemm_int8
@@ -601,6 +630,10 @@ def arguments_of(name):
         "conv_int8": dict(x=x, weight=s8(8, 6, 3, 3), mult=s32(8, 0, 9), bias=s32(8, 0, 9), residual=u8(2, 8, 3, 2),
                           gain=s32(8, 0, 9), x2=u8(2, 5, 6, 4), weight2=s8(8, 5, 1, 1), pad_value=u8(6), stride=[1, 1],
                           padding=[0, 0], stride2=[2, 2], groups=1),
+        "conv_int8_2_4": dict(
+            x=u8(2, 32, 5, 4), weight=csrc.pack_2_4(sparse(8, 32, 3, 3)), mult=s32(8, 0, 9), bias=s32(8, 0, 9),
+            kernel=[3, 3], residual=u8(2, 8, 3, 2), gain=s32(8, 0, 9), x2=u8(2, 16, 6, 4),
+            weight2=csrc.pack_2_4(sparse(8, 16, 1, 1)), stride=[1, 1], padding=[0, 0], stride2=[2, 2]),
         "gemm_int8": dict(a=u8(3, 6), b=s8(4, 6), bias=s32(4, 0, 9), mult=s32(4, 0, 9), scale=None),
         "pack_int8": dict(weight=s8(8, 6, 3, 3), mult=s32(8, 0, 9), bias=s32(8, 0, 9), gain=s32(8, 0, 9),
                           weight2=s8(8, 5, 1, 1)),
@@ -649,6 +682,21 @@ def test_wrong_arguments_are_named(native, name):
             for run in (operation(name), plain(name)):
                 with pytest.raises(RuntimeError, match=rf"{name}: .*(must be|expected).*\("):
                     run(*{**right, argument: wrong}.values())
+
+
+WRONG_SPARSE = [
+    (dict(kernel=[3]), "kernel"), (dict(kernel=[0, 3]), "kernel"), (dict(kernel=[6, 1]), "x "),
+    (dict(weight=torch.zeros(1, 4, 640, dtype=torch.uint8)), r"weight must be uint8 \(1, 5, 640"),
+    (dict(x=u8(2, 24, 5, 4)), "multiples of 16"), (dict(x2=u8(2, 8, 6, 4)), "multiples of 16"),
+    (dict(weight2=None), "weight2"), (dict(gain=None), "gain"), (dict(stride2=[1, 1]), "x2"),
+    (dict(stride=[0, 1]), "stride"), (dict(padding=[0, -1]), "stride"),
+    (dict(weight=torch.zeros(3201, dtype=torch.uint8)[1:].view(1, 5, 640)), "begin at a multiple of 16")]
+
+
+@pytest.mark.parametrize("change, message", WRONG_SPARSE)
+def test_wrong_combinations_of_sparse_arguments_are_named(change, message):
+    with pytest.raises(RuntimeError, match=f"conv_int8_2_4: .*{message}"):
+        operation("conv_int8_2_4")(*{**arguments_of("conv_int8_2_4"), **change}.values())
 
 
 @pytest.mark.parametrize("change, message", [

@@ -23,6 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import csrc
+from compress import masks_2_4
 from csrc import graphs, reference
 from resnet50 import ResNet50, UserError, fuse, quantize
 from tests.bench import gpu
@@ -67,6 +68,14 @@ class Gpu:
             case.x, case.weight, case.residual, case.x2, weight2, case.mult, case.bias, case.gain, case.pad_value))
         return self.array(csrc.conv_int8(x, weight, mult, bias, residual, gain, x2, weight2, pad_value, case.stride,
                                          case.padding, case.stride2, case.groups))
+
+    def conv_int8_2_4(self, case):
+        packed = [None if w is None else csrc.pack_2_4(torch.from_numpy(w).permute(0, 3, 1, 2)).cuda() for w in (
+            case.weight, None if case.weight2 is None else case.weight2[:, None, None])]
+        x, residual, x2, mult, bias, gain = map(self.tensor, (case.x, case.residual, case.x2, case.mult, case.bias,
+                                                              case.gain))
+        return self.array(csrc.conv_int8_2_4(x, packed[0], mult, bias, case.weight.shape[1:3], residual, gain, x2,
+                                             packed[1], case.stride, case.padding, case.stride2))
 
     def gemm_int8(self, *args, **options):
         return self.array(csrc.gemm_int8(*map(self.tensor, args), **{k: self.tensor(v) for k, v in options.items()}))
@@ -172,6 +181,25 @@ def test_every_tile_and_split_gives_the_same(device, multiprocessors):
         compare(device.conv_int8(case), case.want, f"{multiprocessors}: {case.text}")
 
 
+# Those whose weights can be 2:4 sparse, and other numbers of channels and taps.
+SPARSE = [shape for shape in LAYERS if shape.get("groups", 1) == 1 and shape["c"] % 16 == 0] + [
+    dict(n=1, h=5, w=5, c=16, o=7), dict(n=2, h=9, w=6, c=32, o=17, kernel=(2, 3), residual=True),
+    dict(n=1, h=6, w=6, c=176, o=129, kernel=(1, 3), padding=(0, 1), c2=16)]
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 16, 132])
+@pytest.mark.parametrize("order", emulated.ORDERS)
+def test_sparse_convolutions_are_exact(device, order, multiprocessors):
+    for i, shape in enumerate(SPARSE):
+        case = Case(**shape, sparse=True, seed=i)
+        device.use(order=order, seed=i, multiprocessors=multiprocessors)
+        compare(device.conv_int8_2_4(case), case.want, case.text)
+    for value in (-128, 127):  # the largest sums
+        case = Case(n=1, h=6, w=6, c=512, o=20, kernel=(3, 3), x=np.full((1, 6, 6, 512), 255),
+                    weight=np.full((20, 3, 3, 512), value), sparse=True)
+        compare(device.conv_int8_2_4(case), case.want, case.text)
+
+
 # threads and bytes of shared memory of a block, for uint8 results (csrc/cuda/conv.cuh)
 TILES = [(128, 32 << 10), (256, 48 << 10), (256, 64 << 10), (128, 64 << 10), (128, 80 << 10), (256, 96 << 10)]
 
@@ -192,6 +220,32 @@ def test_every_tile_gives_the_same(device, tile, monkeypatch):
     got = device.conv_half(x, weight, ones, ones, padding=(1, 1), type="float16")
     monkeypatch.setenv("RESNET50_TILE", "0")
     np.testing.assert_array_equal(got, device.conv_half(x, weight, ones, ones, padding=(1, 1), type="float16"))
+
+
+# the same with sparse weights: four buffers of 64 bytes for a pixel, 40 for a channel
+SPARSE_SHARED = [4 * (64 * m + 40 * n) for m, n in (
+    (64, 64), (128, 64), (128, 128), (128, 128), (256, 64), (256, 128))]
+
+
+@pytest.mark.parametrize("tile", range(len(TILES)))
+def test_every_tile_gives_the_same_of_sparse_weights(device, tile, monkeypatch):
+    monkeypatch.setenv("RESNET50_TILE", str(tile))
+    for i, shape in enumerate((LAYERS[1], LAYERS[5], LAYERS[6])):
+        case = Case(**shape, sparse=True, seed=90 + i)
+        compare(device.conv_int8_2_4(case), case.want, f"tile {tile}: {case.text}")
+        if isinstance(device, emulated.Device) and i < 2:  # the third has fewer rows than some
+            assert (device.lib.device_threads(), device.lib.device_shared()) == (TILES[tile][0], SPARSE_SHARED[tile])
+            assert device.lib.device_conflicts() == 0
+
+
+@emulates
+def test_sparse_weights_halve_the_multiplies(emulator):
+    emulator.use()
+    case = Case(n=1, h=16, w=16, c=64, o=64, kernel=(3, 3), padding=(1, 1), sparse=True)
+    emulator.conv_int8(case)
+    dense = emulator.lib.device_multiplies()
+    emulator.conv_int8_2_4(case)
+    assert 2 * emulator.lib.device_multiplies() == dense
 
 
 @emulates
@@ -384,8 +438,9 @@ def test_bn_relu_gradient_of_not_a_number(device):
 def test_tensors_at_odd_addresses(device):
     """Where views of larger ones may lie: nothing is read 16 bytes at a time then."""
     device.use(order="shuffled", shift=1)
-    case = Case(n=1, h=9, w=7, c=32, o=48, residual=True)
+    case = Case(n=1, h=9, w=7, c=32, o=48, residual=True, c2=16, sparse=True)
     compare(device.conv_int8(case), case.want, case.text)
+    compare(device.conv_int8_2_4(case), case.want, case.text)
     test_pools(device, (2, 9, 7, 48), 3, 2, 1)
     for type in emulated.FLOATS:
         test_bn_relu(device, type, 77, 24, 100)
@@ -419,7 +474,8 @@ def test_faults_are_noticed(libraries, fault):
 # name: (configuration, image size, images). Widths that are multiples of 16 are read in place, others put into cells.
 SIXTEENS = {name: (width + 15) // 16 * 16 for name, width in WIDTHS.items()}
 NETWORKS = dict(sixteens=(dict(widths=SIXTEENS), 64, 2), plain=(VARIANTS["plain"], 33, 3), v1=(VARIANTS["v1"], 40, 1),
-                pruned=(VARIANTS["pruned"], 64, 1), se=(VARIANTS["se"], 64, 1), split=(VARIANTS["split"], 32, 1))
+                pruned=(VARIANTS["pruned"], 64, 1), se=(VARIANTS["se"], 64, 1), split=(VARIANTS["split"], 32, 1),
+                sparse=(dict(widths=SIXTEENS), 64, 2))
 
 
 def network(name):
@@ -427,6 +483,9 @@ def network(name):
     config, size, batch = NETWORKS[name]
     torch.manual_seed(0)
     model = randomise(ResNet50(**{"num_classes": 7, "widths": WIDTHS, **config}), 0).eval().requires_grad_(False)
+    if name == "sparse":
+        for parameter, mask in masks_2_4(model).items():
+            model.get_parameter(parameter).mul_(mask)
     model = quantize(model.to(memory_format=NHWC), photographs(5, 75, 50).split(2))
     return model, photographs(batch, size, size, seed=1)
 
@@ -440,17 +499,26 @@ def test_networks_have_the_bits_of_the_cpu(libraries, tmp_path):
         saved.append((name, model.config, model.state_dict(), pixels, model(pixels)))
     torch.save(saved, tmp_path / "networks.pt")
     code = f"""
-import torch, csrc
+import pytest, torch, csrc
 from resnet50 import Int8ResNet50, ResNet50, fuse
+from tests.test_csrc import WRONG_SPARSE, arguments_of
 from tests.test_cuda import SIXTEENS, photographs, randomise
 csrc.load()
 torch.ops.load_library({libraries["operations"]()!r})
 for name, config, state, pixels, logits in torch.load({str(tmp_path / "networks.pt")!r}, weights_only=True):
     model = Int8ResNet50(**config)
     model.load_state_dict(state)
+    model.pack_sparse()  # as on CUDA
+    assert len(model.sparse) == (48 if name == "sparse" else 0)  # all but conv1, four of them with a downsample
     with torch.no_grad():
         got = model(pixels)
     assert torch.equal(got, logits), (name, (got - logits).abs().max())
+
+right = arguments_of("conv_int8_2_4")  # by the bindings, what the reference's checks refuse, too
+torch.ops.resnet50.conv_int8_2_4(*right.values())
+for change, message in WRONG_SPARSE:
+    with pytest.raises(RuntimeError, match="conv_int8_2_4: .*" + message):
+        torch.ops.resnet50.conv_int8_2_4(*{{**right, **change}}.values())
 
 torch.manual_seed(0)
 model = randomise(ResNet50(num_classes=7, widths=SIXTEENS), 0).eval().requires_grad_(False)
@@ -471,6 +539,7 @@ def test_a_network_on_a_gpu_has_the_bits_of_the_cpu(name):
     model, pixels = network(name)
     logits = model(pixels)
     assert torch.equal(model.cuda()(pixels.cuda()).cpu(), logits)
+    assert bool(model.sparse) == (name == "sparse")
 
 
 # --------------------------------------------------------------------------------------------------- graphs
@@ -608,6 +677,11 @@ def words_of(name):
         return np.column_stack([rng.integers(0, 2 ** 32, (32, 4)), rng.permutation(32)]).astype(np.uint32), 4
     if name == "cp_async16":
         return rng.integers(0, 2 ** 32, (32, 4)).astype(np.uint32), 8
+    if name == "mma_sparse_s8u8":
+        words = rng.integers(0, 2 ** 32, (32, 13)).astype(np.uint32)
+        pairs = np.uint32([a | b << 2 for b in range(4) for a in range(b)])  # two of four, in order
+        words[:, 8] = (pairs[rng.integers(0, 6, (32, 8))] << np.arange(0, 32, 4, dtype=np.uint32)).sum(1)
+        return words, 4
     words = rng.integers(0, 2 ** 32, (32, 10)).astype(np.uint32)
     if name != "mma_u8s8":  # small multiples of 1/8: every order of summing gives the same
         operands = (rng.integers(-40, 41, (32, 12)) / 8).astype(np.float16 if name == "mma_f16" else np.float32)
@@ -635,6 +709,8 @@ def test_the_emulator_agrees_with_the_ptx(emulator, tmp_path):
     ('"r"(a[0]), "r"(a[1]), "r"(a[2])', '"r"(a[0]), "r"(a[2]), "r"(a[1])', "mma_u8s8"),
     ("s32.u8.s8.s32", "s32.s8.u8.s32", "mma_u8s8"), ("{%8, %9}", "{%9, %8}", "mma_f16"),
     ("{%0, %1, %2, %3}, [%4]", "{%0, %2, %1, %3}, [%4]", "ldmatrix4"),
+    ('"r"(b[1]), "r"(b[2])', '"r"(b[2]), "r"(b[1])', "mma_sparse_s8u8"),
+    ("s32.s8.u8.s32", "s32.s8.s8.s32", "mma_sparse_s8u8"),
     ('"f"(high), "f"(low)', '"f"(low), "f"(high)', "pack_bf16"), ("valid ? 16 : 0", "16", "cp_async16"),
     ('"n"(Pending)', '"n"(Pending + 1)', "cp_async16")])
 def test_swapped_operands_are_noticed(emulator, tmp_path, text, wrong, name):
@@ -656,9 +732,9 @@ def test_assembly_is_not_moved():
     """What touches memory, or must run by all lanes together, is volatile; and what touches memory says so."""
     with open(os.path.join(emulated.CSRC, "cuda", "dev.cuh")) as f:
         statements = re.findall(r"asm\b(.*?)\);", f.read(), re.S)
-    assert len(statements) == 10
+    assert len(statements) == 11
     for statement in statements:
-        if re.search(r"cp\.async|ldmatrix|mma\.sync", statement):
+        if re.search(r"cp\.async|ldmatrix|mma\.s", statement):
             assert statement.strip().startswith("volatile"), statement
         if re.search(r"cp\.async|ldmatrix", statement):
             assert statement.rstrip().endswith('"memory"'), statement
@@ -668,6 +744,7 @@ def test_assembly_is_not_moved():
 def test_kernels_stay_in_registers_and_use_tensor_cores(tmp_path):
     """ptxas reports no spill on either architecture; the machine code has the instructions that the sources mean."""
     meant = dict(conv_int8=("IMMA.16832.U8.S8", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
+                 conv_int8_2_4=("IMMA.SP.16864.S8.U8", "LDS.128", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"),
                  conv_half=("HMMA.16816.F32 ", "HMMA.16816.F32.BF16", "LDSM.16.M88.4"), bn_relu=(), pooling=())
 
     def compile_for(kernel, architecture):

@@ -13,6 +13,7 @@ import csrc
 import data
 import resnet50
 import train
+from compress import masks_2_4
 from csrc.reference import check_values
 from resnet50 import ResNet50, UserError
 from tests.test_resnet50 import randomise
@@ -37,9 +38,9 @@ def photographs(n, h, w, seed=0):
     return (x * 340 - 40).clamp(0, 255).byte().contiguous(memory_format=torch.channels_last)
 
 
-def build(variant, seed=0):
+def build(variant, seed=0, **config):
     torch.manual_seed(seed)
-    model = randomise(ResNet50(**{"num_classes": 7, "widths": WIDTHS, **VARIANTS[variant]}), seed)
+    model = randomise(ResNet50(**{"num_classes": 7, "widths": WIDTHS, **VARIANTS[variant], **config}), seed)
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -303,6 +304,29 @@ def test_a_changed_network_is_packed_anew():
     assert torch.equal(a(pixels), expected[1])
     a.to("cpu")
     assert a.packed is None and torch.equal(a(pixels), expected[1])
+
+
+def test_sparse_weights_are_packed_for_cuda():
+    """What a GPU would run, in plain PyTorch: the same bits, and of weights that have changed nothing is left."""
+    pixels, nets = photographs(2, 32, 32), []
+    for seed in (0, 1):
+        model = build("plain", seed, widths={name: 16 for name in WIDTHS})
+        for name, mask in masks_2_4(model).items():
+            model.get_parameter(name).mul_(mask)
+        nets.append(resnet50.quantize(model, [pixels]))
+    a, b = nets
+    expected = a(pixels), b(pixels)
+    a.pack_sparse()
+    assert len(a.sparse) == 48 and "conv1" not in a.sparse and torch.equal(a.run(pixels), expected[0])
+    a.sparse["layer2.0.conv2"][0].zero_()
+    assert not torch.equal(a.run(pixels), expected[0])  # so these are what runs
+    for other in (pickle.loads(pickle.dumps(a)), copy.deepcopy(a), copy.copy(a).to("cpu")):
+        assert other.sparse is None and torch.equal(other.run(pixels), expected[0])
+    a.load_state_dict(b.state_dict())
+    assert a.sparse is None and torch.equal(a.run(pixels), expected[1])
+    b.get_submodule("layer1.0.conv1").weight[0, :4] = 1
+    b.pack_sparse()
+    assert len(b.sparse) == 47
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])

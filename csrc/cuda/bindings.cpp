@@ -28,6 +28,12 @@ class Scratch {
   OptionalTensor tensor_;
 };
 
+// x2 with its weights, 1x1
+gpu::Input second(const Tensor& x2, const Tensor& weight2, const std::vector<int64_t>& stride2) {
+  return {x2.const_data_ptr(), weight2.const_data_ptr(), int(x2.size(2)), int(x2.size(3)), int(x2.size(1)),
+          int(x2.size(1)), 1, 1, int(stride2[0]), int(stride2[1]), 0, 0};
+}
+
 gpu::Conv conv(const Geometry& g, const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
                Tensor& out) {
   // a tile's rows may lie beyond the last one
@@ -53,13 +59,45 @@ Tensor conv_int8(const Tensor& x, const Tensor& weight, const Tensor& mult, cons
   const gpu::DeviceGuard guard(device);
   Tensor out = new_nhwc(x, g.n, g.o, g.oh, g.ow, ScalarType::Byte);
   gpu::Conv p = conv(g, x, weight, residual, out);
-  if (x2)
-    p.in[1] = {x2->const_data_ptr(), weight2->const_data_ptr(), int(x2->size(2)), int(x2->size(3)), int(x2->size(1)),
-               int(x2->size(1)), 1, 1, int(stride2[0]), int(stride2[1]), 0, 0};
+  if (x2) p.in[1] = second(*x2, *weight2, stride2);
   p.pad_value = data<uint8_t>(pad_value);
   p.mult = data<int32_t>(mult), p.bias = data<int32_t>(bias), p.gain = data<int32_t>(gain);
   Scratch scratch(x, gpu::conv_int8_scratch(p));
   gpu::conv_int8(p, scratch.get(), gpu::current_stream(device));
+  return out;
+}
+
+// Weights that pack_2_4 (csrc/reference.py) has packed.
+void check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& x, int64_t o, int64_t taps,
+                  int device) {
+  const int64_t blocks = (o + 15) / 16, steps = (taps * x.size(1) + 63) / 64;
+  STD_TORCH_CHECK(x.size(1) % 16 == 0, op, ": x and x2 must have multiples of 16 channels (N, C, H, W), got ",
+                  r50::shape_of(x));
+  check(packed, op, name, ScalarType::Byte, "uint8", {blocks, steps, 640},
+        ("(" + std::to_string(blocks) + ", " + std::to_string(steps) + ", 640)").c_str(), device);
+  STD_TORCH_CHECK(gpu::aligned(packed.const_data_ptr()), op, ": ", name, " must begin at a multiple of 16 bytes");
+}
+
+Tensor conv_int8_2_4(const Tensor& x, const Tensor& weight, const Tensor& mult, const Tensor& bias,
+                     std::vector<int64_t> kernel, const OptionalTensor& residual, const OptionalTensor& gain,
+                     const OptionalTensor& x2, const OptionalTensor& weight2, std::vector<int64_t> stride,
+                     std::vector<int64_t> padding, std::vector<int64_t> stride2) {
+  const char* op = "conv_int8_2_4";
+  const int device = x.get_device_index();
+  r50::check(x, op, "x", ScalarType::Byte, "uint8", {-1, -1, -1, -1}, "(N, C, H, W)", device);
+  STD_TORCH_CHECK(mult.dim() == 1 && kernel.size() == 2 && kernel[0] > 0 && kernel[1] > 0, op,
+                  ": mult must be (O,), got ", r50::shape_of(mult), ", and kernel two numbers from 1");
+  const Geometry g = r50::geometry(op, x, mult.size(0), kernel[0], kernel[1], stride, padding, 1);
+  r50::check_sums(op, g, mult, bias, residual, gain, x2, weight2, stride2, device);
+  check_packed(op, "weight", weight, x, g.o, g.kh * g.kw, device);
+  if (x2) check_packed(op, "weight2", *weight2, *x2, g.o, 1, device);
+  const gpu::DeviceGuard guard(device);
+  Tensor out = new_nhwc(x, g.n, g.o, g.oh, g.ow, ScalarType::Byte);
+  gpu::Conv p = conv(g, x, weight, residual, out);
+  if (x2) p.in[1] = second(*x2, *weight2, stride2);
+  p.mult = data<int32_t>(mult), p.bias = data<int32_t>(bias), p.gain = data<int32_t>(gain);
+  Scratch scratch(x, gpu::conv_int8_2_4_scratch(p));
+  gpu::conv_int8_2_4(p, scratch.get(), gpu::current_stream(device));
   return out;
 }
 
@@ -186,6 +224,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_relu_backward(const Tensor& grad, 
 
 STABLE_TORCH_LIBRARY_IMPL(resnet50, R50_KEY, m) {
   m.impl("conv_int8", TORCH_BOX(&conv_int8));
+  m.impl("conv_int8_2_4", TORCH_BOX(&conv_int8_2_4));
   m.impl("gemm_int8", TORCH_BOX(&gemm_int8));
   m.impl("conv_bn_relu", TORCH_BOX(&conv_bn_relu));
   m.impl("max_pool_int8", TORCH_BOX(&max_pool_int8));

@@ -85,9 +85,10 @@ void* to_cells(Cells p, int64_t images, Pieces& scratch, Stream stream) {
   return p.out;
 }
 
-// -> the same convolution, of inputs that fit; what did not is rearranged into the scratch, if that has memory
+// -> the same convolution, of inputs that fit; what did not is rearranged into the scratch, if that has memory.
+// `packed` weights are not touched: their inputs' channels are multiples of a chunk, and no padding lies around.
 template <class Element>
-Conv in_cells(Conv p, Pieces& scratch, Stream stream) {
+Conv in_cells(Conv p, bool packed, Pieces& scratch, Stream stream) {
   constexpr int SIZE = sizeof(Element), LANES = CHUNK / SIZE;
   for (int i = 0; i < 2; i++) {
     Input& in = p.in[i];
@@ -103,8 +104,9 @@ Conv in_cells(Conv p, Pieces& scratch, Stream stream) {
     to.c = p.groups * to.group_channels;
     to.x = to_cells<Element>({in.x, nullptr, around, 0, in.h, in.w, p.groups, in.group_channels, in.ph, in.pw, fy, fx,
                               to.h, to.w, to.group_channels}, p.m / (p.oh * p.ow), scratch, stream);
-    to.weight = to_cells<Element>({in.weight, nullptr, nullptr, 0, in.kh, in.kw, 1, in.group_channels, 0, 0, fy, fx,
-                                   to.kh, to.kw, to.group_channels}, p.o, scratch, stream);
+    if (!packed)
+      to.weight = to_cells<Element>({in.weight, nullptr, nullptr, 0, in.kh, in.kw, 1, in.group_channels, 0, 0, fy, fx,
+                                     to.kh, to.kw, to.group_channels}, p.o, scratch, stream);
     in = to;
   }
   p.pad_value = nullptr;

@@ -25,12 +25,9 @@ template <int BM_, int BN_, int WARPS_M_, int WARPS_N_>
 struct Tile {
   static constexpr int BM = BM_, BN = BN_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, THREADS = 32 * WARPS_M * WARPS_N;
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;  // rows and columns of a warp
-  static constexpr int STAGE = (BM + BN) * BK;                // bytes of a buffer
   // rows of the result are 16 bytes longer than needed, which spreads the fragments' rows over the banks
   template <class Output>
   static constexpr int PITCH = BN * int(sizeof(Output)) + CHUNK;
-  template <class Output>
-  static constexpr int SHARED = STAGES * STAGE > BM * PITCH<Output> ? STAGES * STAGE : BM * PITCH<Output>;
 };
 
 // Where a chunk of a row of a buffer lies in it. A multiple of 8 rows further on, that is as many times BK bytes on.
@@ -50,49 +47,70 @@ struct Position {
   }
 };
 
+R50_DEVICE int steps_of(const Input& in, int size) {  // of k, with elements of `size` bytes
+  return (in.kh * in.kw * in.group_channels * size + BK - 1) / BK;
+}
+
+// The columns of a block: weights as they are, (O, k), whose rows lie in a buffer as those of the activations do.
 template <class Type, class T>
-class Product {
+class Dense {
   static constexpr int SIZE = sizeof(typename Type::Element);
-  static constexpr int STEP = T::THREADS / CHUNKS;  // rows that all threads load at once, a chunk each
-  static constexpr int ROWS_A = T::BM / STEP, ROWS_B = T::BN / STEP;
+  static constexpr int STEP = T::THREADS / CHUNKS, ROWS = T::BN / STEP;  // rows that all threads load at once
   static constexpr int TILES_M = T::WM / 16, TILES_N = T::WN / 8;
-  static_assert(STEP % 8 == 0 && T::BM % STEP == 0 && T::BN % STEP == 0 && TILES_M > 0 && TILES_N % 2 == 0, "threads fill the tile");
+  static_assert(STEP % 8 == 0 && T::BN % STEP == 0 && TILES_M > 0 && TILES_N % 2 == 0, "threads fill the tile");
 
  public:
-  typename Type::Accumulator sum[TILES_M][TILES_N][4] = {};
+  static constexpr int BYTES = T::BN * BK;  // of a buffer
+  static constexpr bool PACKED = false;
 
-  R50_DEVICE Product(const Conv& conv, int row, int column, int group)
-      : p(conv), first_row(row), first_column(column), group(group), at(0, 1, 1) {
+  R50_DEVICE Dense(const Conv& conv, int column, int group) : p(conv), first_column(column), group(group) {
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     copied = place_of(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS);
     fragment_a = place_of(warp / T::WARPS_N * T::WM + lane % 16, lane / 16);
-    fragment_b = T::BM * BK + place_of(warp % T::WARPS_N * T::WN + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    fragment_b = place_of(warp % T::WARPS_N * T::WN + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
 
-  // Steps `begin` to `end` of k; those of the second input follow those of the first.
-  R50_DEVICE void run(unsigned char* buffers, int begin, int end) {
-    const uint32_t shared = shared_address(buffers);
-    const int steps = steps_of(p.in[0]);
-    bool second = begin >= steps;
-    open(p.in[second], second ? begin - steps : begin);
-    auto load = [&](int step) {
-      if (step < end) {
-        if (step == steps && !second) second = true, open(p.in[1], 0);
-        fill(shared + unsigned(step - begin) % STAGES * T::STAGE);
-      }
-      cp_async_commit();  // also an empty one: the wait below counts groups
-    };
-    for (int step = begin; step < begin + STAGES - 1; step++) load(step);
-    for (int step = begin; step < end; step++) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();
-      load(step + STAGES - 1);  // into the buffer that all threads have read, one step ago
-      multiply(shared + unsigned(step - begin) % STAGES * T::STAGE);
+  R50_DEVICE void open(const Input& in, int) {
+    const int k_bytes = in.kh * in.kw * in.group_channels * SIZE;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+      weights[i] = static_cast<const unsigned char*>(in.weight) +
+                   int64_t(group * p.group_o + first_column + int(threadIdx.x) / CHUNKS + i * STEP) * k_bytes;
+  }
+
+  // The chunk that begins at byte k of this thread's rows, unless that is behind the last.
+  R50_DEVICE void fill(uint32_t shared, const Input& in, int k, bool more) {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+      const uint32_t place = copied + i * STEP * BK;
+      const bool valid = more & has_weights(i);
+      cp_async16(shared + place, valid ? weights[i] + k : in.weight, valid);
     }
-    __syncthreads();  // the epilogue writes over the buffers; the copies under way are empty groups
   }
 
-  // f(row, column, values): two neighbours of a row of the tile at a time, behind open(column) for all rows of both
+  R50_DEVICE void multiply(uint32_t rows, const unsigned char*, uint32_t columns) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {  // 32 bytes of k each, which are two chunks: the swizzle moves by an xor
+      const uint32_t from_a = rows + (fragment_a ^ 2 * CHUNK * half);
+      const uint32_t from_b = columns + (fragment_b ^ 2 * CHUNK * half);
+      uint32_t a[TILES_M][4], b[TILES_N / 2][4];
+#pragma unroll
+      for (int i = 0; i < TILES_M; i++) ldmatrix4(a[i], from_a + 16 * i * BK);  // 16 rows on the swizzle is the same
+#pragma unroll
+      for (int j = 0; j < TILES_N / 2; j++) ldmatrix4(b[j], from_b + 16 * j * BK);
+#pragma unroll
+      for (int j = 0; j < TILES_N; j++)
+#pragma unroll
+        for (int i = 0; i < TILES_M; i++) {
+          const uint32_t column[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+          Type::multiply_add(sum[i][j], a[i], column);
+        }
+    }
+  }
+
+  // f(row, column, sums): two at a time, of which the second is DOWN rows and ACROSS columns further on, behind
+  // open(column) for all rows of these columns
+  static constexpr int DOWN = 0, ACROSS = 1;
   template <class Open, class F>
   R50_DEVICE void each(Open&& open, F&& f) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -107,27 +125,85 @@ class Product {
     }
   }
 
-  static R50_DEVICE int channel_bytes(const Input& in) { return in.group_channels * SIZE; }
-  static R50_DEVICE int steps_of(const Input& in) { return (in.kh * in.kw * channel_bytes(in) + BK - 1) / BK; }
+ private:
+  const Conv& p;
+  const int first_column, group;
+  // bytes into a buffer: the first chunk that this thread copies, and its row of the first ldmatrix of either operand
+  uint32_t copied, fragment_a, fragment_b;
+  const unsigned char* weights[ROWS];  // the first bytes of these rows, which need not exist
+  typename Type::Accumulator sum[TILES_M][TILES_N][4] = {};
+
+  R50_DEVICE bool has_weights(int i) const {
+    return first_column + int(threadIdx.x) / CHUNKS + i * STEP < p.group_o;
+  }
+};
+
+// Type's columns, which multiply, too
+template <class Type, class T>
+using Columns = typename Type::template Columns<T>;
+template <class Type, class T>
+constexpr int STAGE = T::BM * BK + Columns<Type, T>::BYTES;  // bytes of a buffer
+template <class Type, class T>
+constexpr int SHARED = STAGES * STAGE<Type, T> > T::BM * T::template PITCH<typename Type::Output>
+                           ? STAGES * STAGE<Type, T>
+                           : T::BM * T::template PITCH<typename Type::Output>;
+
+template <class Type, class T>
+class Product {
+  static constexpr int SIZE = sizeof(typename Type::Element);
+  static constexpr int STEP = T::THREADS / CHUNKS, ROWS = T::BM / STEP;  // rows that all threads load at once
+  static_assert(STEP % 8 == 0 && T::BM % STEP == 0, "threads fill the tile");
+
+ public:
+  Columns<Type, T> columns;
+
+  R50_DEVICE Product(const Conv& conv, int row, int column, int group)
+      : columns(conv, column, group), p(conv), first_row(row), group(group),
+        copied(place_of(threadIdx.x / CHUNKS, threadIdx.x % CHUNKS)), at(0, 1, 1) {}
+
+  // Steps `begin` to `end` of k; those of the second input follow those of the first.
+  R50_DEVICE void run(unsigned char* buffers, int begin, int end) {
+    const uint32_t shared = shared_address(buffers);
+    const int steps = steps_of(p.in[0], SIZE);
+    bool second = begin >= steps;
+    open(p.in[second], second ? begin - steps : begin);
+    auto load = [&](int step) {
+      if (step < end) {
+        if (step == steps && !second) second = true, open(p.in[1], 0);
+        fill(shared + unsigned(step - begin) % STAGES * STAGE<Type, T>);
+      }
+      cp_async_commit();  // also an empty one: the wait below counts groups
+    };
+    for (int step = begin; step < begin + STAGES - 1; step++) load(step);
+    for (int step = begin; step < end; step++) {
+      cp_async_wait<STAGES - 2>();
+      __syncthreads();
+      load(step + STAGES - 1);  // into the buffer that all threads have read, one step ago
+      const uint32_t rows = unsigned(step - begin) % STAGES * STAGE<Type, T>, weights = rows + T::BM * BK;
+      columns.multiply(shared + rows, buffers + weights, shared + weights);
+    }
+    __syncthreads();  // the epilogue writes over the buffers; the copies under way are empty groups
+  }
 
  private:
   const Conv& p;
-  const int first_row, first_column, group;
-  // bytes into a buffer: the first chunk that this thread copies, and its row of the first ldmatrix of either operand
-  uint32_t copied, fragment_a, fragment_b;
-  // What this thread copies next: its chunk of ROWS_A rows of activations and ROWS_B rows of weights.
+  const int first_row, group;
+  const uint32_t copied;  // bytes into a buffer: the first chunk that this thread copies
+  // What this thread copies next: its chunk of ROWS rows of activations.
   Input in;     // of this input
   int k;        // bytes of k before the chunk
   Position at;  // the same as a place in the input
-  const unsigned char *window[ROWS_A], *weights[ROWS_B];  // the first bytes of these rows, which need not exist
-  int y[ROWS_A], x[ROWS_A];  // of the window's first tap; rows beyond the last lie outside of every image
+  const unsigned char* window[ROWS];  // the first bytes of these rows, which need not exist
+  int y[ROWS], x[ROWS];  // of the window's first tap; rows beyond the last lie outside of every image
+
+  static R50_DEVICE int channel_bytes(const Input& in) { return in.group_channels * SIZE; }
 
   R50_DEVICE void open(const Input& input, int step) {
     in = input;
     k = step * BK + int(threadIdx.x) % CHUNKS * CHUNK;
     at = Position(k, channel_bytes(in), in.kw);
 #pragma unroll
-    for (int i = 0; i < ROWS_A; i++) {
+    for (int i = 0; i < ROWS; i++) {
       const int row = first_row + int(threadIdx.x) / CHUNKS + i * STEP;
       const int pixels = p.oh * p.ow, image = row / pixels, pixel = row % pixels;
       y[i] = pixel / p.ow * in.sh - in.ph, x[i] = pixel % p.ow * in.sw - in.pw;
@@ -135,16 +211,10 @@ class Product {
                   ((int64_t(image) * in.h + y[i]) * in.w + x[i]) * (in.c * SIZE);
       if (row >= p.m) y[i] = -(1 << 30);
     }
-#pragma unroll
-    for (int i = 0; i < ROWS_B; i++)
-      weights[i] = static_cast<const unsigned char*>(in.weight) +
-                   int64_t(group * p.group_o + first_column + int(threadIdx.x) / CHUNKS + i * STEP) * k_bytes();
+    columns.open(in, step);
   }
 
   R50_DEVICE int k_bytes() const { return in.kh * in.kw * channel_bytes(in); }
-  R50_DEVICE bool has_weights(int i) const {
-    return first_column + int(threadIdx.x) / CHUNKS + i * STEP < p.group_o;
-  }
   R50_DEVICE bool inside(int y, int x) const {  // without branches, for what is asked for in every step
     return (unsigned(y) < unsigned(in.h)) & (unsigned(x) < unsigned(in.w));
   }
@@ -158,39 +228,15 @@ class Product {
     const bool more = k < k_bytes();
     const int64_t tap = offset(at);
 #pragma unroll
-    for (int i = 0; i < ROWS_A; i++) {
+    for (int i = 0; i < ROWS; i++) {
       const uint32_t place = copied + i * STEP * BK;
       const bool valid = more & inside(y[i] + at.ky, x[i] + at.kx);
       cp_async16(shared + place, valid ? window[i] + tap : in.x, valid);
     }
-#pragma unroll
-    for (int i = 0; i < ROWS_B; i++) {
-      const uint32_t place = copied + (T::BM + i * STEP) * BK;
-      const bool valid = more & has_weights(i);
-      cp_async16(shared + place, valid ? weights[i] + k : in.weight, valid);
-    }
+    columns.fill(shared + T::BM * BK, in, k, more);
     at.byte += BK;
     at.wrap(channel_bytes(in), in.kw);
     k += BK;
-  }
-
-  R50_DEVICE void multiply(uint32_t stage) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {  // 32 bytes of k each, which are two chunks: the swizzle moves by an xor, too
-      const uint32_t from_a = stage + (fragment_a ^ 2 * CHUNK * half), from_b = stage + (fragment_b ^ 2 * CHUNK * half);
-      uint32_t a[TILES_M][4], b[TILES_N / 2][4];
-#pragma unroll
-      for (int i = 0; i < TILES_M; i++) ldmatrix4(a[i], from_a + 16 * i * BK);  // 16 rows on the swizzle is the same
-#pragma unroll
-      for (int j = 0; j < TILES_N / 2; j++) ldmatrix4(b[j], from_b + 16 * j * BK);
-#pragma unroll
-      for (int j = 0; j < TILES_N; j++)
-#pragma unroll
-        for (int i = 0; i < TILES_M; i++) {
-          const uint32_t column[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          Type::multiply_add(sum[i][j], a[i], column);
-        }
-    }
   }
 };
 
@@ -224,7 +270,7 @@ __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv 
   const int group = blockIdx.y, part = blockIdx.z, parts = gridDim.z;
 
   Product<Type, T> product(p, first_row, first_column, group);
-  const int steps = product.steps_of(p.in[0]) + product.steps_of(p.in[1]);
+  const int size = sizeof(typename Type::Element), steps = steps_of(p.in[0], size) + steps_of(p.in[1], size);
   const int begin = int(int64_t(steps) * part / parts), end = int(int64_t(steps) * (part + 1) / parts);
   product.run(shared, begin, end);
 
@@ -239,19 +285,22 @@ __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv 
     });
     __syncthreads();
   }
-  typename Type::Channel channels[2] = {};
-  product.each(
+  constexpr int DOWN = Columns<Type, T>::DOWN, ACROSS = Columns<Type, T>::ACROSS;
+  typename Type::Channel channels[1 + ACROSS] = {};
+  product.columns.each(
       [&](int column) {  // what stays in registers for all rows: the stores below could change it, for all nvcc knows
         const int channel = first_column + column;
-        for (int j = 0; j < 2 && channel + j < p.group_o; j++)
+        for (int j = 0; j <= ACROSS && channel + j < p.group_o; j++)
           channels[j] = Type::channel(p, group * p.group_o + channel + j);
       },
-      [&](int row, int column, const typename Type::Accumulator* values) {
-        if (first_row + row >= p.m) return;
-        Output* const place =
-            reinterpret_cast<Output*>(shared + row * T::template PITCH<Output> + column * int(sizeof(Output)));
-        for (int j = 0; j < 2 && first_column + column + j < p.group_o; j++)
-          place[j] = Type::finish(p, channels[j], values[j], place + j);
+      [&](int row, int column, const typename Type::Accumulator* sums) {
+        for (int j = 0; j < 2; j++) {
+          const int r = row + j * DOWN, c = column + j * ACROSS;
+          if (first_row + r >= p.m || first_column + c >= p.group_o) break;
+          Output* const place =
+              reinterpret_cast<Output*>(shared + r * T::template PITCH<Output> + c * int(sizeof(Output)));
+          *place = Type::finish(p, channels[j * ACROSS], sums[j], place);
+        }
       });
   __syncthreads();
   each_piece<T, Output>(p, first_row, first_column, group, [&](int place, size_t at, bool whole) {
@@ -286,7 +335,7 @@ dim3 grid(const Conv& p, int parts) {
 template <class Type, class T>
 void run(Conv p, int parts, Stream stream) {
   p.pieces = aligned(p.residual) && aligned(p.out) && p.o * sizeof(typename Type::Output) % CHUNK == 0;
-  launch(conv<Type, T>, grid<T>(p, parts), T::THREADS, T::template SHARED<typename Type::Output>, stream, p);
+  launch(conv<Type, T>, grid<T>(p, parts), T::THREADS, SHARED<Type, T>, stream, p);
 }
 
 // More rows and columns per warp need fewer bytes of shared memory for as many multiplies, and larger tiles fewer bytes
@@ -298,6 +347,9 @@ using Square = Tile<128, 128, 2, 2>;
 using Tall = Tile<256, 64, 4, 1>;
 using Large = Tile<256, 128, 4, 2>;
 enum { SMALL, NARROW, WIDE, SQUARE, TALL, LARGE, TILES };
+
+template <class Type>
+constexpr bool PACKED = Columns<Type, Small>::PACKED;  // weights in an order of their own
 
 // f(the tile of this number)
 template <class F>
@@ -342,7 +394,7 @@ std::vector<Way> ways_of(const Conv& p) {
   for (int tile = 0; tile < TILES; tile++)
     with_tile(tile, [&](auto t) {
       using T = decltype(t);
-      const bool fits = T::template SHARED<typename Type::Output> <= shared_memory();
+      const bool fits = SHARED<Type, T> <= shared_memory();
       const bool is_used = (T::BM == Small::BM || p.m > T::BM / 2) && (T::BN == Small::BN || p.group_o > T::BN / 2);
       if (fits && is_used && (ways[0].tile != tile || ways[0].parts > 1)) ways.push_back({tile, 1});
     });
@@ -377,7 +429,7 @@ Way fastest(const Conv& p, const std::vector<Way>& ways, Stream stream, Run&& ru
 template <class Type, class Parts>
 void choose(const Conv& conv, void* memory, Stream stream) {
   Pieces scratch{static_cast<unsigned char*>(memory)};
-  const Conv p = in_cells<typename Type::Element>(conv, scratch, stream);
+  const Conv p = in_cells<typename Type::Element>(conv, PACKED<Type>, scratch, stream);
   const auto compute = [&](const Way& way) {
     if (way.parts == 1) return with_tile(way.tile, [&](auto tile) { run<Type, decltype(tile)>(p, 1, stream); });
     Conv q = p;
@@ -394,7 +446,7 @@ void choose(const Conv& conv, void* memory, Stream stream) {
 template <class Type>
 size_t scratch_of(const Conv& conv) {
   Pieces scratch{};
-  const Conv p = in_cells<typename Type::Element>(conv, scratch, nullptr);
+  const Conv p = in_cells<typename Type::Element>(conv, PACKED<Type>, scratch, nullptr);
   const int parts = parts_of(p, sizeof(typename Type::Element));
   if (parts > 1) scratch.take(int64_t(parts) * p.m * p.o * sizeof(typename Type::Accumulator));
   return scratch.bytes;

@@ -7,6 +7,8 @@ namespace {
 template <Float TYPE>
 struct Type {
   using Element = uint16_t;
+  template <class T>
+  using Columns = Dense<Type, T>;
   using Accumulator = float;
   static constexpr bool EXACT = false;  // sums depend on their order
   using Output = uint16_t;

@@ -34,10 +34,13 @@ enum class Float { FLOAT32, FLOAT16, BFLOAT16 };
 
 // Bytes of scratch that the same convolution asks for, 0 where it needs none.
 size_t conv_int8_scratch(const Conv& p);
+size_t conv_int8_2_4_scratch(const Conv& p);
 size_t conv_half_scratch(const Conv& p);
 size_t gemm_int8_scratch(const Conv& p);
 // uint8 by int8 -> uint8; fp16 or bf16 by the same -> the same
 void conv_int8(const Conv& p, void* scratch, Stream stream);
+// the same where Input.weight is what pack_2_4 (csrc/reference.py) makes of it
+void conv_int8_2_4(const Conv& p, void* scratch, Stream stream);
 void conv_half(const Conv& p, Float type, void* scratch, Stream stream);
 // -> int32 acc + bias (bias may be null), or, with scale, float32
 void gemm_int8(const Conv& p, void* scratch, Stream stream);

@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 import csrc
 import resnet50
+from compress import masks_2_4
 from tests.bench import kernels
 from tests.bench.infer import quartiles, say
 
 PIECE = 0.02  # seconds of a sample
-LAYERS = ("conv_int8", "conv_bn_relu_bf16", "conv2d_bf16")
+LAYERS = ("conv_int8", "conv_bn_relu_bf16", "conv_int8_2_4", "conv2d_bf16")
 
 
 def seconds_of(call, count, device):
@@ -99,24 +100,25 @@ def layers(args, seconds, result):
     batch = max(args.batches) if args.device == "cpu" else 64
     todo = {layer: found for layer, found in kernels.layers().items() if args.layers in found[0]}
     say(f"\nlayers, batch {batch}")
-    total = {name: 0.0 for name in LAYERS}
+    total = dict.fromkeys(LAYERS, 0.0)
     with torch.device(args.device):
         for layer, (title, count) in todo.items():
             made = kernels.convolutions(layer, batch)
-            times = alternate({name: recorded(made[name][1], args.device) for name in LAYERS}, seconds / len(todo),
-                              args.device)
+            times = alternate({name: recorded(made[name][1], args.device) for name in LAYERS if name in made},
+                              seconds / len(todo), args.device)
             area = (layer.size // layer.stride) ** 2
             weights = layer.cin * layer.cout * layer.kernel ** 2
             macs, moved = batch * area * weights, batch * (layer.size ** 2 * layer.cin + area * layer.cout) + weights
             say(f" {title} ({count}x): {layer.cin} -> {layer.cout}, {layer.kernel}x{layer.kernel}, {layer.size} px")
-            for name in LAYERS:
+            for name in times:
                 kind, size = ("int8", 1) if "int8" in name else ("bf16", 2)
                 middle = statistics.median(times[name])
                 total[name] += middle * count
-                roof = max(macs / result[f"roof.{kind}"], moved * size / result["roof.bytes"])
+                made_of = macs / 2 if "2_4" in name else macs
+                roof = max(made_of / result[f"roof.{kind}"], moved * size / result["roof.bytes"])
                 result[f"roof_share.{name}.{title}"] = round(roof / middle, 4)
                 show(name, times, LAYERS[:2], result, title, f"  {roof / middle:.1%} of its roof")
-    result |= {f"us.{name}.layers": round(value * 1e6, 1) for name, value in total.items()}
+    result |= {f"us.{name}.layers": round(value * 1e6, 1) for name, value in total.items() if value}
     save(args, result)
 
 
@@ -176,6 +178,9 @@ def networks(args, seconds, result):
     pixels = torch.randint(0, 256, (max(args.batches), 3, args.size, args.size), dtype=torch.uint8)
     pixels = pixels.to(memory_format=torch.channels_last)
     int8 = resnet50.quantize(model, [pixels[:8]]).to(args.device)
+    sparse = copy.deepcopy(model)
+    for name, mask in masks_2_4(sparse).items():
+        sparse.get_parameter(name).mul_(mask)
     model, pixels = model.to(args.device), pixels.to(args.device)
 
     def floating(network, dtype):
@@ -185,7 +190,8 @@ def networks(args, seconds, result):
     made = {"int8": int8, "bf16": floating(resnet50.fuse(model, torch.bfloat16), torch.bfloat16),
             "eager_bf16": eager["bf16"]}
     if args.device == "cuda":
-        made |= {"eager_fp16": eager["fp16"],
+        made |= {"int8_2_4": resnet50.quantize(sparse.cpu(), [pixels[:8].cpu()]).to(args.device),
+                 "eager_fp16": eager["fp16"],
                  "cudnn_bf16": floating(CudnnResNet50(model, torch.bfloat16), torch.bfloat16)}
     for batch in args.batches:
         result |= network(args, made, pixels[:batch], seconds / len(args.batches))

@@ -192,11 +192,18 @@ def conv_sums(x, weight, stride, padding, pad_value=None, groups=1):
     return np.concatenate(parts, 1).astype(np.int64).reshape(*windows.shape[:3], o)
 
 
+def two_of_four(rng, size):
+    """-> bool: of each four along the last dimension two, seldom one"""
+    order = rng.random(size).reshape(-1, 4).argsort(1)
+    return (order < np.where(rng.random((len(order), 1)) < 0.1, 1, 2)).reshape(size)
+
+
 class Case:
     """A convolution with its operands, drawn from `seed`, and its exact accumulators `acc` and result `want`."""
 
     def __init__(self, n, h, w, c, o, kernel=(1, 1), stride=(1, 1), padding=(0, 0), groups=1, residual=False, c2=0,
-                 stride2=(1, 1), pad_value=False, mult=None, bias=None, gain=None, x=None, weight=None, seed=0):
+                 stride2=(1, 1), pad_value=False, mult=None, bias=None, gain=None, x=None, weight=None, sparse=False,
+                 seed=0):
         self.text = f"{n}x{h}x{w}x{c} -> {o}, {kernel}, stride {stride}, padding {padding}, groups {groups}, " \
                     f"residual {residual}, c2 {c2}"
         rng = np.random.default_rng(seed)
@@ -205,6 +212,8 @@ class Case:
         self.x = draw(np.uint8, n, h, w, c) if x is None else np.ascontiguousarray(x, np.uint8)
         self.weight = (draw(np.int8, o, *kernel, c // groups) if weight is None
                        else np.ascontiguousarray(weight, np.int8))
+        if sparse:  # of each four input channels two at most are not zero
+            self.weight = self.weight * two_of_four(rng, self.weight.shape)
         self.pad_value = draw(np.uint8, c) if pad_value else None
         oh, ow = ((s + 2 * p - k) // t + 1 for s, p, k, t in zip((h, w), padding, kernel, stride))
         self.size = n, oh, ow, o
@@ -213,6 +222,8 @@ class Case:
         if c2:
             h2, w2 = ((s - 1) * t + 1 + rng.integers(t) for s, t in zip((oh, ow), stride2))
             self.x2, self.weight2 = draw(np.uint8, n, h2, w2, c2), draw(np.int8, o, c2)
+            if sparse:
+                self.weight2 *= two_of_four(rng, self.weight2.shape)
             sums += conv_sums(self.x2, self.weight2.reshape(o, 1, 1, c2), stride2, (0, 0))
         spread = max(sums.std(), 1)
         self.bias = np.asarray(rng.integers(-spread, spread + 1, o) - sums.mean((0, 1, 2)) if bias is None else bias)

@@ -9,12 +9,12 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 CSRC = os.path.join(os.path.dirname(os.path.dirname(HERE)), "csrc")
-KERNELS = ("conv_int8.cu", "conv_half.cu", "pooling.cu", "bn_relu.cu")
+KERNELS = ("conv_int8.cu", "conv_int8_2_4.cu", "conv_half.cu", "pooling.cu", "bn_relu.cu")
 # The hooks of the thread sanitizer are the emulator's own: what they see must be what the source says, so no
 # vectorisation, and no contraction, which nvcc does where the source does not spell it out.
 FLAGS = ("-O1", "-g1", "-fno-tree-vectorize", "-ffp-contract=off", "-Wno-unknown-pragmas", "-fsanitize=alignment")
-WRAPPERS = ("mma_u8s8", "mma_f16", "mma_bf16", "ldmatrix4", "cp_async16", "pack_f16", "pack_bf16", "unpack_f16",
-            "unpack_bf16")  # wrappers.cu
+WRAPPERS = ("mma_u8s8", "mma_sparse_s8u8", "mma_f16", "mma_bf16", "ldmatrix4", "cp_async16", "pack_f16", "pack_bf16",
+            "unpack_f16", "unpack_bf16")  # wrappers.cu
 FLOATS = dict(float32=0, float16=1, bfloat16=2)  # kernels.h
 ORDERS = dict(forward=0, reverse=1, shuffled=2)
 
@@ -53,6 +53,22 @@ def start_operations(builder):
                                 "-lc10")
 
 
+def pack_2_4(weight):
+    """int8 (o, k), at most two of each four along k not zero -> uint8, as csrc.pack_2_4, a weight at a time: for 16
+    rows and 64 of k each lane's fragments of mma.sp, then each lane's word of places."""
+    (o, k), size = weight.shape, ((len(weight) + 15) // 16, (weight.shape[1] + 63) // 64, 32)
+    kept, words = np.zeros((*size, 16), np.int8), np.full(size, 0x44444444, np.uint32)  # the places 0 and 1
+    for row, first in np.ndindex(o, k // 4):
+        four = weight[row, 4 * first:4 * first + 4].tolist()
+        places = sorted(sorted(range(4), key=lambda i: (four[i] == 0, i))[:2])
+        block, g, high, at = (row // 16, first // 16), row % 8, row % 16 // 8, first % 16 * 2  # of the 32 that it keeps
+        for value, place in zip((at, at + 1), places):
+            kept[(*block, 4 * g + value % 16 // 4, 4 * (2 * (value // 16) + high) + value % 4)] = four[place]
+        word, shift = (*block, 4 * g + 2 * (at // 16) + high), 2 * (at % 16)
+        words[word] = words[word] ^ np.uint32(4 << shift) ^ np.uint32((places[0] | places[1] << 2) << shift)
+    return np.concatenate([a.view(np.uint8).reshape(*size[:2], -1) for a in (kept, words)], 2)
+
+
 class Input(ctypes.Structure):  # kernels.h
     _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight")] + \
                [(name, ctypes.c_int) for name in ("h", "w", "c", "group_channels", "kh", "kw", "sh", "sw", "ph", "pw")]
@@ -88,7 +104,8 @@ class Device:
         self.lib.device_allocate.restype = ctypes.c_void_p
         self.lib.face_error.restype = ctypes.c_char_p
         for name in ("device_read", "device_conflicts", "device_multiplies", "face_conv_int8_scratch",
-                     "face_conv_half_scratch", "face_gemm_int8_scratch", "face_bn_relu_scratch"):
+                     "face_conv_int8_2_4_scratch", "face_conv_half_scratch", "face_gemm_int8_scratch",
+                     "face_bn_relu_scratch"):
             getattr(self.lib, name).restype = ctypes.c_int64
 
     def use(self, order="forward", seed=0, multiprocessors=4, shift=0):
@@ -143,16 +160,24 @@ class Device:
     def scratch(self, bytes):
         return self.empty((bytes,), np.uint8)[1] if bytes else None
 
-    def conv_int8(self, case):
+    def conv_int8(self, case, name="face_conv_int8"):
         """tests.emulate.kernels.Case -> uint8 (n, oh, ow, o)"""
         self.lib.device_reset()
         out, pointer = self.empty(case.size, np.uint8)
         conv = self.conv(case.x, case.weight, case.stride, case.padding, case.groups, case.x2, case.weight2,
                          case.stride2, case.pad_value, case.residual, pointer, mult=case.mult, bias=case.bias,
                          gain=case.gain)
-        scratch = self.scratch(self.lib.face_conv_int8_scratch(ctypes.byref(conv)))
-        self.call("face_conv_int8", ctypes.byref(conv), scratch)
+        if name == "face_conv_int8_2_4":
+            shift, self.shift = self.shift, 0  # the operation refuses packed weights at odd addresses
+            for i, weight in enumerate([case.weight, case.weight2][:1 + (case.weight2 is not None)]):
+                conv.input[i].weight = self.put(pack_2_4(weight.reshape(len(weight), -1)))
+            self.shift = shift
+        self.call(name, ctypes.byref(conv), self.scratch(getattr(self.lib, name + "_scratch")(ctypes.byref(conv))))
         return self.get(out, pointer)
+
+    def conv_int8_2_4(self, case):
+        """The same, where of each four weights along k two at most are not zero."""
+        return self.conv_int8(case, "face_conv_int8_2_4")
 
     def gemm_int8(self, a, b, bias=None, mult=None, scale=None):
         self.lib.device_reset()

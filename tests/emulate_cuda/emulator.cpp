@@ -303,7 +303,7 @@ struct Emulator {
     if (what == Collective::LDMATRIX)
       ldmatrix(first, line);
     else
-      multiply(first, what);
+      multiply(first, what, line);
     for (int t = first; t < first + WARP; t++) threads[t].state = State::READY;
   }
 
@@ -326,14 +326,15 @@ struct Emulator {
   }
 
   // The fragments of the PTX manual: lane = 4 * group + member holds, of a row or column `group`, bytes 4 * member on.
-  void multiply(int first, Collective what) {
+  void multiply(int first, Collective what, Line line) {
     multiplies++;
-    uint8_t a[16][32], b[8][32];
+    const bool sparse = what == Collective::MMA_SPARSE_S8U8;
+    uint8_t a[16][32], b[8][64];
     for (int lane = 0; lane < WARP; lane++) {
       const auto* p = static_cast<const Product*>(threads[first + lane].operands);
       const int group = lane / 4, member = lane % 4;
       for (int i = 0; i < 4; i++) std::memcpy(&a[group + i % 2 * 8][i / 2 * 16 + member * 4], &p->a[i], 4);
-      for (int i = 0; i < 2; i++) std::memcpy(&b[group][i * 16 + member * 4], &p->b[i], 4);
+      for (int i = 0; i < (sparse ? 4 : 2); i++) std::memcpy(&b[group][i * 16 + member * 4], &p->b[i], 4);
     }
     int32_t sums[16][8];
     double products[16][8];
@@ -344,6 +345,19 @@ struct Emulator {
           for (int k = 0; k < 32; k++) sum += int(a[m][k]) * int(int8_t(b[n][k]));
           sums[m][n] = sum;
         }
+    } else if (sparse) {
+      for (int m = 0; m < 16; m++) {
+        int place[32];  // of what is kept
+        for (int i = 0; i < 32; i++) {
+          const auto* p = static_cast<const Product*>(threads[first + m % 8 * 4 + i / 16 * 2 + m / 8].operands);
+          place[i] = i / 2 * 4 + int(p->kept >> i % 16 * 2 & 3);
+          if (i % 2 && place[i] <= place[i - 1]) fail("mma.sp with places that are not in order", Emulator::place(line));
+        }
+        for (int n = 0; n < 8; n++) {
+          sums[m][n] = 0;
+          for (int i = 0; i < 32; i++) sums[m][n] += int(int8_t(a[m][i])) * int(b[n][place[i]]);
+        }
+      }
     } else {
       float x[16][16], y[8][16];
       auto widen = [&](const uint8_t* from, float* to) {
@@ -366,7 +380,7 @@ struct Emulator {
       const auto* p = static_cast<const Product*>(threads[first + lane].operands);
       for (int i = 0; i < 4; i++) {
         const int m = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
-        if (what == Collective::MMA_U8S8)
+        if (what == Collective::MMA_U8S8 || sparse)
           static_cast<int32_t*>(p->d)[i] = int32_t(uint32_t(static_cast<int32_t*>(p->d)[i]) + uint32_t(sums[m][n]));
         else
           static_cast<float*>(p->d)[i] = float(double(static_cast<float*>(p->d)[i]) + products[m][n]);

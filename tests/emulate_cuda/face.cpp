@@ -33,11 +33,15 @@ extern "C" {
 
 const char* face_error() { return message.c_str(); }
 int64_t face_conv_int8_scratch(const Conv* p) { return int64_t(conv_int8_scratch(*p)); }
+int64_t face_conv_int8_2_4_scratch(const Conv* p) { return int64_t(conv_int8_2_4_scratch(*p)); }
 int64_t face_conv_half_scratch(const Conv* p) { return int64_t(conv_half_scratch(*p)); }
 int64_t face_gemm_int8_scratch(const Conv* p) { return int64_t(gemm_int8_scratch(*p)); }
 int64_t face_bn_relu_scratch(const BatchNorm* p) { return int64_t(bn_relu_scratch(*p)); }
 int face_conv_int8(const Conv* p, void* scratch) {
   return guarded([&] { conv_int8(*p, scratch, nullptr); });
+}
+int face_conv_int8_2_4(const Conv* p, void* scratch) {
+  return guarded([&] { conv_int8_2_4(*p, scratch, nullptr); });
 }
 int face_conv_half(const Conv* p, int type, void* scratch) {
   return guarded([&] { conv_half(*p, Float(type), scratch, nullptr); });

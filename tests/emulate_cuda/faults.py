@@ -18,8 +18,8 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, wh
     "no barrier before the stores": ("conv.cuh", "  __syncthreads();\n  each_piece<T, Output>",
         "  if (!FAULT) __syncthreads();\n  each_piece<T, Output>",
         "race in shared", "conv"),
-    "no barrier behind the residual": ("conv.cuh", "    __syncthreads();\n  }\n  typename",
-        "    if (!FAULT) __syncthreads();\n  }\n  typename",
+    "no barrier behind the residual": ("conv.cuh", "    __syncthreads();\n  }\n  constexpr",
+        "    if (!FAULT) __syncthreads();\n  }\n  constexpr",
         "race in shared", "conv"),
     "a barrier for half of the warps": ("conv.cuh", "__syncthreads();  // the epilogue",
         "if (!FAULT || threadIdx.x < 64) __syncthreads();  // the epilogue",
@@ -54,8 +54,8 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, wh
     "no swizzle": ("conv.cuh", "row / 2 % CHUNKS",
         "(FAULT ? 0 : row / 2 % CHUNKS)",
         "bank conflicts", "conv"),
-    "scale beyond the last channel": ("conv.cuh", "for (int j = 0; j < 2 && channel + j < p.group_o; j++)",
-        "for (int j = 0; j < 2 && (FAULT || channel + j < p.group_o); j++)",
+    "scale beyond the last channel": ("conv.cuh", "for (int j = 0; j <= ACROSS && channel + j < p.group_o; j++)",
+        "for (int j = 0; j <= ACROSS && (FAULT || channel + j < p.group_o); j++)",
         "outside of every buffer", "odd"),
     "16 bytes to an odd address": ("conv.cuh", "const bool whole = p.pieces &&",
         "const bool whole = FAULT || p.pieces &&",
@@ -81,7 +81,25 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, wh
     "black instead of the mean": ("cells.cuh", "else if (SIZE == 1 && p.around)",
         "else if (SIZE == 1 && !FAULT && p.around)",
         "differs", "pixels"),
-    "ties away from even": ("conv_int8.cu", "((1 << 21) - 1) + (product >> 22 & 1)",
+    "sparse channels beyond the last": ("conv_int8_2_4.cu", "(channels < last ? channels : last)",
+        "(FAULT || channels < last ? channels : last)",
+        "outside of every buffer", "sparse"),
+    "sparse weights beyond the buffer": ("conv_int8_2_4.cu", "if (copy < COPIES)",
+        "if (FAULT || copy < COPIES)",
+        "race in shared|under way|outside of", "sparse"),
+    "a block of sparse weights left out": ("conv_int8_2_4.cu", "from[i] += BLOCK;",
+        "from[i] += FAULT ? 2 * BLOCK : BLOCK;",
+        "outside of every buffer|differs", "sparse"),
+    "places of another lane": ("conv_int8_2_4.cu", "FRAGMENTS + lane * 4)",
+        "FRAGMENTS + (FAULT ? lane ^ 1 : lane) * 4)",
+        "differs", "sparse"),
+    "pixels before the weights": ("conv_int8_2_4.cu", "rows + place_of(warp / T::WARPS_N * T::WM + lane % 8, lane / 8)",
+        "rows + place_of(warp / T::WARPS_N * T::WM + lane % 8, FAULT ? lane / 8 ^ 1 : lane / 8)",
+        "differs", "sparse"),
+    "places that are not in order": ("conv_int8_2_4.cu", "pixels, which[i]);",
+        "pixels, FAULT ? 0 : which[i]);",
+        "not in order", "sparse"),
+    "ties away from even": ("int8.cuh", "((1 << 21) - 1) + (product >> 22 & 1)",
         "((1 << 21) - 1) + (FAULT ? 1 : product >> 22 & 1)",
         "differs", "extremes"),
     "sums of a block not waited for": ("bn_relu.cu", "rows /= 2) {\n    __syncthreads();",
@@ -114,7 +132,8 @@ GROUPS = dict(
     rows=[dict(n=1, h=5, w=5, c=32, o=16)], ragged=[dict(n=1, h=9, w=9, c=80, o=144)],
     odd=[dict(n=1, h=7, w=7, c=64, o=59, residual=True)],
     pixels=[dict(n=1, h=12, w=9, c=3, o=16, kernel=(7, 7), stride=(2, 2), padding=(3, 3), pad_value=True)],
-    split=[dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3))])
+    split=[dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3))],
+    sparse=[dict(n=1, h=9, w=9, c=80, o=72, kernel=(3, 3), padding=(1, 1), sparse=True)])
 
 
 def run_group(device, group):
@@ -127,7 +146,7 @@ def run_group(device, group):
         return
     for case in (case for _, case, _ in extremes()) if group == "extremes" else (
             Case(**shape, seed=i) for i, shape in enumerate(GROUPS[group])):
-        compare(device.conv_int8(case), case.want, case.text)
+        compare((device.conv_int8_2_4 if group == "sparse" else device.conv_int8)(case), case.want, case.text)
         if device.lib.device_conflicts():
             raise AssertionError(f"{device.lib.device_conflicts()} bank conflicts")
 

@@ -134,12 +134,14 @@ class Warp:
         else:
             raise NotImplementedError(op)
 
-    def multiply(self, op, d, a, b, c):
+    def multiply(self, op, d, a, b, c, *sparse):
         """The fragments of m16n8k16 and m16n8k32. Of lane 4 g + m, register i of a holds 4 bytes from 4 m + 16 (i / 2)
-        on of row g + 8 (i % 2); of b, from 4 m + 16 i on of column g; of c, d row g + 8 (i / 2), column 2 m + i % 2
+        on of row g + 8 (i % 2); of b, from 4 m + 16 i on of column g; of c, d row g + 8 (i / 2), column 2 m + i % 2.
+        Of the sparse m16n8k64 the same, where a's 32 bytes are two of each 4 of 64: words of lanes 4 g and 4 g + 2 say
+        which of row g, for each half, and those of 4 g + 1 and 4 g + 3 of row g + 8, each two bits from the lowest on.
         """
         g, m = LANES // 4, LANES % 4
-        left, right = np.zeros((16, 32), np.uint8), np.zeros((8, 32), np.uint8)
+        left, right = np.zeros((16, 32), np.uint8), np.zeros((8, 16 * len(b)), np.uint8)
         for i, register in enumerate(a):
             for byte in range(4):
                 left[g + i % 2 * 8, i // 2 * 16 + 4 * m + byte] = self.value(register) >> np.uint64(8 * byte) & 255
@@ -147,8 +149,18 @@ class Warp:
             for byte in range(4):
                 right[g, i * 16 + 4 * m + byte] = self.value(register) >> np.uint64(8 * byte) & 255
         place = [(g + i // 2 * 8, 2 * m + i % 2) for i in range(4)]
-        if op == "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32":
-            products = left.astype(np.int64) @ right.view(np.int8).astype(np.int64).T
+        if op in ("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
+                  "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.u8.s32"):
+            if sparse:
+                kept, selector = self.value(sparse[0]).reshape(8, 2, 2), int(sparse[1], 0)  # g, half, row below
+                assert selector == 0
+                places = kept[..., None] >> (2 * np.arange(16)).astype(np.uint64) & np.uint64(3)
+                places = places.transpose(2, 0, 1, 3).reshape(16, 32).astype(int) + np.arange(32) // 2 * 4
+                wide = np.zeros((16, 64), np.int8)
+                np.put_along_axis(wide, places, left.view(np.int8), 1)
+                products = wide.astype(np.int64) @ right.astype(np.int64).T
+            else:
+                products = left.astype(np.int64) @ right.view(np.int8).astype(np.int64).T
             for i, (to, add) in enumerate(zip(d, c)):
                 self.registers[to] = (products[place[i]] + self.value(add).astype(np.int64)).astype(np.uint32).astype(
                     np.uint64)

@@ -28,6 +28,16 @@ PRODUCT(mma_u8s8, int32_t, uint32_t, int32_t)
 PRODUCT(mma_f16, float, __float_as_uint, __uint_as_float)
 PRODUCT(mma_bf16, float, __float_as_uint, __uint_as_float)
 
+KERNEL(kernel_mma_sparse_s8u8) {
+  Words<13> x(in);
+  const uint32_t a[4] = {x.word[0], x.word[1], x.word[2], x.word[3]};
+  const uint32_t b[4] = {x.word[4], x.word[5], x.word[6], x.word[7]};
+  int32_t d[4];
+  for (int i = 0; i < 4; i++) d[i] = int32_t(x.word[9 + i]);
+  mma_sparse_s8u8(d, a, b, x.word[8]);
+  for (int i = 0; i < 4; i++) out[threadIdx.x * 4 + i] = uint32_t(d[i]);
+}
+
 // lane i's 16 bytes of shared memory, and whose address it gives
 KERNEL(kernel_ldmatrix4) {
   R50_SHARED(shared);
@@ -74,7 +84,7 @@ UNPACK(unpack_bf16)
 // kernels in the order of device.py's WRAPPERS
 void run_wrapper(int which, const uint32_t* in, uint32_t* out) {
   void (*const kernels[])(const uint32_t*, uint32_t*) = {
-      kernel_mma_u8s8, kernel_mma_f16,  kernel_mma_bf16,   kernel_ldmatrix4,  kernel_cp_async16,
-      kernel_pack_f16, kernel_pack_bf16, kernel_unpack_f16, kernel_unpack_bf16};
+      kernel_mma_u8s8,   kernel_mma_sparse_s8u8, kernel_mma_f16,  kernel_mma_bf16,   kernel_ldmatrix4,
+      kernel_cp_async16, kernel_pack_f16,        kernel_pack_bf16, kernel_unpack_f16, kernel_unpack_bf16};
   launch(kernels[which], dim3(1), 32, 1024, nullptr, in, out);
 }

@@ -43,7 +43,7 @@ struct Line {
   const char* file;
   int line;
 };
-enum class Collective { BARRIER, LDMATRIX, MMA_U8S8, MMA_F16, MMA_BF16 };
+enum class Collective { BARRIER, LDMATRIX, MMA_U8S8, MMA_SPARSE_S8U8, MMA_F16, MMA_BF16 };
 
 unsigned char* shared_memory();
 void barrier(Line line);
@@ -61,6 +61,7 @@ struct Matrices {
 struct Product {
   void* d;
   const uint32_t *a, *b;
+  uint32_t kept = 0;
 };
 uint16_t to_f16(float x);
 uint16_t to_bf16(float x);
@@ -86,6 +87,10 @@ inline void ldmatrix4(uint32_t (&r)[4], uint32_t from, R50_LINE) {
 inline void mma_u8s8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], R50_LINE) {
   const emulated::Product operands{d, a, b};
   emulated::collective(emulated::Collective::MMA_U8S8, &operands, line);
+}
+inline void mma_sparse_s8u8(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t kept, R50_LINE) {
+  const emulated::Product operands{d, a, b, kept};
+  emulated::collective(emulated::Collective::MMA_SPARSE_S8U8, &operands, line);
 }
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], R50_LINE) {
   const emulated::Product operands{d, a, b};
