@@ -486,8 +486,21 @@ class Flat:
         """run(x), on CUDA as one launch"""
         if not x.is_cuda or torch.compiler.is_compiling():
             return self.run(x)
-        self.graphs = self.graphs or Graphs(self.run)
+        self.graphs = self.graphs or Graphs(self.run_sliced, self.ways)
         return self.graphs(x)
+
+    def ways(self, n):
+        """-> how run_sliced can take n images with the same result, in keyword arguments"""
+        return [{}]
+
+    def run_sliced(self, x, images=None, stage="fc"):
+        """run(x), up to the end of a stage so many images at a time: of few of them a layer's result is still in the
+        L2 when the next one reads it"""
+        if images is None:
+            return self.run(x)
+        cut = 1 + max(i for i, step in enumerate(self.steps) if step.name.startswith(stage))
+        y = torch.cat([self.run(part, self.steps[:cut]) for part in x.split(images)])
+        return self.run(y, self.steps[cut:]) if cut < len(self.steps) else y
 
     def _apply(self, fn, recurse=True):
         self.forget()  # what was recorded reads the tensors that fn is about to replace
@@ -800,6 +813,12 @@ class Int8ResNet50(Flat, nn.Module):
             return dict(kind=step.kind, name=step.name, x=step.x, residual=step.residual, x2=step.x2, out=step.name,
                         **sizes, **dict(module.named_buffers()))
         return [describe(step) for step in self.steps]
+
+    def ways(self, n):
+        if n < 64 or self.config.get("float_layers"):  # whose sums may be others in another batch
+            return [{}]
+        return [{}, *(dict(images=images, stage=stage) for images in (32, 64, 128) if images < n
+                      for stage in ("layer1", "layer2", "fc"))]
 
     def pack_sparse(self):
         """Makes `sparse`, {step name: weights}, of the convolutions that are 2:4 sparse: CUDA has kernels for those."""

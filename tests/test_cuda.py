@@ -475,7 +475,7 @@ def test_faults_are_noticed(libraries, fault):
 SIXTEENS = {name: (width + 15) // 16 * 16 for name, width in WIDTHS.items()}
 NETWORKS = dict(sixteens=(dict(widths=SIXTEENS), 64, 2), plain=(VARIANTS["plain"], 33, 3), v1=(VARIANTS["v1"], 40, 1),
                 pruned=(VARIANTS["pruned"], 64, 1), se=(VARIANTS["se"], 64, 1), split=(VARIANTS["split"], 32, 1),
-                sparse=(dict(widths=SIXTEENS), 64, 2))
+                sparse=(dict(widths=SIXTEENS), 64, 2), deep=(VARIANTS["deep"], 40, 1))
 
 
 def network(name):
@@ -540,6 +540,8 @@ def test_a_network_on_a_gpu_has_the_bits_of_the_cpu(name):
     logits = model(pixels)
     assert torch.equal(model.cuda()(pixels.cuda()).cpu(), logits)
     assert bool(model.sparse) == (name == "sparse")
+    many = pixels.repeat(70, 1, 1, 1)  # enough that slices are tried
+    assert torch.equal(model(many.cuda()).cpu(), logits.repeat(70, 1)) and model.graphs.chosen.keys() > {96}
 
 
 # --------------------------------------------------------------------------------------------------- graphs
@@ -554,22 +556,22 @@ def record(monkeypatch):
     pools = {priority: itertools.cycle([MagicMock(name=f"{priority}.{i}") for i in range(32)]) for priority in (0, -1)}
     monkeypatch.setattr(torch.cuda, "Stream", lambda priority=0: next(pools[priority]))
 
-    def made(function):
+    def made(function, *ways):
         runs = []
 
-        def watched(x):
-            runs.append((x, function(x)))
+        def watched(x, **way):
+            runs.append((x, function(x, **way), way))
             return runs[-1][1]
 
         class Recording:
             def __init__(self):
-                self.at = len(runs) + 1  # behind the run that warms up
+                self.at = len(runs)  # the run that follows
 
             def replay(self):
-                x, y = runs[self.at]
-                y.copy_(function(x))
+                x, y, way = runs[self.at]
+                y.copy_(function(x, **way))
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-        return graphs.Graphs(watched)
+        return graphs.Graphs(watched, *ways)
     return made
 
 
@@ -584,6 +586,39 @@ def test_graphs_are_few_and_fill_up_their_batches(record, monkeypatch):
     for n in (1, 2, 1, 4, 1):
         network(pixels[:n])
     assert [size for _, _, size, _ in network.recorded] == [4, 1]  # the longest unused one went
+
+
+def test_the_fastest_way_is_kept(record, monkeypatch):
+    times, seen = iter([3.0, 1.0, 2.0]), []
+    monkeypatch.setattr(graphs, "milliseconds", lambda graph: next(times))
+
+    def function(x, more=0):
+        seen.append((len(x), more))
+        return x.float().mean((2, 3)) + 0 * more
+    network = record(function, lambda n: [dict(more=i) for i in range(3)] if n > 2 else [{}])
+    x = photographs(4, 4, 4)
+    for n in (2, 4, 3):
+        assert torch.equal(network(x[:n]), function(x[:n]))
+    assert network.chosen == {2: {}, 4: dict(more=1)}
+    assert [s for s in seen if s[0] == 4] == [(4, 0), (4, 0), (4, 1), (4, 1), (4, 2), (4, 2), (4, 1), (4, 0), (4, 1)]
+
+
+def test_the_time_of_a_graph_is_the_least(monkeypatch):
+    events = iter([MagicMock(**{"elapsed_time.return_value": 3.0 * t}) for t in (5, 0, 2, 0, 4, 0, 3, 0)])
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: next(events))
+    graph = MagicMock()
+    assert graphs.milliseconds(graph) == 2 and graph.replay.call_count == 16
+
+
+@pytest.mark.parametrize("name", ["sixteens", "v1", "se", "split", "deep"])
+def test_a_network_in_slices_has_the_same_bits(name):
+    model, _ = network(name)
+    pixels = photographs(5, 33, 35, seed=2)
+    logits = model(pixels)
+    for images in (1, 2, 4):
+        for way in model.ways(256)[1:4]:
+            assert torch.equal(model.run_sliced(pixels, images, way["stage"]), logits), (images, way)
+    assert model.ways(32) == [{}] and all(way["images"] < 64 for way in model.ways(64)[1:])
 
 
 def test_nothing_is_recorded_on_the_stream_of_another_thread(record):

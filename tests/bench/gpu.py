@@ -21,6 +21,7 @@ from torch.nn import functional as F
 import csrc
 import resnet50
 from compress import masks_2_4
+from csrc import graphs
 from tests.bench import kernels
 from tests.bench.infer import quartiles, say
 
@@ -195,6 +196,8 @@ def networks(args, seconds, result):
                  "cudnn_bf16": floating(CudnnResNet50(model, torch.bfloat16), torch.bfloat16)}
     for batch in args.batches:
         result |= network(args, made, pixels[:batch], seconds / len(args.batches))
+        if int8.graphs:
+            say(f"  int8 at batch {batch}: {int8.graphs.chosen[graphs.bucket(batch)] or 'whole'}")
         save(args, result)
 
     def compiled():
