@@ -553,31 +553,32 @@ def fold_norms(model, step):
     return weights, sum(biases)
 
 
-def bf16_program(model):
-    """ResNet50 without attention -> its steps in bfloat16 as csrc.plan.build_plan takes them, batch-norms, mean and std
-    of the pixels folded into the weights. Padding is the mean colour in whole steps of 1/255, as in the int8 one."""
+def float_program(model, dtype):
+    """ResNet50 without attention -> its steps in bfloat16 or float32 as csrc.plan.build_plan takes them, batch-norms,
+    mean and std of the pixels folded into the weights. In bfloat16 padding is the mean colour in whole steps of 1/255,
+    as in the int8 one."""
     def describe(step):
         row = dict(kind=step.kind, x=step.x, residual=step.residual, x2=step.x2, out=step.name)
         if step.kind not in ("conv", "linear"):
             return row
         (weight, *weight2), bias = fold_norms(model, step)
         if step.folded:
-            row.update(weight2=weight2[0].bfloat16(), stride2=model.get_submodule(step.folded.name).stride[0])
+            row.update(weight2=weight2[0].to(dtype), stride2=model.get_submodule(step.folded.name).stride[0])
         if step.x == "pixels":
             mean = 255 * torch.tensor(model.preprocess["mean"], dtype=torch.float64)
-            bias = bias + (weight * (mean.round() - mean).view(-1, 1, 1)).sum((1, 2, 3))
-            row["centre"] = mean.round().to(torch.uint8)
+            row["centre"] = mean.round().to(torch.uint8) if dtype == torch.bfloat16 else mean.float()
+            bias = bias + (weight * (row["centre"] - mean).view(-1, 1, 1)).sum((1, 2, 3))
         if step.kind == "conv":
             layer = model.get_submodule(step.name)
             row.update(stride=layer.stride[0], padding=layer.padding[0])
-        return dict(row, weight=weight.bfloat16(), bias=bias.float())
+        return dict(row, weight=weight.to(dtype), bias=bias.float())
     return [describe(step) for step in fold_downsample(flatten(model))]
 
 
 class FusedResNet50(Flat, ResNet50):
     """ResNet50 for inference: convolution, batch-norm, residual and ReLU are one operation of csrc/, in float32 or
-    bfloat16; from pixels in bfloat16 the whole network is, on a CPU that multiplies it (csrc.has_bf16). What the
-    weights are when it is made, it keeps."""
+    bfloat16; from pixels the whole network is, on a CPU with kernels for that (csrc.has_float). What the weights are
+    when it is made, it keeps."""
 
     def __init__(self, model, dtype):
         super().__init__(**model.config)
@@ -591,15 +592,15 @@ class FusedResNet50(Flat, ResNet50):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
         self.rows = None  # of the program
         known = self.config["attention"] == "none" and self.config["classifier"] == "float"
-        if dtype == torch.bfloat16 and device.type == "cpu" and known and csrc.has_bf16():
+        if device.type == "cpu" and known and csrc.has_float(dtype):
             with torch.no_grad():
-                rows = bf16_program(model)
+                rows = float_program(model, dtype)
             if all(v.isfinite().all() for row in rows for v in row.values() if torch.is_tensor(v)):  # else an image's
                 # NaN could reach its neighbours by the zeros behind a tap
                 self.rows = rows
 
     def program(self):
-        return self.rows if csrc.has_bf16() else None
+        return self.rows if csrc.has_float(self.dtype) else None
 
     def call(self, step, x, residual=None):
         if step.kind == "avgpool":
@@ -615,7 +616,7 @@ class FusedResNet50(Flat, ResNet50):
     def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes); uint8 pixels -> the same in float32
         pixels, nhwc = x.dtype == torch.uint8, dict(memory_format=torch.channels_last)
         if pixels and (plan := self.plan_for(x)) is not None:
-            return csrc.network_bf16(x.contiguous(**nhwc), plan, self.config["num_classes"])
+            return csrc.network_float(x.contiguous(**nhwc), plan, self.config["num_classes"])
         y = self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc))
         return y.float() if pixels else y
 

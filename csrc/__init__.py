@@ -362,9 +362,9 @@ FAKES = {name: _fake(check) for name, (check, _) in reference.OPERATIONS.items()
     "gemm_int8": _fake_gemm_int8, "bn_relu": _fake_bn_relu, "bn_relu_backward": _fake_bn_relu_backward,
     "crop_images": _fake(reference.check_crop_images, torch.bool),
     "pack_int8": _fake(reference.check_pack_int8, torch.uint8),
-    "pack_bf16": _fake(reference.check_pack_bf16, torch.uint8)} | {
+    "pack_float": _fake(reference.check_pack_float, torch.uint8)} | {
     name: _fake(functools.partial(reference.check_network, name), dtype) for name, dtype in (
-        ("network_int8", torch.float32), ("network_bf16", torch.float32), ("network_profile", torch.int64))}
+        ("network_int8", torch.float32), ("network_float", torch.float32), ("network_profile", torch.int64))}
 
 
 def _bn_relu_saves(ctx, inputs, output):
@@ -434,9 +434,10 @@ def pack_int8(weight, mult, bias, gain=None, weight2=None, winograd=False):
     return _native("pack_int8", weight, mult, bias, gain, weight2, winograd)
 
 
-def pack_bf16(weight, bias, weight2=None):
-    """bfloat16 (O, C, kh, kw), float32 (O), bfloat16 (O, C2, 1, 1) -> uint8 (bytes), as pack_int8, if has_bf16()."""
-    return _native("pack_bf16", weight, bias, weight2)
+def pack_float(weight, bias, weight2=None):
+    """bfloat16 or float32 (O, C, kh, kw), float32 (O), the weights' type (O, C2, 1, 1) -> uint8 (bytes), as pack_int8,
+    if has_float(weight.dtype)."""
+    return _native("pack_float", weight, bias, weight2)
 
 
 def network_int8(pixels, plan, classes):
@@ -444,13 +445,13 @@ def network_int8(pixels, plan, classes):
     return _native("network_int8", pixels, plan, classes)
 
 
-def network_bf16(pixels, plan, classes):
-    """The same with a plan in bfloat16, where has_bf16()."""
-    return _native("network_bf16", pixels, plan, classes)
+def network_float(pixels, plan, classes):
+    """The same with a plan in bfloat16 or float32, where has_float(it)."""
+    return _native("network_float", pixels, plan, classes)
 
 
 def network_profile(pixels, plan, classes):
-    """network_int8's or network_bf16's arguments -> int64 (steps): nanoseconds of each step of the plan."""
+    """network_int8's or network_float's arguments -> int64 (steps): nanoseconds of each step of the plan."""
     return _native("network_profile", pixels, plan, classes)
 
 
@@ -538,10 +539,10 @@ def isa():
     return ISAS[int(pack_int8(one.to(torch.int8).view(1, 1, 1, 1), one, one)[4:8].view(torch.int32))]  # Packed.isa
 
 
-def has_bf16():
-    """Whether networks in bfloat16 run as one call: with AMX, or AVX-512 and its BF16 part."""
+def has_float(dtype):
+    """Whether networks in bfloat16 run as one call: with AMX, or AVX-512 and its BF16 part; in float32: with AVX2."""
     with contextlib.suppress(RuntimeError):
-        pack_bf16(torch.ones(1, 1, 1, 1, dtype=torch.bfloat16), torch.ones(1))
+        pack_float(torch.ones(1, 1, 1, 1, dtype=dtype), torch.ones(1))
         return True
     return False
 

@@ -22,9 +22,9 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
   m.def("gemm_int8(Tensor a, Tensor b, Tensor? bias=None, Tensor? mult=None, Tensor? scale=None) -> Tensor");
   m.def("pack_int8(Tensor weight, Tensor mult, Tensor bias, Tensor? gain=None, Tensor? weight2=None, "
         "bool winograd=False) -> Tensor");
-  m.def("pack_bf16(Tensor weight, Tensor bias, Tensor? weight2=None) -> Tensor");
+  m.def("pack_float(Tensor weight, Tensor bias, Tensor? weight2=None) -> Tensor");
   m.def("network_int8(Tensor pixels, Tensor plan, int classes) -> Tensor");
-  m.def("network_bf16(Tensor pixels, Tensor plan, int classes) -> Tensor");
+  m.def("network_float(Tensor pixels, Tensor plan, int classes) -> Tensor");
   m.def("network_profile(Tensor pixels, Tensor plan, int classes) -> Tensor");
   m.def("peak_macs(str kind, int milliseconds) -> float");
   m.def("conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor bias, Tensor? residual=None, "
@@ -128,24 +128,26 @@ Tensor pack_int8(const Tensor& weight, const Tensor& mult, const Tensor& bias, c
   return out;
 }
 
-Tensor pack_bf16(const Tensor& weight, const Tensor& bias, const OptionalTensor& weight2) {
-  const char* op = "pack_bf16";
-  check(weight, op, "weight", ScalarType::BFloat16, "bfloat16", {-1, -1, -1, -1}, "(O, C, kh, kw)", CPU);
+Tensor pack_float(const Tensor& weight, const Tensor& bias, const OptionalTensor& weight2) {
+  const char* op = "pack_float";
+  const bool is_bf16 = weight.scalar_type() == ScalarType::BFloat16;
+  const ScalarType type = is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const char* name = is_bf16 ? "bfloat16" : "float32";
+  check(weight, op, "weight", type, "bfloat16 or float32", {-1, -1, -1, -1}, "(O, C, kh, kw)", CPU);
   const int64_t o = weight.size(0), c = weight.size(1), kh = weight.size(2), kw = weight.size(3);
   check_vector(bias, op, "bias", ScalarType::Float, "float32", o, CPU);
-  if (weight2) check(*weight2, op, "weight2", ScalarType::BFloat16, "bfloat16", {o, -1, 1, 1}, "(O, C2, 1, 1)", CPU);
-  const auto halves = [](const Tensor& t) { return static_cast<const uint16_t*>(t.const_data_ptr()); };
+  if (weight2) check(*weight2, op, "weight2", type, name, {o, -1, 1, 1}, "(O, C2, 1, 1)", CPU);
   Tensor out;
-  r50::pack_bf16(o, kh, kw, c, halves(weight), weight2 ? weight2->size(1) : 0, weight2 ? halves(*weight2) : nullptr,
-                 data<float>(bias), [&](int64_t bytes) {
-                   out = torch::stable::empty({bytes}, ScalarType::Byte);
-                   return static_cast<uint8_t*>(out.mutable_data_ptr());
-                 });
+  r50::pack_float(is_bf16, o, kh, kw, c, weight.const_data_ptr(), weight2 ? weight2->size(1) : 0,
+                  weight2 ? weight2->const_data_ptr() : nullptr, data<float>(bias), [&](int64_t bytes) {
+                    out = torch::stable::empty({bytes}, ScalarType::Byte);
+                    return static_cast<uint8_t*>(out.mutable_data_ptr());
+                  });
   return out;
 }
 
 Tensor run_network(const Tensor& pixels, const Tensor& plan, int64_t classes, Tensor* nanoseconds, const char* op,
-                   int64_t type) {  // -1: of either
+                   int is_float) {  // -1: of either
   check(plan, op, "plan", ScalarType::Byte, "uint8", {-1}, "(bytes,) from csrc.build_plan", CPU);
   STD_TORCH_CHECK(plan.numel() >= int64_t(sizeof(r50::PlanHeader)), op,
                   ": plan is not what csrc.build_plan returned");
@@ -153,7 +155,8 @@ Tensor run_network(const Tensor& pixels, const Tensor& plan, int64_t classes, Te
   check(pixels, op, "pixels", ScalarType::Byte, "uint8", {-1, header.channels, -1, -1}, "(N, 3, H, W)",
         CPU);
   STD_TORCH_CHECK(classes == header.classes, op, ": the plan has ", header.classes, " classes, not ", classes);
-  STD_TORCH_CHECK(type < 0 || type == header.type, op, ": the plan is one of ", header.type ? "bfloat16" : "int8");
+  STD_TORCH_CHECK(is_float < 0 || is_float == (header.type > 0), op, ": the plan is one of ",
+                  header.type ? "floats" : "int8");
   Tensor logits = torch::stable::empty({pixels.size(0), classes}, ScalarType::Float);
   if (nanoseconds) {
     *nanoseconds = torch::stable::empty({header.steps}, ScalarType::Long);
@@ -169,8 +172,8 @@ Tensor network_int8(const Tensor& pixels, const Tensor& plan, int64_t classes) {
   return run_network(pixels, plan, classes, nullptr, "network_int8", 0);
 }
 
-Tensor network_bf16(const Tensor& pixels, const Tensor& plan, int64_t classes) {
-  return run_network(pixels, plan, classes, nullptr, "network_bf16", 1);
+Tensor network_float(const Tensor& pixels, const Tensor& plan, int64_t classes) {
+  return run_network(pixels, plan, classes, nullptr, "network_float", 1);
 }
 
 Tensor network_profile(const Tensor& pixels, const Tensor& plan, int64_t classes) {
@@ -188,9 +191,9 @@ STABLE_TORCH_LIBRARY_IMPL(resnet50, CPU, m) {
   m.impl("gemm_int8", TORCH_BOX(&gemm_int8));
   m.impl("gate_int8", TORCH_BOX(&gate_int8));
   m.impl("pack_int8", TORCH_BOX(&pack_int8));
-  m.impl("pack_bf16", TORCH_BOX(&pack_bf16));
+  m.impl("pack_float", TORCH_BOX(&pack_float));
   m.impl("network_int8", TORCH_BOX(&network_int8));
-  m.impl("network_bf16", TORCH_BOX(&network_bf16));
+  m.impl("network_float", TORCH_BOX(&network_float));
   m.impl("network_profile", TORCH_BOX(&network_profile));
 }
 

@@ -1,4 +1,4 @@
-"""A network's steps -> the block of bytes that network_int8 or network_bf16 walks (cpu/network.h has the format).
+"""A network's steps -> the block of bytes that network_int8 or network_float walks (cpu/network.h has the format).
 
 Steps are dicts in execution order; values name activations, the first reads "pixels", the last makes the logits:
   conv     x, out, weight, mult, bias, stride, padding; optional residual + gain, x2 + weight2 + stride2, pad_value
@@ -6,9 +6,9 @@ Steps are dicts in execution order; values name activations, the first reads "pi
   avgpool  x, out, mult              over H and W
   linear   x, weight, bias, scale    float32 logits
 
-Weights in bfloat16 make a network in bfloat16, where csrc.has_bf16(): every convolution ends in a ReLU, biases are
-float32, the first reads pixels less the `centre` that its step names, uint8 (3), and nothing has mult, gain, scale or
-pad_value.
+Weights in bfloat16 or float32 make a network in these, where csrc.has_float(dtype): every convolution ends in a ReLU,
+biases are float32, the first reads pixels less the `centre` that its step names, uint8 or float32 (3), and nothing has
+mult, gain, scale or pad_value.
 """
 import contextlib
 import hashlib
@@ -37,11 +37,17 @@ TRANSFORMED = dict(avx2=512 * 512, vnni=256 * 256)
 BLOCKS = dict(plain=(0,), avx2=(0,), vnni=(0, 48, 192, 768, WINOGRAD),
               amx=(0, 1, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513))
 FIRST, ROUNDS = 2, 5  # of measuring: to find what loses, and to choose
+FLOAT32 = 2  # PlanHeader.type; 26 s of measuring would gain 0 to 2 % (csrc/LOG.md)
 METHOD = 2  # of measuring: what was kept of another is not taken
 WORTH, LOST = 0.98, 1.1  # of the time of the kernel's own choice: what another must reach; what ends its trial
 BATCHES = dict(block_one=1, block_many=8)  # images for which each field is chosen
 PROBES = (224, 97)  # two image sizes tell apart feature maps of different size
 STRIDES = dict(x="stride", x2="stride2", residual="residual_stride")  # with which a step reads an activation
+
+
+def isa_of(dtype):
+    """Whose kernels multiply weights of this type: AMX has no tiles of float32 (cpu/conv.h)."""
+    return "vnni" if dtype == torch.float32 and isa() == "amx" else isa()
 
 
 def reads(step):
@@ -119,7 +125,7 @@ class Buffers:
                 self.border[step["x"]] = max(self.border.get(step["x"], 0), step["padding"])
                 if step.get("pad_value") is not None:
                     self.fill[step["x"]] = step["pad_value"]
-        self.planes = self.split(steps) if isa() == "amx" else set()
+        self.planes = self.split(steps) if isa_of(steps[0]["weight"].dtype) == "amx" else set()
         self.shapes, self.of = {}, {}  # by name: (bytes of a pixel, size for each of PROBES), index of its buffer
         self.keys, self.owner = [], []  # by buffer: (shape, border, name if it has a fill), name that it holds now
 
@@ -166,10 +172,11 @@ class Buffers:
 def build_plan(steps):
     """-> uint8 tensor, for this process's instruction set only."""
     load()
-    ops, element = torch.ops.resnet50, steps[0]["weight"].element_size()  # bytes of a value
+    ops, dtype = torch.ops.resnet50, steps[0]["weight"].dtype
+    element, kernels = dtype.itemsize, isa_of(dtype)  # bytes of a value
     steps, channels, sizes = skip_unread(steps), steps[0]["weight"].shape[1], PROBES
     first = dict(kind="load", out=steps[0]["x"], channels=channels)
-    if isa() == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
+    if kernels == "amx" and 4 < steps[0]["weight"].shape[2] <= 8:
         sizes = shrink(PROBES, steps[0]["weight"].shape[2], steps[0]["stride"], steps[0]["padding"])
         first, steps[0] = windows(steps[0])
     nhwc = dict(memory_format=torch.channels_last)
@@ -210,10 +217,10 @@ def build_plan(steps):
             weight2 = None if weight2 is None else weight2.contiguous(**nhwc)
             if element == 1:
                 winograd = (kind == "conv" and weight.shape[2:] == (3, 3) and step["stride"] == step["padding"] == 1
-                            and weight.shape[0] * weight.shape[1] <= TRANSFORMED.get(isa(), 0))
+                            and weight.shape[0] * weight.shape[1] <= TRANSFORMED.get(kernels, 0))
                 row["packed"] = constant(ops.pack_int8(weight, mult, step["bias"], step.get("gain"), weight2, winograd))
             else:
-                row["packed"] = constant(ops.pack_bf16(weight, step["bias"], weight2))
+                row["packed"] = constant(ops.pack_float(weight, step["bias"], weight2))
         elif kind == "maxpool":
             row.update(kh=3, kw=3, stride=2, pad=1)
             shape = pixel, shrink(sizes, 3, 2, 1)
@@ -234,8 +241,8 @@ def build_plan(steps):
         words += [row.get(field, -1 if field in ("in", "out", "residual", "in2") else 0) for field in FIELDS]
     body = torch.cat(constants)
     digest = hashlib.sha256(struct.pack(f"<{len(words)}q", *words) + body.numpy().tobytes()).digest()
-    header = [HEADER_STAMP, ISAS.index(isa()), base + len(body), struct.unpack("<q", digest[:8])[0], len(buffers.keys),
-              len(table), classes, channels, element - 1]
+    header = [HEADER_STAMP, ISAS.index(kernels), base + len(body), struct.unpack("<q", digest[:8])[0],
+              len(buffers.keys), len(table), classes, channels, element.bit_length() - 1]
     head = torch.frombuffer(bytearray(struct.pack(f"<{len(header) + len(words)}q", *header, *words)), dtype=torch.uint8)
     return torch.cat([head, torch.zeros(base - len(head), dtype=torch.uint8), body], out=large(base + len(body)))
 
@@ -257,7 +264,8 @@ def tune(plan, size):
     """Chooses for each convolution how many rows pass over the weights at a time, by running the whole network on
     images of `size` pixels with each of BLOCKS. What was measured is kept in the cache folder, by CPU, threads and
     shapes, so that this happens once per machine. Changes the plan in place; results do not depend on it."""
-    if len(BLOCKS[isa()]) == 1:
+    kernels, type = ISAS[int(plan[8:16].view(torch.int64))], int(plan[64:72].view(torch.int64))
+    if len(BLOCKS[kernels]) == 1 or type == FLOAT32:
         return plan
     table, classes, at = steps_of(plan), int(plan[48:56].view(torch.int64)), FIELDS.index
     convs = [i for i in range(len(table)) if table[i, 0] == KINDS["conv"]]
@@ -267,14 +275,14 @@ def tune(plan, size):
         packed = plan[int(table[i, at("packed")]):][:64].view(torch.int32)  # cpu/conv.h: struct Packed
         return " ".join(map(str, packed[:15].tolist() + [int(table[i, f]) for f in geometry]))
     cpu = cpuinfo("model name") or platform.machine()
-    here = f"{cpu} {isa()} {torch.get_num_threads()} threads {size} px {build_key()} {METHOD}"
+    here = f"{cpu} {kernels} {torch.get_num_threads()} threads {size} px {build_key()} {METHOD}"
     digest = hashlib.sha256(" | ".join([here, *map(signature, convs)]).encode()).hexdigest()[:16]
     path = os.path.join(cache_folders()[-1], f"blocks-{digest}.json")
     try:
         with open(path) as f:
             known = json.load(f)
         # a kernel trusts its plan: what it never measured, such as a negative number, would lead it out of its memory
-        if all(len(known[field]) == len(convs) and set(known[field]) <= set(BLOCKS[isa()]) for field in BATCHES):
+        if all(len(known[field]) == len(convs) and set(known[field]) <= set(BLOCKS[kernels]) for field in BATCHES):
             for field in BATCHES:
                 table[convs, at(field)] = torch.tensor(known[field], dtype=torch.int64)
             return plan
@@ -283,7 +291,7 @@ def tune(plan, size):
     known = dict(machine=here)
     for field, images in BATCHES.items():
         pixels = torch.zeros(images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        blocks = torch.tensor(BLOCKS[isa()])
+        blocks = torch.tensor(BLOCKS[kernels])
         tried = blocks[:, None].expand(-1, len(convs))
         gains = []
         for _ in range(FIRST + ROUNDS):

@@ -188,11 +188,11 @@ def check_pack_int8(weight, mult, bias, gain=None, weight2=None, winograd=False)
     expect(op, torch.int8, (weight.shape[0], "C2", 1, 1), d, weight2=weight2)
 
 
-def check_pack_bf16(weight, bias, weight2=None):
-    op, d = "pack_bf16", weight.device
-    expect(op, torch.bfloat16, ("O", "C", "kh", "kw"), weight=weight)
+def check_pack_float(weight, bias, weight2=None):
+    op, d = "pack_float", weight.device
+    expect(op, FLOATS[:2], ("O", "C", "kh", "kw"), weight=weight)
     expect(op, torch.float32, (weight.shape[0],), d, bias=bias)
-    expect(op, torch.bfloat16, (weight.shape[0], "C2", 1, 1), d, weight2=weight2)
+    expect(op, weight.dtype, (weight.shape[0], "C2", 1, 1), d, weight2=weight2)
 
 
 def check_network(op, pixels, plan, classes):

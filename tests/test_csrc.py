@@ -423,34 +423,42 @@ def test_a_residual_of_another_size_is_refused(native):
         build_plan(steps)
 
 
-# ---------------------------------------------------------------------------------------------- network_bf16
+# ---------------------------------------------------------------------------------------------- network_float
 
 BF16 = dict(weight=torch.ones(8, 6, 3, 3).bfloat16().to(memory_format=NHWC), bias=torch.ones(8),
             weight2=torch.ones(8, 5, 1, 1).bfloat16())  # tests/test_kernels.py has the values
 
 
-def test_bfloat16_networks(native):
+@pytest.mark.parametrize("dtype, centre, needs", [
+    (torch.bfloat16, torch.zeros(3, dtype=torch.uint8), "bfloat16 need AVX-512 BF16"),
+    (torch.float32, torch.zeros(3), "float32 need AVX2")])
+def test_float_networks(native, dtype, centre, needs):
+    arguments = {k: v if k == "bias" else v.to(dtype) for k, v in BF16.items()}
     with open("/proc/cpuinfo") as f:
-        assert csrc.has_bf16() == (csrc.isa() in ("vnni", "amx") and " avx512_bf16" in f.read())
-    if not csrc.has_bf16():
-        with pytest.raises(RuntimeError, match="pack_bf16: networks in bfloat16 need AVX-512 BF16"):
-            csrc.pack_bf16(**BF16)
+        flags, isa = f.read(), csrc.isa()
+    able = isa in ("vnni", "amx") and " avx512_bf16" in flags if dtype == torch.bfloat16 else isa != "plain"
+    assert csrc.has_float(dtype) == able
+    if not able:
+        with pytest.raises(RuntimeError, match=f"pack_float: networks in {needs}"):
+            csrc.pack_float(**arguments)
         return
-    torch.library.opcheck(operation("pack_bf16").default, tuple(BF16.values()))
-    weight = torch.ones(7, 3, 1, 1).bfloat16()
+    torch.library.opcheck(operation("pack_float").default, tuple(arguments.values()))
+    with pytest.raises(RuntimeError, match="pack_float: weight2 must be"):
+        csrc.pack_float(**{**arguments, "weight2": arguments["weight2"].half()})
+    weight = torch.ones(7, 3, 1, 1, dtype=dtype)
     steps = [dict(kind="conv", x="pixels", out="a", weight=weight, bias=torch.zeros(7), stride=1, padding=0,
-                  centre=torch.zeros(3, dtype=torch.uint8)), dict(kind="avgpool", x="a", out="b"),
-             dict(kind="linear", x="b", weight=torch.eye(7).bfloat16(), bias=torch.zeros(7))]
+                  centre=centre), dict(kind="avgpool", x="a", out="b"),
+             dict(kind="linear", x="b", weight=torch.eye(7, dtype=dtype), bias=torch.zeros(7))]
     pixels, plan = torch.full((2, 3, 5, 4), 9, dtype=torch.uint8).to(memory_format=NHWC), build_plan(steps)
-    assert (csrc.network_bf16(pixels, plan, 7) == 27).all()
-    torch.library.opcheck(operation("network_bf16").default, (pixels, plan, 7))
-    with pytest.raises(RuntimeError, match="network_int8: the plan is one of bfloat16"):
+    assert (csrc.network_float(pixels, plan, 7) == 27).all()
+    torch.library.opcheck(operation("network_float").default, (pixels, plan, 7))
+    with pytest.raises(RuntimeError, match="network_int8: the plan is one of floats"):
         csrc.network_int8(pixels, plan, 7)
 
 
 def test_a_plan_of_the_other_type_is_refused(native):
-    with pytest.raises(RuntimeError, match="network_bf16: the plan is one of int8"):
-        csrc.network_bf16(u8(1, 3, 32, 32), build_plan(SMALL), 7)
+    with pytest.raises(RuntimeError, match="network_float: the plan is one of int8"):
+        csrc.network_float(u8(1, 3, 32, 32), build_plan(SMALL), 7)
 
 
 # -------------------------------------------------------------------------------------------------- bn_relu, pools
@@ -637,7 +645,7 @@ def arguments_of(name):
         "gemm_int8": dict(a=u8(3, 6), b=s8(4, 6), bias=s32(4, 0, 9), mult=s32(4, 0, 9), scale=None),
         "pack_int8": dict(weight=s8(8, 6, 3, 3), mult=s32(8, 0, 9), bias=s32(8, 0, 9), gain=s32(8, 0, 9),
                           weight2=s8(8, 5, 1, 1)),
-        "pack_bf16": BF16,
+        "pack_float": BF16,
         "conv_bn_relu": dict(x=f, weight=torch.rand(8, 6, 3, 3).to(memory_format=NHWC), scale=torch.rand(8),
                              bias=torch.rand(8), residual=torch.rand(2, 8, 3, 2).to(memory_format=NHWC), relu=True,
                              stride=[1, 1], padding=[0, 0], groups=1),
@@ -667,12 +675,12 @@ IMAGES = ("jpeg_sizes", "jpeg_restart", "crop_images")  # test_decoder.py
 NAMES = [*(name for name in reference.OPERATIONS if name not in IMAGES), "pack_int8"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "pack_bf16"])
+@pytest.mark.parametrize("name", [*NAMES, "pack_float"])
 def test_wrong_arguments_are_named(native, name):
     """By the native operation, and by the check that the reference and the fake kernels share."""
     right = arguments_of(name)
     for run in (operation(name), plain(name)):
-        if name != "pack_bf16" or csrc.has_bf16():
+        if name != "pack_float" or csrc.has_float(torch.bfloat16):
             run(*right.values())
     for argument, value in right.items():
         for what, wrong in spoiled(value) if isinstance(value, torch.Tensor) else ():

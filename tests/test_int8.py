@@ -329,19 +329,19 @@ def test_sparse_weights_are_packed_for_cuda():
     assert len(b.sparse) == 47
 
 
-@pytest.mark.parametrize("kind", ["int8", "bf16"])
-def test_a_copy_is_packed_for_the_machine_that_it_is_on(kind, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_a_copy_is_packed_for_the_machine_that_it_is_on(dtype, monkeypatch):
     pixels, model = photographs(2, 64, 64), build("plain")
-    net = resnet50.quantize(model, [pixels]) if kind == "int8" else resnet50.fuse(model, torch.bfloat16)
+    net = resnet50.quantize(model, [pixels]) if dtype == torch.int8 else resnet50.fuse(model, dtype)
     expected, content = net(pixels), pickle.dumps(net)
     for twin in (pickle.loads(content), copy.deepcopy(net)):
-        assert kind == "bf16" or twin.packed is None
+        assert dtype == torch.bfloat16 or twin.packed is None
         assert torch.equal(twin(pixels), expected) and (twin.plan() is None) == (net.plan() is None)
-    monkeypatch.setattr(csrc, "has_bf16", lambda: False)
-    if kind == "bf16":
-        elsewhere = pickle.loads(content)
+    monkeypatch.setattr(csrc, "has_float", lambda dtype: False)
+    if dtype != torch.int8:
+        elsewhere, error = pickle.loads(content), 0.05 if dtype == torch.bfloat16 else 1e-5
         assert elsewhere.plan() is None
-        torch.testing.assert_close(elsewhere(pixels), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+        torch.testing.assert_close(elsewhere(pixels), expected, rtol=0, atol=error * expected.abs().max().item())
     elif csrc.load():
         net.packed[:] = 0  # no plan of this process: only what is packed anew runs
         assert torch.equal(copy.deepcopy(net)(pixels), expected)
@@ -480,20 +480,21 @@ def test_fused_equals_the_plain_network(pair, dtype, floor):
         resnet50.fuse(net)
 
 
+@pytest.mark.parametrize("dtype, floor", [(torch.bfloat16, 1e-3), (torch.float32, 2e-7)])
 @pytest.mark.parametrize("size", [(75, 50), (64, 64), (33, 47)])
-def test_fused_bfloat16_from_pixels(pair, size):
-    """float32 logits, by one call where the CPU can: at most twice the error of PyTorch's own bfloat16, and then the
-    same bits in batches of any size, by any number of threads."""
+def test_fused_from_pixels(pair, size, dtype, floor):
+    """float32 logits, by one call where the CPU can: at most twice the error of PyTorch's own operators at the same
+    precision, and then the same bits in batches of any size, by any number of threads."""
     model, _ = pair
-    pixels, fused = photographs(9, *size, seed=5), resnet50.fuse(model, torch.bfloat16)
-    assert (fused.plan() is not None) == (csrc.has_bf16() and model.config["attention"] == "none")
+    pixels, fused = photographs(9, *size, seed=5), resnet50.fuse(model, dtype)
+    assert (fused.plan() is not None) == (csrc.has_float(dtype) and model.config["attention"] == "none")
     x = resnet50.normalize(pixels, model.preprocess)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
-        plain = copy.deepcopy(model).bfloat16()(x.bfloat16())
+        plain = copy.deepcopy(model).to(dtype)(x.to(dtype))
         logits = resnet50.predict(fused, pixels)
     assert logits.dtype == torch.float32 and logits.shape == exact.shape
-    assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-3 * exact.abs().max()
+    assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor * exact.abs().max()
     if fused.plan() is not None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -504,13 +505,14 @@ def test_fused_bfloat16_from_pixels(pair, size):
                 torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_fused_weights_that_are_no_numbers_stay_where_they_are(value):
+def test_fused_weights_that_are_no_numbers_stay_where_they_are(value, dtype):
     """What is packed for one call has zeros behind a tap, and zero times infinity is no number: these are not."""
     model = build("plain")
     with torch.no_grad():
         model.fc.weight[2, 5] = value
-        fused = resnet50.fuse(model, torch.bfloat16)
+        fused = resnet50.fuse(model, dtype)
         logits = fused(photographs(3, 64, 64))
     assert fused.plan() is None and not logits[:, 2].isfinite().any() and logits[:, :2].isfinite().all()
 

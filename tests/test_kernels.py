@@ -38,7 +38,7 @@ def builds(pytestconfig, tmp_path_factory):
         faulty=builder.library("-O1", other=plant(folder)),
         sanitized=builder.library(*SANITIZE, "-fsanitize=address,undefined"),
         races=builder.start("", [os.path.join(HERE, "races.cpp"), *cpu("pool")], RACES, *RACES),
-        native=builder.start(".so", cpu("conv_vnni", "conv_amx"), ["-O3"], "-shared"))
+        native=builder.start(".so", cpu("conv_vnni", "conv_amx", "conv_f32"), ["-O3"], "-shared"))
     builder.pool.shutdown(cancel_futures=True)
 
 
@@ -113,22 +113,22 @@ def rounded(x):
     return torch.from_numpy(x.astype(np.float32)).bfloat16().float().numpy()
 
 
-def result(step, values):
-    """What one step of csrc/plan.py makes of the activations (n, h, w, c): uint8, or bfloat16 as float32, whole numbers
-    in all of Bf16Network's convolutions."""
+def result(step, values, nearest):
+    """What one step of csrc/plan.py makes of the activations (n, h, w, c): uint8, or float32 by `nearest`, whole
+    numbers in all of FloatNetwork's convolutions."""
     x, kind = values[step["x"]], step["kind"]
-    is_bf16 = x.dtype != np.uint8 or "centre" in step
+    is_float = x.dtype != np.uint8 or "centre" in step
     if kind == "maxpool":
         padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2].max((-1, -2))
     if kind == "avgpool":
         pixels = x.shape[1] * x.shape[2]
-        if is_bf16:
-            return rounded(x.sum((1, 2), dtype=np.float32) / np.float32(pixels))[:, None, None]
+        if is_float:
+            return nearest(x.sum((1, 2), dtype=np.float32) / np.float32(pixels))[:, None, None]
         mult = np.array((2 * step["mult"] + pixels) // (2 * pixels))  # mult / pixels, rounded half up
         return requantize(x.sum((1, 2), dtype=np.int64), mult)[:, None, None]
     weight, bias = step["weight"].float().numpy(), step["bias"].numpy()
-    if kind == "linear" and is_bf16:
+    if kind == "linear" and is_float:
         return (x[:, 0, 0].astype(np.float64) @ weight.T + bias).astype(np.float32)
     if kind == "linear":
         acc = x[:, 0, 0].astype(np.int64) @ weight.astype(np.int64).T + bias
@@ -141,24 +141,26 @@ def result(step, values):
         weight2 = step["weight2"].float().numpy().transpose(0, 2, 3, 1)
         acc += conv_sums(values[step["x2"]], weight2, (step["stride2"],) * 2, (0, 0))
     acc += bias.astype(np.int64)
-    if is_bf16:
+    if is_float:
         if step.get("residual"):
             acc += values[step["residual"]].astype(np.int64)
-        return rounded(np.maximum(acc, 0))
+        return nearest(np.maximum(acc, 0))
     if step.get("residual"):
         acc += step["gain"].numpy().astype(np.int64) * values[step["residual"]]
     return requantize(acc, step["mult"].numpy())
 
 
 def execute(steps, pixels):
-    values = {"pixels": pixels}
+    values, nearest = {"pixels": pixels}, rounded if steps[0]["weight"].dtype == torch.bfloat16 else np.float32
     for step in steps:
-        values[step.get("out", "logits")] = result(step, values)
+        values[step.get("out", "logits")] = result(step, values, nearest)
     return values["logits"]
 
 
 class Network:
     """Steps with random weights, scaled as they are added so that `pixels` give values all over 0..255."""
+
+    nearest = None
 
     def __init__(self, pixels):
         self.rng, self.steps, self.values = np.random.default_rng(7), [], {"pixels": pixels}
@@ -169,7 +171,7 @@ class Network:
     def add(self, kind, x, **step):
         step = dict(kind=kind, x=x, out=f"{len(self.steps)}", **step)
         self.steps.append(step)
-        self.values[step["out"]] = result(step, self.values)
+        self.values[step["out"]] = result(step, self.values, self.nearest)
         return step["out"]
 
     def conv(self, x, o, kernel=1, stride=1, x2=None, stride2=1, fill=False, residual=None):
@@ -202,9 +204,11 @@ class Network:
         return self.steps
 
 
-class Bf16Network(Network):
-    """The same in bfloat16. Every sum in float32 is exact, in whatever order, so that results are compared in every
-    bit: weights are small integers, all but a few of them zeros, so that values grow slowly."""
+class FloatNetwork(Network):
+    """The same in float32. Every sum is exact, in whatever order, so that results are compared in every bit: weights
+    are small integers, all but a few of them zeros, so that values grow slowly."""
+
+    dtype, centre, nearest = torch.float32, torch.float32, np.float32
 
     def sparse(self, *shape, least=3):
         """`least` numbers of -2..1 at each output channel, anywhere in its window"""
@@ -212,12 +216,12 @@ class Bf16Network(Network):
         weight = np.zeros((o, k))
         for row in weight:
             row[self.rng.choice(k, min(least, k), replace=False)] = self.rng.choice((-2, -1, -1, 1, 1), min(least, k))
-        return torch.from_numpy(weight.reshape(shape)).bfloat16()
+        return torch.from_numpy(weight.reshape(shape)).to(self.dtype)
 
     def conv(self, x, o, kernel=1, stride=1, x2=None, stride2=1, fill=False, residual=None):
         step = dict(weight=self.sparse(o, self.values[x].shape[-1], kernel, kernel), stride=stride, padding=kernel // 2)
         if x == "pixels":
-            step["centre"] = torch.tensor([124, 0, 255], dtype=torch.uint8)
+            step["centre"] = torch.tensor([124, 0, 255], dtype=self.centre)
         if x2:
             step |= dict(x2=x2, stride2=stride2, weight2=self.sparse(o, self.values[x2].shape[-1], 1, 1))
         if residual:
@@ -232,6 +236,10 @@ class Bf16Network(Network):
         weight = self.sparse(classes, self.values[x].shape[-1], least=1)  # one sum, one rounding
         self.steps.append(dict(kind="linear", x=x, weight=weight, bias=self.draw(-60, 60, classes, torch.float32)))
         return self.steps
+
+
+class Bf16Network(FloatNetwork):
+    dtype, centre, nearest = torch.bfloat16, torch.uint8, staticmethod(rounded)
 
 
 def standard(pixels, Network=Network):
@@ -289,10 +297,19 @@ def narrow_bf16(pixels):
     return narrow(pixels, Bf16Network)
 
 
-BF16_ISAS = "vnni", "amx"
+def standard_f32(pixels):
+    return standard(pixels, FloatNetwork)
+
+
+def narrow_f32(pixels):
+    return narrow(pixels, FloatNetwork)
+
+
+HAVE = {torch.int8: ISAS, torch.bfloat16: ("vnni", "amx"), torch.float32: [isa for isa in ISAS if isa != "plain"]}
 NETWORKS = [(standard, 1, 45, 59), (standard, 11, 17, 23), (standard, 8, 8, 9), (narrow, 3, 13, 9), (narrow, 8, 5, 4),
             (short, 2, 41, 36), (filled, 1, 11, 12), (filled, 16, 5, 6), (bright, 2, 18, 17),
-            (standard_bf16, 1, 45, 59), (standard_bf16, 11, 17, 23), (narrow_bf16, 3, 13, 9), (narrow_bf16, 8, 5, 4)]
+            (standard_bf16, 1, 45, 59), (standard_bf16, 11, 17, 23), (narrow_bf16, 3, 13, 9), (narrow_bf16, 8, 5, 4),
+            (standard_f32, 1, 45, 59), (standard_f32, 11, 17, 23), (narrow_f32, 3, 13, 9), (narrow_f32, 8, 5, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -305,20 +322,21 @@ def networks(library, tmp_path_factory):
         vectors = [None if v is None else v.numpy() for v in (mult, bias, gain)]
         return torch.from_numpy(kernels.pack(kernel_layout(weight), *vectors, kernel_layout(weight2), winograd).copy())
 
-    def pack_bf16(weight, bias, weight2=None):
-        bits = lambda t: None if t is None else kernel_layout(t.view(torch.int16))  # noqa: E731
-        return torch.from_numpy(kernels.pack_bf16(bits(weight), bias.numpy(), bits(weight2)).copy())
+    def pack_float(weight, bias, weight2=None):
+        bits = lambda t: None if t is None else kernel_layout(  # noqa: E731
+            t.view(torch.int16) if t.dtype == torch.bfloat16 else t)
+        return torch.from_numpy(kernels.pack_float(bits(weight), bias.numpy(), bits(weight2)).copy())
     for i, (make, n, h, w) in enumerate(NETWORKS):
         pixels = np.random.default_rng(i).integers(0, 256, (n, h, w, 3), np.uint8)
         steps = make(pixels)
         plans = {}
-        for isa in ISAS if steps[0]["weight"].dtype == torch.int8 else BF16_ISAS:
+        for isa in HAVE[steps[0]["weight"].dtype]:
             kernels.use(isa)
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(csrc.plan, "load", lambda: True)
                 patch.setattr(csrc.plan, "isa", lambda: isa)
                 patch.setattr(torch.ops.resnet50, "pack_int8", pack, raising=False)
-                patch.setattr(torch.ops.resnet50, "pack_bf16", pack_bf16, raising=False)
+                patch.setattr(torch.ops.resnet50, "pack_float", pack_float, raising=False)
                 plan = csrc.plan.build_plan(steps)
                 if i % 2:
                     fields = [csrc.plan.FIELDS.index(field) for field in csrc.plan.BATCHES]
@@ -439,7 +457,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                               "if (FAULT) return y; return _mm512_max_epi32", "vnni,amx", "extremes"),
     "panel's last channels": ("epilogue512.h", "(64 - std::min(channels, 64))",
                               "(FAULT ? 0 : 64 - std::min(channels, 64))", "vnni,amx", "odd"),
-    "rows of a pass": ("conv_vnni.cpp", "case 5: run.template operator()<5>()",
+    "rows of a pass": ("sweep.h", "case 5: run.template operator()<5>()",
                        "case 5: FAULT ? run.template operator()<4>() : run.template operator()<5>()", "vnni", "odd"),
     "rows of a tile": ("conv_vnni.cpp", "tables[slice->operand] + m", "tables[slice->operand] + (FAULT ? 0 : m)",
                        "vnni", "odd"),
@@ -465,7 +483,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "a window's first column": ("layout.cpp", "dx * in.c, of_tap", "(FAULT ? 0 : dx * in.c), of_tap", "vnni,avx2",
                                 "odd"),
     "values around left out": ("layout.cpp", "slicing && zeros", "slicing && (FAULT || zeros)", "vnni,avx2", "odd"),
-    "next part of the image": ("conv_vnni.cpp", "std::min(end, here->end)", "std::min(end, FAULT ? end : here->end)",
+    "next part of the image": ("sweep.h", "std::min(end, here->end)", "std::min(end, FAULT ? end : here->end)",
                                "vnni", "odd"),
     "next part of the image, AVX2": ("conv_avx2.cpp", "m1 - m, segment->end - m}",
                                      "m1 - m, FAULT ? block : segment->end - m}", "avx2", "odd"),
@@ -492,10 +510,23 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                                 "vnni,amx", "network"),
     "bf16: panel of a row": ("conv_vnni.cpp", "WIDTH * Epilogue::BYTES", "WIDTH * (FAULT ? 1 : Epilogue::BYTES)",
                              "vnni", "network"),
-    "bf16: no centre": ("network.cpp", "type == Type::bf16 ?", "type == Type::bf16 && !FAULT ?", "vnni,amx", "network"),
+    "bf16: no centre": ("network.cpp", "type != Type::int8 ?", "type != Type::int8 && !FAULT ?", "vnni,amx", "network"),
     "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "vnni,amx", "network"),
     "bf16: order of maxima": ("pooling.cpp", "max_pool_of<uint16_t>", "(FAULT ? max_pool_of<uint8_t> : "
                               "max_pool_of<uint16_t>)", "vnni,amx", "network"),
+    "f32: last channels": ("conv_vnni.cpp", "__mmask16(valid >> 16 * v), _mm512_castsi512_ps(bits)",
+                           "__mmask16(valid >> 16 * (FAULT ? 0 : v)), _mm512_castsi512_ps(bits)", "vnni,amx",
+                           "network"),
+    "f32: registers of a residual": ("conv_vnni.cpp", "from + 64 * v);", "from + 64 * (FAULT ? v & 2 : v));",
+                                     "vnni,amx", "network"),
+    "f32: no centre": ("pooling.cpp", "float(from[i]) - value[i]", "float(from[i]) - (FAULT ? 0 : value[i])",
+                       "avx2,vnni", "network"),
+    "f32: no ReLU": ("conv_f32.cpp", "_mm256_max_ps(_mm256_setzero_ps(), sum[r][v])",
+                     "_mm256_max_ps(FAULT ? sum[r][v] : _mm256_setzero_ps(), sum[r][v])", "avx2", "network"),
+    "f32: channels of a panel": ("conv_f32.cpp", "CHOSEN + WIDTH - left", "CHOSEN + WIDTH - left - FAULT", "avx2",
+                                 "network"),
+    "f32: order of maxima": ("pooling.cpp", "max_pool_of<uint32_t>", "(FAULT ? max_pool_of<uint16_t> : "
+                             "max_pool_of<uint32_t>)", "avx2,vnni", "network"),
     "residual without its stride": ("layout.cpp", "x * residual_stride)", "(FAULT ? x : x * residual_stride))",
                                     "plain,vnni,amx", "network"),
     "residual of other channels": ("network.cpp", "residuals[m] + first,", "residuals[m] + (FAULT ? 0 : first),",
@@ -552,7 +583,7 @@ def test_faults_are_noticed(builds, networks, fault):
     *_, isas, group = FAULTS[fault]
     if group == "network":  # of the fault's type, or the others take the time that is meant for it
         groups = [f"network={path}" for path, (make, *_) in zip(networks, NETWORKS)
-                  if make.__name__.endswith("bf16") == fault.startswith("bf16")]
+                  if re.findall("f16|f32", make.__name__) == re.findall("f16|f32", fault)]
     else:
         groups = [group]
     try:
@@ -617,6 +648,7 @@ def loops(path):
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.parametrize("instruction, kernel, most, around, variants", [
     ("vpdpbusd", "multiply", 24, 0, 36), ("vdpbf16ps", "multiply", 24, 0, 10),  # at most: 6 rows x 4 registers
+    ("vfmadd231ps", "multiply", 24, 0, 10), ("vfmadd231ps", "conv_f32", 12, 0, 15),
     ("vpdpwssd", "Winograd<", 24, 0, 6),
     ("tdpbusd", "sweep", 4, 9, 9), ("tdpbf16ps", "sweep", 4, 9, 9)])  # 2 x 2 tiles; all loops around them, too
 def test_loops_stay_in_registers(builds, instruction, kernel, most, around, variants):
@@ -626,5 +658,7 @@ def test_loops_stay_in_registers(builds, instruction, kernel, most, around, vari
     for name, body, within in loops(builds["native"]()):
         if kernel in name and within <= around and 0 < sum(instruction in line for line in body) <= most:
             count += 1
-            assert not [line for line in body if re.search(r"zmm.*\(%r[sb]p|\(%r[sb]p.*zmm|call", line)], name
+            register = "ymm" if kernel == "conv_f32" else "zmm"
+            moved = rf"{register}.*\(%r[sb]p|\(%r[sb]p.*{register}|call"
+            assert not [line for line in body if re.search(moved, line)], name
     assert count >= variants

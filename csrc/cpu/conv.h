@@ -6,6 +6,7 @@
 // innermost in groups as the instruction wants them, channels permuted so that the epilogue needs no cross-lane
 // shuffle, and the epilogue's vectors beside them.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
@@ -21,9 +22,11 @@ constexpr int32_t MAGIC_BITS = 0x4B400000;  // the float 1.5 * 2^23; adding an i
 constexpr float MAGIC = 12582912.0f;      // the same as a number
 
 enum Rounding : int32_t { BIASED = 0, SINGLE = 1, DOUBLE = 2 };  // the three rows of csrc/README.md's table
-enum class Out { u8, s32, f32, bf16 };
-enum class Type : int32_t { int8, bf16 };  // of weights; activations are uint8 or bfloat16
-inline int bytes_of(Type type) { return type == Type::int8 ? 1 : 2; }
+enum class Out { u8, s32, f32, floats };  // floats: of the activations' type, behind a ReLU
+enum class Type : int32_t { int8, bf16, f32 };  // of weights; activations are uint8, bfloat16 or float32
+inline int bytes_of(Type type) { return 1 << int(type); }
+// Whose kernel multiplies this: AMX has no tiles of float32.
+inline Isa isa_of(Type type) { return type == Type::f32 ? std::min(isa(), Isa::vnni) : isa(); }
 
 struct Packed {  // header of the blob; all offsets in bytes from its start
   static constexpr int32_t STAMP = 0x35305204;
@@ -91,10 +94,10 @@ struct Conv {
 int panel_position(Isa isa, int c);
 
 // k of a tap is padded to a multiple of this in the blob for this instruction set.
-int tap_multiple(Isa isa);
+int tap_multiple(Isa isa, Type type);
 
 // Rows come in groups of so many (layout.h: Tables::build).
-inline int alignment() { return isa() == Isa::amx ? 16 : 1; }
+inline int alignment(Isa isa) { return isa == Isa::amx ? 16 : 1; }
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -103,12 +106,13 @@ void conv_plain(const Conv&, int m0, int m1, int p0, int p1);
 void conv_avx2(const Conv&, int m0, int m1, int p0, int p1);
 void conv_vnni(const Conv&, int m0, int m1, int p0, int p1);
 void conv_amx(const Conv&, int m0, int m1, int p0, int p1);
+void conv_f32(const Conv&, int m0, int m1, int p0, int p1);  // for AVX2, float32
 
 using ConvFunction = void (*)(const Conv&, int, int, int, int);
-inline ConvFunction conv_function() {
+inline ConvFunction conv_function(const Packed& w) {
 #if defined(__x86_64__)
   constexpr ConvFunction all[] = {conv_plain, conv_avx2, conv_vnni, conv_amx};
-  return all[int(isa())];
+  return w.type == Type::f32 && Isa(w.isa) == Isa::avx2 ? conv_f32 : all[w.isa];
 #else
   return conv_plain;
 #endif
@@ -144,8 +148,8 @@ struct PackedShape {  // what packing needs to know; weights are (o, taps, k) el
 // int32.
 void pack_int8(Isa, const PackedShape&, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
                const int32_t* gain, const std::function<uint8_t*(int64_t)>& allocate);
-// Weights bfloat16, bias float32 (o), for Isa::vnni and amx.
-void pack_bf16(Isa, const PackedShape&, const uint16_t* const weight[2], const float* bias,
-               const std::function<uint8_t*(int64_t)>& allocate);
+// Weights bfloat16, for Isa::vnni and amx, or float32, for avx2 and vnni; bias float32 (o).
+void pack_float(Type, const PackedShape&, const void* const weight[2], const float* bias,
+                const std::function<uint8_t*(int64_t)>& allocate);
 
 }  // namespace r50

@@ -117,10 +117,10 @@ void run(const Conv& conv, int threads) {
   parallel(threads, [&](int thread, int count) {
     const int units = (conv.m + 31) / 32;
     if (units >= 2 * count) {
-      conv_function()(conv, units * thread / count * 32, std::min(conv.m, units * (thread + 1) / count * 32), 0,
-                      panels);
+      const int end = std::min(conv.m, units * (thread + 1) / count * 32);
+      conv_function(*conv.w)(conv, units * thread / count * 32, end, 0, panels);
     } else {
-      conv_function()(conv, 0, conv.m, panels * thread / count, panels * (thread + 1) / count);
+      conv_function(*conv.w)(conv, 0, conv.m, panels * thread / count, panels * (thread + 1) / count);
     }
   });
 }
@@ -136,11 +136,12 @@ void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weigh
   pack_int8(isa(), shape, weights, mult, bias, gain, allocate);
 }
 
-void pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,
-               const uint16_t* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate) {
-  if (!has_avx512_bf16()) throw std::runtime_error("pack_bf16: networks in bfloat16 need AVX-512 BF16");
-  const uint16_t* const weights[2] = {weight, weight2};
-  pack_bf16(isa(), merged(o, kh, kw, c, c2), weights, bias, allocate);
+void pack_float(bool is_bf16, int64_t o, int64_t kh, int64_t kw, int64_t c, const void* weight, int64_t c2,
+                const void* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate) {
+  if (is_bf16 && !has_avx512_bf16()) throw std::runtime_error("pack_float: networks in bfloat16 need AVX-512 BF16");
+  if (isa() < Isa::avx2) throw std::runtime_error("pack_float: networks in float32 need AVX2");
+  const void* const weights[2] = {weight, weight2};
+  pack_float(is_bf16 ? Type::bf16 : Type::f32, merged(o, kh, kw, c, c2), weights, bias, allocate);
 }
 
 void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
@@ -158,7 +159,7 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
     const int8_t* const weights[2] = {a.weight + int64_t(g) * og * a.kh * a.kw * cg, a.weight2};
     const auto kept = packed(shape, weights, a.mult + g * og, a.bias + g * og, a.gain ? a.gain + g * og : nullptr);
     const auto* w = reinterpret_cast<const Packed*>(kept->blob.get());
-    const auto padded = [&](int i) { return w->kpad[i] != w->k[i] || alignment() > 1; };
+    const auto padded = [&](int i) { return w->kpad[i] != w->k[i] || alignment(isa()) > 1; };
     for (int64_t n = 0; n < a.n; n += chunk) {
       const int images = int(std::min<int64_t>(chunk, a.n - n));
       const Source x(a.x + n * a.h * a.w * a.c, images, int(a.h), int(a.w), int(a.c), border, a.pad_value,
@@ -184,7 +185,7 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
                                       nullptr, padded(1));
       Tables tables;
       tables.build(of_group, window, results, x2 ? &x2->layout : nullptr, int(a.stride2_h),
-                   int(a.stride2_w), 1, alignment(), w, !a.pad_value);
+                   int(a.stride2_w), 1, alignment(isa()), w, !a.pad_value);
       tables.attach(conv, w->operands);
       if (x2) conv.in[1].a = x2->data;
       if (a.residual) conv.residual = a.residual + n * oh * ow * a.o + g * og;
@@ -201,14 +202,14 @@ void gemm_int8(const uint8_t* a, const int8_t* b, const int32_t* bias, const int
   const auto kept = packed(shape, weights, mult ? mult : zeros.get(), bias ? bias : zeros.get(), nullptr);
   Conv conv;
   conv.w = reinterpret_cast<const Packed*>(kept->blob.get());
-  const bool own = conv.w->kpad[0] != conv.w->k[0] || alignment() > 1;
+  const bool own = conv.w->kpad[0] != conv.w->k[0] || alignment(isa()) > 1;
   const int element = mult ? 1 : 4;
   const int64_t chunk = std::clamp<int64_t>(CHUNK_BYTES / std::max(k, n * element), 1, m);
   for (int64_t first = 0; first < m; first += chunk) {
     const int rows = int(std::min(chunk, m - first));
     const Source x(a + first * k, rows, 1, 1, int(k), 0, nullptr, own);
     Tables tables;
-    tables.build(x.layout, {1, 1, 1, 1, 0, 0}, Layout(rows, 1, 1, int(n), 0), nullptr, 1, 1, element, alignment(),
+    tables.build(x.layout, {1, 1, 1, 1, 0, 0}, Layout(rows, 1, 1, int(n), 0), nullptr, 1, 1, element, alignment(isa()),
                  conv.w);
     tables.attach(conv, 1);
     conv.in[0].a = x.data;

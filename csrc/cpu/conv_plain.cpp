@@ -13,7 +13,7 @@ namespace r50 {
 
 void finish_row(const Conv& conv, int m, int p, const int32_t* acc) {
   const Packed& w = *conv.w;
-  if (w.type == Type::bf16) {  // logits, and acc holds floats
+  if (w.type != Type::int8) {  // logits, and acc holds floats
     std::memcpy(conv.out + conv.outs[m] + p * w.width * 4, acc, size_t(std::min(w.width, w.o - p * w.width)) * 4);
     return;
   }

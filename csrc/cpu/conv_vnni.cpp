@@ -1,4 +1,5 @@
-// Convolution for AVX-512: int8 by VNNI's vpdpbusd and, in networks, bfloat16 by vdpbf16ps, activations read in place.
+// Convolution for AVX-512: int8 by VNNI's vpdpbusd and, in networks, bfloat16 by vdpbf16ps and float32 by vfmadd231ps,
+// activations read in place.
 // Register tile: 6 rows x 64 channels = 24 accumulators, 4 registers of weights, 1 broadcast of 4 bytes.
 #include <algorithm>
 #include <cstring>
@@ -9,30 +10,60 @@
 #if defined(__x86_64__)
 #include "x86.h"
 R50_TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
+#include "each.h"
 #include "epilogue512.h"
+#include "sweep.h"
 #include "winograd.h"
 
 namespace r50 {
 namespace {
 
 constexpr int ROWS = 6, WIDTH = 64;
-constexpr int BLOCK_BYTES = 256 << 10;  // of activations, to stay in L2 while all panels pass over them
-constexpr int FEW = 64, LEAST = 3;      // tiles that share a panel, for which the next one is fetched ahead
 
 template <int BYTES>  // of an element
 R50_INLINE __m512i dot(__m512i sum, __m512i x, __m512i weights) {
   if constexpr (BYTES == 1)
     return _mm512_dpbusd_epi32(sum, x, weights);
-  else
+  else if constexpr (BYTES == 2)
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)x, (__m512bh)weights));
+  else
+    return _mm512_castps_si512(
+        _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(weights), _mm512_castsi512_ps(sum)));
 }
+
+// What epilogue512.h has for int8 and bfloat16, for float32: the accumulators have bias and scale in them already.
+template <bool residual_>
+struct EpilogueF32 {
+  static constexpr bool residual = residual_, wide = false;
+  static constexpr int BYTES = 4;  // of an element
+  __mmask64 valid;
+
+  EpilogueF32(const int32_t*, int left) { valid = mask_of(left); }
+
+  R50_INLINE void add(__m512i& sum0, __m512i& sum1, __m512i& sum2, __m512i& sum3, const uint8_t* from) const {
+    add(sum0, from, 0), add(sum1, from, 1), add(sum2, from, 2), add(sum3, from, 3);
+  }
+  R50_INLINE void add(__m512i& sum, const uint8_t* from, int v) const {
+    const __m512 other = _mm512_maskz_loadu_ps(__mmask16(valid >> 16 * v), from + 64 * v);
+    sum = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(sum), other));
+  }
+  // as EpilogueBf16: a NaN stays one, and there is no -0
+  R50_INLINE void store(__m512i sum0, __m512i sum1, __m512i sum2, __m512i sum3, uint8_t* to) const {
+    store(sum0, to, 0), store(sum1, to, 1), store(sum2, to, 2), store(sum3, to, 3);
+  }
+  R50_INLINE void store(__m512i sum, uint8_t* to, int v) const {
+    const __m512 y = _mm512_max_ps(_mm512_castsi512_ps(_mm512_setzero_si512()), _mm512_castsi512_ps(sum));
+    const __m512i bits = _mm512_and_si512(_mm512_castps_si512(y), _mm512_set1_epi32(0x7fffffff));
+    _mm512_mask_storeu_ps(to + 64 * v, __mmask16(valid >> 16 * v), _mm512_castsi512_ps(bits));
+  }
+};
 
 // The rows [m, end) of one panel, R at a time, from the start of their accumulators to the output. These start with the
 // residual: added at the end it would keep the next rows' products waiting. Between the products of two tiles lies as
 // little as can be, for what is done there is not hidden: no call, no pointer but those in use, nothing read twice.
 // For every 4 bytes of K `step` bytes of the weights to come are fetched from `line` on. -> where to go on fetching
 template <int R, class Epilogue>
-const int8_t* multiply(const Conv& conv, const Segment& segment, int m, int end, int p, const int8_t* line, int step) {
+const int8_t* multiply(const Conv& conv, Segment segment, int m, int end, int p, const int8_t* line, int step) {
   const Packed& w = *conv.w;
   const int32_t* start = w.start(p);
   const int64_t column = int64_t(p) * WIDTH * Epilogue::BYTES;
@@ -98,39 +129,6 @@ const int8_t* multiply(const Conv& conv, const Segment& segment, int m, int end,
   return line;
 }
 
-template <class Epilogue>
-void sweep(const Conv& conv, int m0, int m1, int p0, int p1) {
-  const int block =
-      conv.block ? conv.block : std::clamp(BLOCK_BYTES / conv.w->ktotal / ROWS * ROWS, 4 * ROWS, 128 * ROWS);
-  const Segment* segment = conv.segments;
-  for (int first = m0; first < m1; first += block) {
-    while (segment->end <= first) segment++;
-    const int end = std::min(m1, first + block);
-    for (int p = p0; p < p1; p++) {
-      const Segment* here = segment;
-      const int tiles = (end - first + ROWS - 1) / ROWS;
-      const int8_t* line = p + 1 < p1 ? conv.w->panel(p + 1) : end < m1 ? conv.w->panel(p0) : conv.next;
-      // few rows use a panel: the next one is fetched meanwhile; otherwise they stay in L2 anyway
-      const int step = line && tiles >= LEAST && tiles <= FEW ? std::min(64, (4 * WIDTH + tiles - 1) / tiles) : 0;
-      for (int m = first, until; m < end; m = until) {
-        here += here->end <= m;
-        const int left = std::min(end, here->end) - m, whole = left % ROWS ? left / ROWS - 1 : left / ROWS;
-        const int rows = whole > 0 ? ROWS : left > ROWS ? (left + 1) / 2 : left;  // none too low to cover the latency
-        until = m + (whole > 0 ? whole * ROWS : rows);
-        const auto run = [&]<int R> { line = multiply<R, Epilogue>(conv, *here, m, until, p, line, step); };
-        switch (rows) {
-          case 1: run.template operator()<1>(); break;
-          case 2: run.template operator()<2>(); break;
-          case 3: run.template operator()<3>(); break;
-          case 4: run.template operator()<4>(); break;
-          case 5: run.template operator()<5>(); break;
-          default: run.template operator()<6>();
-        }
-      }
-    }
-  }
-}
-
 struct Vnni {  // for winograd.h
   static constexpr int BYTES = 64, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
   typedef uint16_t Words __attribute__((vector_size(BYTES)));
@@ -189,7 +187,12 @@ void winograd_vnni(const Conv& conv, const Layout& in, const Layout& out, int mo
 }
 
 void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) {
-  with_epilogue(conv, [&]<class Epilogue>() { sweep<Epilogue>(conv, m0, m1, p0, p1); });
+  const auto run = [&]<class Epilogue>() {
+    sweep<ROWS, WIDTH>(conv, m0, m1, p0, p1, [&]<int R>(auto... args) { return multiply<R, Epilogue>(conv, args...); });
+  };
+  if (conv.w->type != Type::f32) return with_epilogue(conv, run);
+  if (conv.kind == Out::f32) return run.template operator()<Wide<4>>();
+  conv.residual ? run.template operator()<EpilogueF32<true>>() : run.template operator()<EpilogueF32<false>>();
 }
 
 }  // namespace r50

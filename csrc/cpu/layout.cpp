@@ -49,7 +49,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
   };
   // weights packed for whole runs of kw * c bytes have no padding between the taps of a run
   if (packed && !merged && packed->taps[0] < window.kh * window.kw)
-    if (const int multiple = tap_multiple(Isa(packed->isa)); in.c % multiple)
+    if (const int multiple = tap_multiple(Isa(packed->isa), packed->type); in.c % multiple)
       refuse("a layout that takes runs of taps apart needs channels", multiple, in.c);
   // the distance from the pixel of a row to that of a tap must not depend on the pixel's parity
   for (const auto& [kernel, stride, pad] : {std::tuple(window.kh, window.stride_h, window.pad_h),
@@ -74,7 +74,7 @@ void Tables::build(const Layout& in, const Window& window, const Layout& out, co
     }
   const Isa isa = packed ? Isa(packed->isa) : Isa::plain;
   const bool slicing = isa == Isa::vnni || isa == Isa::avx2;
-  const int multiple = tap_multiple(isa);
+  const int multiple = tap_multiple(isa, packed ? packed->type : Type::int8);
   // what a window has outside the image are zeros, which need not be multiplied; a run is cut between groups of k only
   const bool cuts = slicing && zeros && align == 1, between = !merged || in.c % multiple == 0;
   const auto inside = [&](int y, int x) {

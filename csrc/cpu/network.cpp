@@ -81,7 +81,7 @@ std::vector<int64_t> arrange(const std::vector<int64_t>& sizes, const std::vecto
 
 Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.header().id, images, h, w) {
   const PlanHeader& header = plan.header();
-  const int align = alignment();
+  const int align = alignment(isa_of(plan.type()));
   std::vector<int> heights(header.buffers), widths(header.buffers), held(header.buffers, 0),
       first_pass(header.buffers, -1), passes;
   std::vector<bool> exchanged(header.buffers, false);  // between passes
@@ -258,7 +258,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
   const int g = ws.group[i], c = int(plan.header().channels);
   const Type type = plan.type();
   const auto at = [&](int64_t b) { return ws.buffers[b] + (ws.wide[b] ? n0 * ws.layouts[b].image : 0); };
-  const int64_t of_load = type == Type::bf16 ? s.scale : s.out < 0 ? -1 : plan.buffer(s.out).fill;
+  const int64_t of_load = type != Type::int8 ? s.scale : s.out < 0 ? -1 : plan.buffer(s.out).fill;
   const uint8_t* value = of_load < 0 ? nullptr : plan.data + of_load;  // of pixels that stands for 0
   const Layout* to = s.out >= 0 ? &ws.layouts[s.out] : nullptr;
   const Part lines = part(to ? to->h : 0, 1, thread, threads);
@@ -272,15 +272,14 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
                    lines.end);
       break;
     case Step::max_pool:
-      (type == Type::int8 ? max_pool : max_pool_bf16)(at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, lines.begin,
-                                                      lines.end);
+      max_pool(type, at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, lines.begin, lines.end);
       break;
     case Step::average_pool: {
       const Part images = part(g, 1, thread, threads);
       if (type == Type::int8)
         average_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, int32_t(s.mult), images.begin, images.end);
       else
-        average_pool_bf16(at(s.in), ws.layouts[s.in], at(s.out), *to, images.begin, images.end);
+        average_pool_floats(type, at(s.in), ws.layouts[s.in], at(s.out), *to, images.begin, images.end);
       break;
     }
     default: {
@@ -299,7 +298,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.f32_scale = reinterpret_cast<const float*>(plan.data + s.scale);
         conv.out = reinterpret_cast<uint8_t*>(logits + int64_t(n0) * plan.header().classes);
       } else {
-        conv.kind = type == Type::int8 ? Out::u8 : Out::bf16;
+        conv.kind = type == Type::int8 ? Out::u8 : Out::floats;
         conv.out = at(s.out);
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
@@ -314,7 +313,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       }
       // where there are more weights than activations each thread takes its share of the weights; VNNI, slower than
       // they arrive, where they are many times as much: activations would come from the other core's cache
-      const int64_t share = isa() == Isa::vnni ? 8 : 1;
+      const int64_t share = isa_of(type) == Isa::vnni ? 8 : 1;
       const bool by_panels = conv.w->panels >= threads && conv.w->weight_bytes() > share * conv.m * conv.w->ktotal;
       const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
       const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
@@ -328,7 +327,7 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
                         size_t(count));
         conv.residual = conv.out;
       }
-      conv_function()(conv, rows.begin, rows.end, panels.begin, panels.end);
+      conv_function(*conv.w)(conv, rows.begin, rows.end, panels.begin, panels.end);
     }
   }
 }
@@ -340,11 +339,11 @@ void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, i
   const Plan plan{data};
   if (bytes < int64_t(sizeof(PlanHeader)) || plan.header().stamp != PlanHeader::STAMP || plan.header().bytes != bytes)
     throw std::runtime_error("network: plan is not what csrc.build_plan returned");
-  if (plan.header().isa != int64_t(isa()))
+  if (plan.header().isa != int64_t(isa_of(plan.type())))
     throw std::runtime_error("network: the plan was packed for another instruction set than this process uses");
   const PlanHeader& header = plan.header();
   // each thread its own images: nobody waits, and no cache is shared. AMX is so fast that few images wait for weights
-  if (threads > 1 && (n >= FEWEST_APART * threads || (n % threads == 0 && isa() != Isa::amx))) {
+  if (threads > 1 && (n >= FEWEST_APART * threads || (n % threads == 0 && isa_of(plan.type()) != Isa::amx))) {
     parallel(threads, [&](int thread, int count) {
       const Part mine = part(n, 1, thread, count);
       network(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,

@@ -34,7 +34,7 @@ Order order(Isa isa) {
 
 }  // namespace
 
-int tap_multiple(Isa isa) { return order(isa).multiple; }
+int tap_multiple(Isa isa, Type type) { return type == Type::f32 ? 4 : order(isa).multiple; }
 
 int panel_position(Isa isa, int c) {
   switch (isa) {
@@ -68,7 +68,7 @@ static Packed header(Isa isa, const PackedShape& s, Type type) {
   for (int i = 0; i < s.operands; i++) {
     h.taps[i] = s.taps[i];
     h.k[i] = s.k[i] * bytes_of(type);
-    h.kpad[i] = int(round_up(h.k[i], order_.multiple));
+    h.kpad[i] = int(round_up(h.k[i], tap_multiple(isa, type)));
     h.ktotal += h.taps[i] * h.kpad[i];
   }
   h.vectors = round_up(sizeof(Packed), 64);
@@ -214,10 +214,12 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
   }
 }
 
-// The pairs of bytes of a bfloat16 lie where two int8 weights would.
-void pack_bf16(Isa isa, const PackedShape& s, const uint16_t* const weight[2], const float* bias,
-               const std::function<uint8_t*(int64_t)>& allocate) {
-  const Packed h = header(isa, s, Type::bf16);
+// The bytes of a bfloat16 or a float32 lie where two or four int8 weights would.
+void pack_float(Type type, const PackedShape& s, const void* const weight[2], const float* bias,
+                const std::function<uint8_t*(int64_t)>& allocate) {
+  const Isa isa = isa_of(type);
+  const int element = bytes_of(type);
+  const Packed h = header(isa, s, type);
   uint8_t* bytes = allocate(h.bytes);
   std::memset(bytes, 0, h.bytes);
   std::memcpy(bytes, &h, sizeof h);
@@ -227,10 +229,10 @@ void pack_bf16(Isa isa, const PackedShape& s, const uint16_t* const weight[2], c
     uint8_t* panel = bytes + h.weights + int64_t(p) * h.ktotal * h.width;
     int first = 0;  // byte of k of the tap
     for (int i = 0; i < s.operands; i++) {
-      const uint16_t* w = weight[i] + int64_t(n) * s.taps[i] * s.k[i];
+      const auto* w = static_cast<const uint8_t*>(weight[i]) + int64_t(n) * s.taps[i] * s.k[i] * element;
       for (int t = 0; t < s.taps[i]; t++, first += h.kpad[i])
-        for (int k = 0; k < s.k[i]; k++)
-          std::memcpy(panel + panel_offset(isa, h.ktotal, first + 2 * k, at), w++, 2);
+        for (int k = 0; k < s.k[i] * element; k += element, w += element)
+          std::memcpy(panel + panel_offset(isa, h.ktotal, first + k, at), w, element);
     }
   }
 }

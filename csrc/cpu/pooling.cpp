@@ -17,9 +17,13 @@ WIDEST static void differences(const uint8_t* from, const uint8_t* value, int64_
   auto* to = reinterpret_cast<Half*>(out);
   for (int64_t i = 0; i < n; i++) to[i] = uint16_t(std::bit_cast<uint32_t>(float(from[i] - value[i])) >> 16);
 }
+WIDEST static void differences_f32(const uint8_t* from, const float* value, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i++) to[i] = float(from[i]) - value[i];
+}
 
-static std::vector<uint8_t> repeated(const uint8_t* value, int c, int64_t n, int times) {  // null: zeros
-  std::vector<uint8_t> line(n * times);
+template <class T>
+static std::vector<T> repeated(const T* value, int c, int64_t n, int times) {  // null: zeros
+  std::vector<T> line(n * times);
   for (int64_t i = 0; value && i < int64_t(line.size()); i += int64_t(c) * times)
     for (int k = 0; k < c; k++) std::fill_n(line.begin() + i + k * times, times, value[k]);
   return line;
@@ -29,15 +33,19 @@ void load_images(const uint8_t* pixels, int c, const uint8_t* value, Type type, 
                  int n1, int y0, int y1) {
   const int together = to.dense() ? to.w : 1;  // pixels
   const int64_t run = int64_t(together) * c;
-  const auto values = repeated(value, c, type == Type::int8 ? 0 : run, 1);
+  const auto bytes = repeated(value, c, type == Type::bf16 ? run : 0, 1);
+  const auto floats = repeated(reinterpret_cast<const float*>(value), c, type == Type::f32 ? run : 0, 1);
   for (int n = n0; n < n1; n++)
     for (int y = y0; y < y1; y++)
       for (int x = 0; x < to.w; x += together) {
         const uint8_t* from = pixels + ((int64_t(n) * to.h + y) * to.w + x) * c;
-        if (type == Type::bf16)
-          differences(from, values.data(), run, out + to.at(n, y, x));
+        uint8_t* line = out + to.at(n, y, x);
+        if (type == Type::int8)
+          std::memcpy(line, from, run);
+        else if (type == Type::bf16)
+          differences(from, bytes.data(), run, line);
         else
-          std::memcpy(out + to.at(n, y, x), from, run);
+          differences_f32(from, floats.data(), run, reinterpret_cast<float*>(line));
       }
 }
 
@@ -126,13 +134,13 @@ __attribute__((always_inline)) static inline void max_pool_of(const uint8_t* in,
     }
 }
 
-WIDEST void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
-                     int y1) {
-  max_pool_of<uint8_t>(in, from, out, to, n0, n1, y0, y1);
-}
-WIDEST void max_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
-                          int y1) {
-  max_pool_of<uint16_t>(in, from, out, to, n0, n1, y0, y1);  // numbers without a sign are ordered as their bits
+WIDEST void max_pool(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1,
+                     int y0, int y1) {
+  switch (type) {  // numbers without a sign are ordered as their bits
+    case Type::int8: return max_pool_of<uint8_t>(in, from, out, to, n0, n1, y0, y1);
+    case Type::bf16: return max_pool_of<uint16_t>(in, from, out, to, n0, n1, y0, y1);
+    case Type::f32: return max_pool_of<uint32_t>(in, from, out, to, n0, n1, y0, y1);
+  }
 }
 
 WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0,
@@ -162,19 +170,28 @@ WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, co
   }
 }
 
-WIDEST void average_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1) {
-  const int channels = from.c / 2, pixels = from.h * from.w;
+WIDEST void average_pool_floats(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to,
+                                int n0, int n1) {
+  const int channels = from.c / bytes_of(type), pixels = from.h * from.w;
   std::vector<float> sum(channels);
   for (int n = n0; n < n1; n++) {
     std::fill(sum.begin(), sum.end(), 0.0f);
     for (int i = 0; i < pixels; i++) {
-      const auto* a = reinterpret_cast<const uint16_t*>(in + from.at(n, i / from.w, i % from.w));
-      for (int k = 0; k < channels; k++) sum[k] += std::bit_cast<float>(uint32_t(a[k]) << 16);
+      const uint8_t* a = in + from.at(n, i / from.w, i % from.w);
+      if (type == Type::f32)
+        for (int k = 0; k < channels; k++) sum[k] += reinterpret_cast<const float*>(a)[k];
+      else
+        for (int k = 0; k < channels; k++)
+          sum[k] += std::bit_cast<float>(uint32_t(reinterpret_cast<const uint16_t*>(a)[k]) << 16);
     }
-    auto* to_pixel = reinterpret_cast<uint16_t*>(out + to.at(n, 0, 0));
+    uint8_t* to_pixel = out + to.at(n, 0, 0);
     for (int k = 0; k < channels; k++) {
-      const uint32_t bits = std::bit_cast<uint32_t>(sum[k] / float(pixels));
-      to_pixel[k] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
+      const float mean = sum[k] / float(pixels);
+      const uint32_t bits = std::bit_cast<uint32_t>(mean);
+      if (type == Type::f32)
+        reinterpret_cast<float*>(to_pixel)[k] = mean;
+      else
+        reinterpret_cast<uint16_t*>(to_pixel)[k] = uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // half to even
     }
   }
 }

@@ -12,7 +12,8 @@
 
 namespace r50 {
 
-// pixels, contiguous NHWC of c channels, into the interior of a bordered buffer; bfloat16: less value[c], exactly
+// pixels, contiguous NHWC of c channels, into the interior of a bordered buffer; bfloat16: less the bytes
+// value[c], exactly; float32: less the floats value[c]
 void load_images(const uint8_t* pixels, int c, const uint8_t* value, Type type, uint8_t* out, const Layout& to, int n0,
                  int n1, int y0, int y1);
 // pixels of images (h, w, c) into Layout::windows of a kernel of up to 8 rows; value[c] stands outside the image;
@@ -23,12 +24,12 @@ void load_windows(const uint8_t* pixels, int h, int w, int c, const uint8_t* val
 // written.
 void fill_border(uint8_t* out, const Layout& to, const uint8_t* value);
 // 3x3, stride 2, padding 1, of values after a ReLU (the border's 0 never wins)
-void max_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0, int y1);
-void max_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
-                   int y1);
+void max_pool(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
+              int y1);
 // RNE(j * sum over H and W / 2^22), j = mult / (H * W) rounded half up; `to` is 1x1
 void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0, int n1);
 // the sum in float32, times 1 / (H * W), rounded
-void average_pool_bf16(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1);
+void average_pool_floats(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0,
+                         int n1);
 
 }  // namespace r50

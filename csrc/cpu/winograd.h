@@ -16,8 +16,8 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
-#include <utility>
 
+#include "each.h"
 #include "layout.h"
 #include "vec.h"
 
@@ -29,14 +29,6 @@ constexpr int STRIP = 4;                     // tiles side by side whose columns
 constexpr int LINE = 64, WORD = 2, SUM = 4;  // bytes
 constexpr uint32_t INVERSE_9 = 0x38e38e39;   // modulo 2^32
 constexpr int SCALE_BITS = 6;
-
-// f(0) ... f(N - 1) with constants: an array that is indexed by nothing else is made of registers
-template <int N, class F>
-INLINE void each(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>()), ...);
-  }(std::make_integer_sequence<int, N>());
-}
 
 constexpr bool only_long(int point) { return point == 3 || point == 4; }  // the points 2 and -2
 constexpr int kind(int down, int across) { return only_long(down) + 2 * only_long(across); }  // of a point

@@ -39,7 +39,7 @@ IMAGES = 32  # for calibration and agreement
 KINDS = {"int8": "int8", "onnxruntime_int8": "int8", "openvino_int8": "int8",  # in the order of a round
          "onnxruntime_exported": "int8", "openvino_exported": "int8",  # what export.py makes of our int8
          "bf16": "bf16", "openvino_bf16": "bf16", "eager_bf16": "bf16", "compile_bf16": "bf16",
-         "fp32": "fp32", "eager_fp32": "fp32", "compile_fp32": "fp32"}
+         "fp32": "fp32", "openvino_fp32": "fp32", "eager_fp32": "fp32", "compile_fp32": "fp32"}
 OURS = ("int8", "bf16", "fp32")
 SLOW_TO_BUILD = ("compile_fp32", "compile_bf16", "onnxruntime_exported", "openvino_exported")
 CORES = os.sched_getaffinity(0)
@@ -342,11 +342,12 @@ def computed(program):
 
 
 def per_layer(networks, batch, threads, seconds):
-    """Prints the steps of our int8 or bf16 network: microseconds an image, share of the time, percent of the peak."""
+    """Prints the steps of one of our networks: microseconds an image, share of the time, percent of the peak."""
     kind = networks.kind
-    model = networks.int8 if kind == "int8" else resnet50.fuse(networks.model, torch.bfloat16)
+    model = networks.int8 if kind == "int8" else resnet50.fuse(
+        networks.model, torch.bfloat16 if kind == "bf16" else torch.float32)
     if (plan := model.plan()) is None:
-        raise resnet50.UserError("--per-layer: attention, and bf16 without AMX, are not one call", code=2)
+        raise resnet50.UserError(f"--per-layer: attention, and {kind} on this CPU, are not one call", code=2)
     macs = resnet50.count_macs(networks.model, networks.model.preprocess["crop"])
     steps = resnet50.fold_downsample(resnet50.flatten(networks.model))
     names = ["pixels", *(step.name for step in steps)]
@@ -392,12 +393,12 @@ def parse():
     p.add_argument("--threads", type=numbers, default=[1, 2], metavar="N[,N]")
     p.add_argument("--seconds", type=float, default=150, help="of measuring, all configurations (default %(default)s)")
     p.add_argument("--isa", choices=("amx", "vnni", "avx2", "plain"), help="hold everything to this instruction set")
-    p.add_argument("--per-layer", action="store_true", help="our int8 network's layers (--only bf16: that one's)")
+    p.add_argument("--per-layer", action="store_true", help="our int8 network's layers (--only bf16 or fp32: of that)")
     args = p.parse_args()
     names = args.only.split(",") if args.only else [n for n in KINDS if args.full or n not in SLOW_TO_BUILD]
     if unknown := set(names) - set(KINDS):
         p.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
-    args.kind = "bf16" if names == ["bf16"] else "int8"  # of --per-layer
+    args.kind = names[0] if names in (["bf16"], ["fp32"]) else "int8"  # of --per-layer
     args.names = [n for n in KINDS if n in names and not args.per_layer]
     return args
 

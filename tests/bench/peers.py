@@ -166,8 +166,8 @@ def openvino_call(path, precision, preprocess, size, batch, threads):
         steps.input().preprocess().convert_element_type(openvino.Type.f32).mean(mean).scale(std)
         model = steps.build()
     options = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY"}
-    if precision == "bf16":
-        options["INFERENCE_PRECISION_HINT"] = "bf16"
+    if precision != "int8":  # its own choice follows the CPU
+        options["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[precision]
     request = core.compile_model(model, "CPU", options).create_infer_request()
 
     def call(pixels):

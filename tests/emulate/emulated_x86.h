@@ -22,6 +22,7 @@ using __m512 = EmulatedVector<float, 16, 64>;
 using __m512d = EmulatedVector<double, 8, 64>;
 using __m512i = EmulatedVector<int32_t, 16, 64>;
 using __m512bh = __m512i;  // its 32 halves, of which the kernels see the bits alone
+using __mmask16 = uint16_t;
 using __mmask32 = uint32_t;
 using __mmask64 = uint64_t;
 
@@ -114,6 +115,17 @@ inline void _mm512_mask_storeu_epi16(void* p, __mmask32 mask, const __m512i& v) 
   const auto from = emulated::lanes<uint16_t>(v);
   for (int i = 0; i < 32; i++)
     if (mask >> i & 1) std::memcpy(static_cast<uint8_t*>(p) + 2 * i, &from[i], 2);
+}
+
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void* p) {
+  __m512 to{};
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) std::memcpy(&to.lane[i], static_cast<const float*>(p) + i, 4);
+  return to;
+}
+inline void _mm512_mask_storeu_ps(void* p, __mmask16 mask, const __m512& v) {
+  for (int i = 0; i < 16; i++)
+    if (mask >> i & 1) std::memcpy(static_cast<float*>(p) + i, &v.lane[i], 4);
 }
 
 // ------------------------------------------------------------------------------------- constants and casts

@@ -140,7 +140,7 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
         winograd_function()(conv, x.layout, out, int(s.tiles), tiles * i / rows, tiles * (i + 1) / rows,
                             w.panels * j / panels, w.panels * (j + 1) / panels);
       else
-        conv_function()(conv, units * i / rows * 32, std::min(conv.m, units * (i + 1) / rows * 32),
+        conv_function(*conv.w)(conv, units * i / rows * 32, std::min(conv.m, units * (i + 1) / rows * 32),
                         w.panels * j / panels, w.panels * (j + 1) / panels);
 
   each_pixel([&](int64_t at, int64_t index) {
@@ -184,11 +184,11 @@ const uint8_t* face_pack(int64_t o, int64_t kh, int64_t kw, int64_t c, const int
   });
   return failed ? nullptr : packed.get();
 }
-const uint8_t* face_pack_bf16(int64_t o, int64_t kh, int64_t kw, int64_t c, const uint16_t* weight, int64_t c2,
-                              const uint16_t* weight2, const float* bias, int64_t* bytes) {
+const uint8_t* face_pack_float(int64_t o, int64_t kh, int64_t kw, int64_t c, const void* weight,
+                               int64_t c2, const void* weight2, const float* bias, int64_t* bytes, int is_bf16) {
   const int failed = guarded([&] {
-    pack_bf16(o, kh, kw, c, weight, c2, weight2, bias,
-              [&](int64_t size) { return (packed = allocate(*bytes = size)).get(); });
+    pack_float(is_bf16, o, kh, kw, c, weight, c2, weight2, bias,
+               [&](int64_t size) { return (packed = allocate(*bytes = size)).get(); });
   });
   return failed ? nullptr : packed.get();
 }

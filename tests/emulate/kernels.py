@@ -20,8 +20,8 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.join(os.path.dirname(os.path.dirname(HERE)), "csrc", "cpu")
-UNITS = ("conv_plain", "conv_avx2", "conv_vnni", "conv_amx", "pack", "layout", "conv_int8", "network", "pooling",
-         "pool")
+UNITS = ("conv_plain", "conv_avx2", "conv_f32", "conv_vnni", "conv_amx", "pack", "layout", "conv_int8", "network",
+         "pooling", "pool")
 FLAGS = ("-std=c++20", "-fPIC", "-Wno-psabi", "-pthread")
 WEEK = 7 * 24 * 3600  # seconds that an unused build is kept
 MULT_BITS = 22
@@ -111,7 +111,7 @@ class Kernels:
     def __init__(self, path):
         self.lib = ctypes.CDLL(path)
         self.lib.face_error.restype = ctypes.c_char_p
-        self.lib.face_pack.restype = self.lib.face_pack_bf16.restype = ctypes.c_void_p
+        self.lib.face_pack.restype = self.lib.face_pack_float.restype = ctypes.c_void_p
 
     def call(self, name, *args):
         if getattr(self.lib, name)(*args):
@@ -154,9 +154,9 @@ class Kernels:
         """-> the blob of a plan's step, uint8 (bytes)"""
         return self.blob(self.lib.face_pack, weight, weight2, mult, bias, gain, more=[int(winograd)])
 
-    def pack_bf16(self, weight, bias, weight2=None):
-        """The same for weights in bfloat16, given as their bits uint16, and bias float32 (o)"""
-        return self.blob(self.lib.face_pack_bf16, weight, weight2, bias)
+    def pack_float(self, weight, bias, weight2=None):
+        """The same for weights in float32, or in bfloat16, given as their bits int16, and bias float32 (o)"""
+        return self.blob(self.lib.face_pack_float, weight, weight2, bias, more=[int(weight.dtype == np.int16)])
 
     def network(self, plan, pixels, classes, threads=1):
         """plan uint8 (bytes) at a multiple of 64, pixels uint8 (n, h, w, c)"""
