@@ -590,16 +590,22 @@ class FusedResNet50(Flat, ResNet50):
             if step.kind == "conv":
                 for name, value in zip(("scale", "shift"), batch_norm_affine(model.get_submodule(step.bn))):
                     self.get_submodule(step.name).register_buffer(name, value.float().detach(), persistent=False)
-        self.rows = None  # of the program
-        known = self.config["attention"] == "none" and self.config["classifier"] == "float"
-        if device.type == "cpu" and known and csrc.has_float(dtype):
-            with torch.no_grad():
-                rows = float_program(model, dtype)
-            if all(v.isfinite().all() for row in rows for v in row.values() if torch.is_tensor(v)):  # else an image's
-                # NaN could reach its neighbours by the zeros behind a tap
-                self.rows = rows
+        self.whole = (device.type, self.config["attention"], self.config["classifier"]) == ("cpu", "none", "float")
+        # of bfloat16 while the weights are exact; of float32, as many bytes as these, when it is wanted
+        self.rows = self.program_of(model) if dtype == torch.bfloat16 else None
+
+    @torch.no_grad()
+    def program_of(self, model):
+        if not self.whole or not csrc.has_float(self.dtype):
+            return None
+        rows = float_program(model, self.dtype)
+        # else an image's NaN could reach its neighbours by the zeros behind a tap
+        self.whole = all(v.isfinite().all() for row in rows for v in row.values() if torch.is_tensor(v))
+        return rows if self.whole else None
 
     def program(self):
+        if self.dtype == torch.float32:
+            return self.program_of(self)
         return self.rows if csrc.has_float(self.dtype) else None
 
     def call(self, step, x, residual=None):
