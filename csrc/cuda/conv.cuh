@@ -241,22 +241,24 @@ class Product {
 };
 
 // Rows of the tile between shared memory (rows `pitch` bytes apart) and an (M, O) matrix, 16 bytes at a time where its
-// rows are aligned to that: f(shared, global, bytes), the pieces inside the matrix only.
-template <class T, class Output, class F>
-R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int group, F&& f) {
+// rows are aligned to that: f(shared, global, whole) for the pieces inside the matrix, else(shared) for elements that
+// are not.
+template <class T, class Output, class F, class Else>
+R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int group, F&& f, Else&& other) {
   constexpr int PIECES = T::BN * int(sizeof(Output)) / CHUNK;
   const int columns = p.group_o - first_column;  // that exist from here on
   const bool whole = p.pieces && p.group_o * sizeof(Output) % CHUNK == 0;
   for (int piece = threadIdx.x; piece < T::BM * PIECES; piece += T::THREADS) {
     const int row = piece / PIECES, column = piece % PIECES * int(CHUNK / sizeof(Output));
-    if (first_row + row >= p.m || column >= columns) continue;
+    const bool exists = first_row + row < p.m;
     const size_t place = size_t(first_row + row) * p.o + group * p.group_o + first_column + column;
     const int shared = row * T::template PITCH<Output> + column * int(sizeof(Output));
-    if (whole) {
+    if (exists && whole && column < columns) {
       f(shared, place, true);
     } else {
-      for (int j = 0; j < int(CHUNK / sizeof(Output)) && column + j < columns; j++)
-        f(shared + j * int(sizeof(Output)), place + j, false);
+      for (int j = 0; j < int(CHUNK / sizeof(Output)); j++)
+        exists && column + j < columns ? f(shared + j * int(sizeof(Output)), place + j, false)
+                                       : other(shared + j * int(sizeof(Output)));
     }
   }
 }
@@ -282,33 +284,51 @@ __global__ void __launch_bounds__(T::THREADS) conv(const __grid_constant__ Conv 
         *reinterpret_cast<uint4*>(shared + place) = *reinterpret_cast<const uint4*>(residual + at);
       else
         *reinterpret_cast<Output*>(shared + place) = residual[at];
-    });
+    }, [&](int place) { *reinterpret_cast<Output*>(shared + place) = 0; });
     __syncthreads();
   }
   constexpr int DOWN = Columns<Type, T>::DOWN, ACROSS = Columns<Type, T>::ACROSS;
-  typename Type::Channel channels[1 + ACROSS] = {};
-  product.columns.each(
-      [&](int column) {  // what stays in registers for all rows: the stores below could change it, for all nvcc knows
-        const int channel = first_column + column;
-        for (int j = 0; j <= ACROSS && channel + j < p.group_o; j++)
-          channels[j] = Type::channel(p, group * p.group_o + channel + j);
-      },
-      [&](int row, int column, const typename Type::Accumulator* sums) {
-        for (int j = 0; j < 2; j++) {
-          const int r = row + j * DOWN, c = column + j * ACROSS;
-          if (first_row + r >= p.m || first_column + c >= p.group_o) break;
-          Output* const place =
-              reinterpret_cast<Output*>(shared + r * T::template PITCH<Output> + c * int(sizeof(Output)));
-          *place = Type::finish(p, channels[j * ACROSS], sums[j], place);
-        }
-      });
+  using Channel = typename Type::Channel;
+  using Sum = typename Type::Accumulator;
+  Channel channels[1 + ACROSS] = {};
+  const auto each = [&](auto&& f) {  // also what lies outside of the matrix, and is left in shared memory
+    product.columns.each(
+        [&](int column) {  // what stays in registers for all rows: the stores below could change it, for all nvcc knows
+          const int channel = first_column + column;
+          for (int j = 0; j <= ACROSS && channel + j < p.group_o; j++)
+            channels[j] = Type::channel(p, group * p.group_o + channel + j);
+        },
+        [&](int row, int column, const Sum* sums) {
+          for (int j = 0; j < 2; j++) f(row + j * DOWN, column + j * ACROSS, channels[j * ACROSS], sums[j]);
+        });
+  };
+  const auto place_at = [&](int row, int column) {
+    return reinterpret_cast<Output*>(shared + row * T::template PITCH<Output> + column * int(sizeof(Output)));
+  };
+  uint32_t doubt = 0;
+  if (Type::RESIDUAL && p.residual)
+    each([&](int row, int column, const Channel& channel, Sum sum) {
+      Output* const place = place_at(row, column);
+      *place = Type::template finish<true>(p, channel, sum, place, doubt);
+    });
+  else
+    each([&](int row, int column, const Channel& channel, Sum sum) {
+      *place_at(row, column) = Type::template finish<false>(p, channel, sum, nullptr, doubt);
+    });
+  if (Type::failed(doubt))  // for one of this thread's sums at least; seldom
+    each([&](int row, int column, const Channel& channel, Sum sum) {
+      if (first_row + row >= p.m || first_column + column >= p.group_o) return;
+      const size_t at = size_t(first_row + row) * p.o + group * p.group_o + first_column + column;
+      const Output* const residual = p.residual ? static_cast<const Output*>(p.residual) + at : nullptr;
+      *place_at(row, column) = Type::exact(p, channel, sum, residual);
+    });
   __syncthreads();
   each_piece<T, Output>(p, first_row, first_column, group, [&](int place, size_t at, bool whole) {
     if (whole)
       *reinterpret_cast<uint4*>(out + at) = *reinterpret_cast<const uint4*>(shared + place);
     else
       out[at] = *reinterpret_cast<const Output*>(shared + place);
-  });
+  }, [](int) {});
 }
 
 // The parts into which a product was split along k, added in order, then what `Type` does with the sum.
@@ -320,8 +340,8 @@ __global__ void __launch_bounds__(256)
   if (i >= count) return;
   auto sum = sums[i];
   for (int part = 1; part < parts; part++) sum += sums[part * count + i];
-  const Output residual = Type::RESIDUAL && p.residual ? static_cast<const Output*>(p.residual)[i] : Output(0);
-  static_cast<Output*>(p.out)[i] = Type::finish(p, Type::channel(p, int(i % p.o)), sum, &residual);
+  const Output* const residual = Type::RESIDUAL && p.residual ? static_cast<const Output*>(p.residual) + i : nullptr;
+  static_cast<Output*>(p.out)[i] = Type::exact(p, Type::channel(p, int(i % p.o)), sum, residual);
 }
 
 // ------------------------------------------------------------------------------------------------- the host's side

@@ -20,11 +20,17 @@ struct Type {
     float scale, shift;
   };
   static R50_DEVICE Channel channel(const Conv& p, int n) { return {p.scale[n], p.shift[n]}; }
-  static R50_DEVICE uint16_t finish(const Conv& p, const Channel& c, float acc, const uint16_t* residual) {
+  template <bool WITH>
+  static R50_DEVICE uint16_t finish(const Conv& p, const Channel& c, float acc, const uint16_t* residual, uint32_t&) {
     float y = __fmaf_rn(acc, c.scale, c.shift);
-    if (p.residual) y = __fadd_rn(y, TYPE == Float::FLOAT16 ? unpack_f16(*residual) : unpack_bf16(*residual));
+    if (WITH) y = __fadd_rn(y, TYPE == Float::FLOAT16 ? unpack_f16(*residual) : unpack_bf16(*residual));
     if (p.relu && y < 0) y = 0;  // NaN stays, as it does in PyTorch
     return uint16_t(TYPE == Float::FLOAT16 ? pack_f16(y, 0) : pack_bf16(y, 0));
+  }
+  static R50_DEVICE bool failed(uint32_t) { return false; }
+  static R50_DEVICE uint16_t exact(const Conv& p, const Channel& c, float acc, const uint16_t* residual) {
+    uint32_t doubt = 0;
+    return residual ? finish<true>(p, c, acc, residual, doubt) : finish<false>(p, c, acc, residual, doubt);
   }
 };
 
@@ -34,7 +40,11 @@ struct Part : Type<TYPE> {
   static constexpr bool RESIDUAL = false;
   struct Channel {};
   static R50_DEVICE Channel channel(const Conv&, int) { return {}; }
-  static R50_DEVICE float finish(const Conv&, const Channel&, float acc, const float*) { return acc; }
+  static R50_DEVICE float exact(const Conv&, const Channel&, float acc, const float*) { return acc; }
+  template <bool>
+  static R50_DEVICE float finish(const Conv&, const Channel&, float acc, const float*, uint32_t&) {
+    return acc;
+  }
 };
 
 }  // namespace

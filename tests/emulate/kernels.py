@@ -318,6 +318,8 @@ def extremes():
         for sign in (1, -1):  # sign -1: the accumulators below zero, whose results are zero, but for ties towards it
             yield "ties of large sums", Case(1, 1, 256, 1, 64, x=everything, weight=column(*[16 * sign] * 64),
                                              bias=sign * (bound + 2048 - 4096 * np.arange(64)), mult=2 ** 10), path
+    yield "ties of sums beyond 2^22", Case(1, 1, 256, 1, 64, x=everything, weight=column(*[16] * 64), mult=2 ** 5,
+                                           bias=2 ** 22 + 2 ** 16 - 16 * 128 + 2 ** 17 * np.arange(64)), 1
     # the last accumulator of each path and the first of the next, reached by pixels of 255 and by pixels of 0
     ends = np.array([0, 255], np.uint8).reshape(1, 1, 2, 1)
     for bound, below, above in ((2 ** 22, 0, 1), (2 ** 24, 1, 2)):

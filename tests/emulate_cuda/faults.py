@@ -99,6 +99,18 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, wh
     "places that are not in order": ("conv_int8_2_4.cu", "pixels, which[i]);",
         "pixels, FAULT ? 0 : which[i]);",
         "not in order", "sparse"),
+    "sums that leave the mantissa": ("int8.cuh", "return doubt >> 23;",
+        "return FAULT ? false : doubt >> 23;",
+        "differs", "extremes"),
+    "an addend that is off": ("int8.cuh", "12582912 - 3 * mult",
+        "12582912 - (FAULT ? 2 : 3) * mult",
+        "differs", "conv"),
+    "a residual that is read too far": ("conv.cuh", "if (first_row + row >= p.m || first_column + column >= p.group_o)",
+        "if (!FAULT && (first_row + row >= p.m || first_column + column >= p.group_o))",
+        "outside of every buffer", "large"),
+    "no zeros beside a residual": ("conv.cuh", "*reinterpret_cast<Output*>(shared + place) = 0;",
+        "if (!FAULT) *reinterpret_cast<Output*>(shared + place) = 0;",
+        "uninitialised shared", "beside"),
     "ties away from even": ("int8.cuh", "((1 << 21) - 1) + (product >> 22 & 1)",
         "((1 << 21) - 1) + (FAULT ? 1 : product >> 22 & 1)",
         "differs", "extremes"),
@@ -132,12 +144,16 @@ GROUPS = dict(
     rows=[dict(n=1, h=5, w=5, c=32, o=16)], ragged=[dict(n=1, h=9, w=9, c=80, o=144)],
     odd=[dict(n=1, h=7, w=7, c=64, o=59, residual=True)],
     pixels=[dict(n=1, h=12, w=9, c=3, o=16, kernel=(7, 7), stride=(2, 2), padding=(3, 3), pad_value=True)],
+    large=[dict(n=1, h=7, w=7, c=64, o=59, residual=True, bias=1 << 23, mult=64)],
+    beside=[dict(n=1, h=11, w=11, c=16, o=72, residual=True)],
     split=[dict(n=1, h=7, w=7, c=512, o=64, kernel=(3, 3))],
     sparse=[dict(n=1, h=9, w=9, c=80, o=72, kernel=(3, 3), padding=(1, 1), sparse=True)])
 
 
 def run_group(device, group):
     device.use(order="shuffled", seed=1, multiprocessors=16 if group == "split" else 2)
+    if group == "beside":  # a tile that is larger than what one step of k has filled
+        os.environ["RESNET50_TILE"] = "2"
     if group == "norm":
         rng = np.random.default_rng(0)
         x, one = rng.standard_normal((100, 16), np.float32), np.ones(16, np.float32)
