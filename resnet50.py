@@ -477,7 +477,8 @@ class Flat:
 
     def plan_for(self, pixels):
         """plan(), where it is of use. An exported program shall run on machines of other kinds."""
-        return self.plan() if pixels.device.type == "cpu" and not torch.compiler.is_exporting() else None
+        fits = pixels.dtype == torch.uint8 and pixels.device.type == "cpu" and not torch.compiler.is_exporting()
+        return self.plan() if fits else None
 
     def __getstate__(self):  # a copy may run on another instruction set, and records graphs of its own
         return {**self.__dict__, "packed": None, "graphs": None, "sparse": None}
@@ -621,7 +622,7 @@ class FusedResNet50(Flat, ResNet50):
 
     def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes); uint8 pixels -> the same in float32
         pixels, nhwc = x.dtype == torch.uint8, dict(memory_format=torch.channels_last)
-        if pixels and (plan := self.plan_for(x)) is not None:
+        if (plan := self.plan_for(x)) is not None:
             return csrc.network_float(x.contiguous(**nhwc), plan, self.config["num_classes"])
         y = self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc))
         return y.float() if pixels else y
