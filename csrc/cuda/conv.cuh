@@ -88,6 +88,7 @@ class Dense {
     }
   }
 
+  // What lies in a buffer: activations, and these columns, as an instruction and as a pointer have their address
   R50_DEVICE void multiply(uint32_t rows, const unsigned char*, uint32_t columns) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {  // 32 bytes of k each, which are two chunks: the swizzle moves by an xor
@@ -241,10 +242,10 @@ class Product {
 };
 
 // Rows of the tile between shared memory (rows `pitch` bytes apart) and an (M, O) matrix, 16 bytes at a time where its
-// rows are aligned to that: f(shared, global, whole) for the pieces inside the matrix, else(shared) for elements that
+// rows are aligned to that: f(shared, global, whole) for the pieces inside the matrix, other(shared) for elements that
 // are not.
-template <class T, class Output, class F, class Else>
-R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int group, F&& f, Else&& other) {
+template <class T, class Output, class F, class Other>
+R50_DEVICE void each_piece(const Conv& p, int first_row, int first_column, int group, F&& f, Other&& other) {
   constexpr int PIECES = T::BN * int(sizeof(Output)) / CHUNK;
   const int columns = p.group_o - first_column;  // that exist from here on
   const bool whole = p.pieces && p.group_o * sizeof(Output) % CHUNK == 0;
