@@ -73,8 +73,10 @@ void check_packed(const char* op, const char* name, const Tensor& packed, const 
   const int64_t blocks = (o + 15) / 16, steps = (taps * x.size(1) + 63) / 64;
   STD_TORCH_CHECK(x.size(1) % 16 == 0, op, ": x and x2 must have multiples of 16 channels (N, C, H, W), got ",
                   r50::shape_of(x));
-  check(packed, op, name, ScalarType::Byte, "uint8", {blocks, steps, 640},
-        ("(" + std::to_string(blocks) + ", " + std::to_string(steps) + ", 640)").c_str(), device);
+  const std::string sizes = std::to_string(blocks) + ", " + std::to_string(steps);
+  check(packed, op, name, ScalarType::Byte, "uint8", {blocks, steps, gpu::BLOCK_2_4},
+        ("(" + sizes + ", " + std::to_string(gpu::BLOCK_2_4) + ")").c_str(), device);
+  STD_TORCH_CHECK(packed.numel() <= INT32_MAX, op, ": ", name, " must have fewer than 2^31 bytes");
   STD_TORCH_CHECK(gpu::aligned(packed.const_data_ptr()), op, ": ", name, " must begin at a multiple of 16 bytes");
 }
 

@@ -13,7 +13,7 @@ class Sparse {
   static constexpr int CHANNELS = 16, FRAGMENTS = 32 * CHUNK, BLOCK = FRAGMENTS + 32 * 4;
   static constexpr int COPIES = T::BN / CHANNELS * BLOCK / CHUNK, ROUNDS = (COPIES + T::THREADS - 1) / T::THREADS;
   static constexpr int TILES_M = T::WM / 8, TILES_N = T::WN / CHANNELS;
-  static_assert(T::BM % 8 == 0 && TILES_M > 0 && TILES_N > 0, "warps fill the tile");
+  static_assert(BLOCK == BLOCK_2_4 && BK == 64 && T::BM % 8 == 0 && TILES_M > 0 && TILES_N > 0, "warps fill the tile");
 
  public:
   static constexpr int BYTES = T::BN / CHANNELS * BLOCK;  // of a buffer

@@ -39,7 +39,8 @@ size_t conv_half_scratch(const Conv& p);
 size_t gemm_int8_scratch(const Conv& p);
 // uint8 by int8 -> uint8; fp16 or bf16 by the same -> the same
 void conv_int8(const Conv& p, void* scratch, Stream stream);
-// the same where Input.weight is what pack_2_4 (csrc/reference.py) makes of it
+// the same where Input.weight is what pack_2_4 (csrc/reference.py) makes of it: fewer than 2^31 bytes, in blocks of
+constexpr int BLOCK_2_4 = 640;
 void conv_int8_2_4(const Conv& p, void* scratch, Stream stream);
 void conv_half(const Conv& p, Float type, void* scratch, Stream stream);
 // -> int32 acc + bias (bias may be null), or, with scale, float32
