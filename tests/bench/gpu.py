@@ -1,6 +1,7 @@
 """All figures of one GPU in one call of under nine minutes: roofs, layers, whole networks, a training step.
 
   python -m tests.bench.gpu --json FILE               # the last line is JSON with every figure, FILE has those so far
+  python -m tests.bench.gpu --part networks           # of layers, networks, training: this one alone
   python -m tests.bench.gpu --device cpu --size 64 --batches 1 --seconds 8 --layers layer4      # does it run at all
 
 Roofs are measured first: the largest products of PyTorch's own int8 and bf16 libraries, and a copy. A layer's roof is
@@ -26,6 +27,7 @@ from tests.bench import kernels
 from tests.bench.infer import quartiles, say
 
 PIECE = 0.02  # seconds of a sample
+PARTS = {"layers": 0.4, "networks": 0.45, "training": 0.15}  # of --seconds
 LAYERS = ("conv_int8", "conv_bn_relu_bf16", "conv_int8_2_4", "conv2d_bf16")
 
 
@@ -99,7 +101,7 @@ def show(name, times, ours, result, key, text=""):
 
 def layers(args, seconds, result):
     batch = max(args.batches) if args.device == "cpu" else 64
-    todo = {layer: found for layer, found in kernels.layers().items() if args.layers in found[0]}
+    todo = kernels.layers(args.layers)
     say(f"\nlayers, batch {batch}")
     total = dict.fromkeys(LAYERS, 0.0)
     with torch.device(args.device):
@@ -241,9 +243,10 @@ def training(args, seconds, result):
     save(args, result)
 
 
-def parse():
+def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    p.add_argument("--part", choices=tuple(PARTS), help="this one alone")
     p.add_argument("--batches", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 64, 256],
                    metavar="N[,N]")
     p.add_argument("--size", type=int, default=224, metavar="PIXELS")
@@ -252,7 +255,7 @@ def parse():
     p.add_argument("--limit", type=float, default=540, help="seconds for all, past which nothing is compiled "
                    "(default %(default)s)")
     p.add_argument("--json", metavar="FILE", help="gets the figures as they come")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         p.error("--device cuda: no GPU is visible")
     return args
@@ -271,10 +274,14 @@ def main(args):
         say(f"{key:14} {value}")
     save(args, result)  # a FILE that cannot be written is told now
     roofs(args.device, result)
-    layers(args, args.seconds * 0.4, result)
-    compiled = networks(args, args.seconds * 0.45, result)
-    training(args, args.seconds * 0.15, result)
-    if args.device == "cuda":
+    parts = {args.part: 1.0} if args.part else PARTS
+    if "layers" in parts:
+        layers(args, args.seconds * parts["layers"], result)
+    if "networks" in parts:
+        compiled = networks(args, args.seconds * parts["networks"], result)
+    if "training" in parts:
+        training(args, args.seconds * parts["training"], result)
+    if args.device == "cuda" and "networks" in parts:
         compiled()
     return result
 

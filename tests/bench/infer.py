@@ -4,6 +4,7 @@
   python -m tests.bench.infer --only int8,openvino_int8 --batches 8 --threads 1 --seconds 20
   python -m tests.bench.infer --isa vnni                         # everything held to AVX-512 VNNI
   python -m tests.bench.infer --per-layer --batches 8            # microseconds and percent of peak of each layer
+  python -m tests.bench.infer --device cuda                      # tests.bench.gpu --part networks
 
 The contenders alternate in one process, round by round, on the same bytes; a ratio is the median over rounds of the
 two rates in one round. Some machines change speed by a factor of two from one second to the next, so the multiply-add
@@ -40,6 +41,7 @@ KINDS = {"int8": "int8", "onnxruntime_int8": "int8", "openvino_int8": "int8",  #
          "onnxruntime_exported": "int8", "openvino_exported": "int8",  # what export.py makes of our int8
          "bf16": "bf16", "openvino_bf16": "bf16", "eager_bf16": "bf16", "compile_bf16": "bf16",
          "fp32": "fp32", "openvino_fp32": "fp32", "eager_fp32": "fp32", "compile_fp32": "fp32"}
+ON_A_GPU = "--device cuda: as python -m tests.bench.gpu --part {}, with its flags"
 OURS = ("int8", "bf16", "fp32")
 SLOW_TO_BUILD = ("compile_fp32", "compile_bf16", "onnxruntime_exported", "openvino_exported")
 CORES = os.sched_getaffinity(0)
@@ -384,8 +386,19 @@ def numbers(text):
     return [int(part) for part in text.split(",")]
 
 
-def parse():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def on_device(part, main, parse):
+    """-> main and its arguments, with --device cuda those of tests.bench.gpu for this part"""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args, rest = p.parse_known_args()
+    if args.device == "cpu":
+        return main, parse(rest)
+    from tests.bench import gpu  # which imports this module
+    return gpu.main, gpu.parse(["--part", part, *rest])
+
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=ON_A_GPU.format("networks"))
     resnet50.add_model_args(p)
     p.add_argument("--only", metavar="NAME[,NAME]", help=f"of {', '.join(KINDS)}")
     p.add_argument("--full", action="store_true", help=f"also {' and '.join(SLOW_TO_BUILD)}, a minute of building")
@@ -394,7 +407,7 @@ def parse():
     p.add_argument("--seconds", type=float, default=150, help="of measuring, all configurations (default %(default)s)")
     p.add_argument("--isa", choices=("amx", "vnni", "avx2", "plain"), help="hold everything to this instruction set")
     p.add_argument("--per-layer", action="store_true", help="our int8 network's layers (--only bf16 or fp32: of that)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     names = args.only.split(",") if args.only else [n for n in KINDS if args.full or n not in SLOW_TO_BUILD]
     if unknown := set(names) - set(KINDS):
         p.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(KINDS)}")
@@ -434,4 +447,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    resnet50.run_script(main, parse(), "tests.bench.infer")
+    resnet50.run_script(*on_device("networks", main, parse), "tests.bench.infer")

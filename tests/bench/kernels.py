@@ -1,6 +1,7 @@
 """Microseconds of single operations on ResNet-50's own shapes, ours against PyTorch's.
 
   python -m tests.bench.kernels                                     # batch 8, one thread, two minutes
+  python -m tests.bench.kernels --device cuda                       # tests.bench.gpu --part layers
   python -m tests.bench.kernels --ops gemm_int8 --layers layer4 --batch-size 1 --threads 2
 
 conv_int8      u8 x s8 -> u8            beside F.conv2d with folded batch norm + ReLU in fp32 and bf16; it packs its
@@ -33,8 +34,8 @@ PIECE = 0.02  # seconds of a sample: a few calls of the larger layers
 Layer = namedtuple("Layer", "cin cout kernel stride size")  # of a convolution; `size` is the input's height and width
 
 
-def layers():
-    """-> {Layer: (name of the first convolution of that shape, how many there are)}."""
+def layers(text=""):
+    """-> {Layer: (name of the first convolution of that shape, how many there are)} of those whose name holds text."""
     found, handles, model = {}, [], resnet50.ResNet50().eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -45,7 +46,10 @@ def layers():
                 found[key] = first, count + 1
             handles.append(module.register_forward_hook(hook))
     model(torch.zeros(1, 3, 224, 224))
-    return found
+    if named := {layer: (first, count) for layer, (first, count) in found.items() if text in first}:
+        return named
+    names = ", ".join(first for first, _ in found.values())
+    raise resnet50.UserError(f"--layers {text}: no name of {names} holds that", code=2)
 
 
 def nhwc(*size):
@@ -165,14 +169,14 @@ def measure(layer, args, seconds, states):
     return contenders, samples, args.batch_size * area * layer.cout * layer.cin * layer.kernel**2
 
 
-def parse():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=infer.ON_A_GPU.format("layers"))
     p.add_argument("--ops", default=",".join(OPS), metavar="OP[,OP]", help="default %(default)s")
     p.add_argument("--layers", default="", metavar="TEXT", help="only layers whose name holds it")
     p.add_argument("--batch-size", type=int, default=8, metavar="N")
     p.add_argument("--threads", type=int, default=1, metavar="N")
     p.add_argument("--seconds", type=float, default=120, help="of measuring, all layers (default %(default)s)")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     args.ops = args.ops.split(",")
     if unknown := set(args.ops) - set(OPS):
         p.error(f"--ops: {', '.join(sorted(unknown))} is none of {', '.join(OPS)}")
@@ -187,7 +191,7 @@ def main(args):
     result = infer.hardware()
     args.names = wanted(args.ops)
     infer.ceilings(("int8", "bf16", "fp32"), [args.threads], result)
-    todo = {layer: found for layer, found in layers().items() if args.layers in found[0]}
+    todo = layers(args.layers)
     states, total = States(), defaultdict(float)
     for layer, (name, count) in todo.items():
         contenders, samples, macs = measure(layer, args, args.seconds / len(todo), states)
@@ -221,4 +225,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    resnet50.run_script(main, parse(), "tests.bench.kernels")
+    resnet50.run_script(*infer.on_device("layers", main, parse), "tests.bench.kernels")
