@@ -36,7 +36,7 @@ Layer = namedtuple("Layer", "cin cout kernel stride size")  # of a convolution; 
 
 def layers(text=""):
     """-> {Layer: (name of the first convolution of that shape, how many there are)} of those whose name holds text."""
-    found, handles, model = {}, [], resnet50.ResNet50().eval()
+    found, model = {}, resnet50.ResNet50().eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             def hook(module, inputs, output, name=name):
@@ -44,7 +44,7 @@ def layers(text=""):
                             inputs[0].shape[-1])
                 first, count = found.get(key, (name, 0))
                 found[key] = first, count + 1
-            handles.append(module.register_forward_hook(hook))
+            module.register_forward_hook(hook)
     model(torch.zeros(1, 3, 224, 224))
     if named := {layer: (first, count) for layer, (first, count) in found.items() if text in first}:
         return named
