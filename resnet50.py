@@ -578,8 +578,8 @@ def float_program(model, dtype):
 
 class FusedResNet50(Flat, ResNet50):
     """ResNet50 for inference: convolution, batch-norm, residual and ReLU are one operation of csrc/, in float32 or
-    bfloat16; from pixels the whole network is, on a CPU with kernels for that (csrc.has_float). What the weights are
-    when it is made, it keeps."""
+    bfloat16; from pixels the whole network is, on a CPU with kernels for that (csrc.has_float), which in float32 may
+    be Winograd's. What the weights are when it is made, it keeps."""
 
     def __init__(self, model, dtype):
         super().__init__(**model.config)

@@ -434,10 +434,10 @@ def pack_int8(weight, mult, bias, gain=None, weight2=None, winograd=False):
     return _native("pack_int8", weight, mult, bias, gain, weight2, winograd)
 
 
-def pack_float(weight, bias, weight2=None):
+def pack_float(weight, bias, weight2=None, winograd=False):
     """bfloat16 or float32 (O, C, kh, kw), float32 (O), the weights' type (O, C2, 1, 1) -> uint8 (bytes), as pack_int8,
-    if has_float(weight.dtype)."""
-    return _native("pack_float", weight, bias, weight2)
+    if has_float(weight.dtype). winograd: float32 alone as cpu/winograd.h reads them, 16 / 9 of the bytes."""
+    return _native("pack_float", weight, bias, weight2, winograd)
 
 
 def network_int8(pixels, plan, classes):

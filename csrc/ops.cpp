@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(resnet50, m) {
   m.def("gemm_int8(Tensor a, Tensor b, Tensor? bias=None, Tensor? mult=None, Tensor? scale=None) -> Tensor");
   m.def("pack_int8(Tensor weight, Tensor mult, Tensor bias, Tensor? gain=None, Tensor? weight2=None, "
         "bool winograd=False) -> Tensor");
-  m.def("pack_float(Tensor weight, Tensor bias, Tensor? weight2=None) -> Tensor");
+  m.def("pack_float(Tensor weight, Tensor bias, Tensor? weight2=None, bool winograd=False) -> Tensor");
   m.def("network_int8(Tensor pixels, Tensor plan, int classes) -> Tensor");
   m.def("network_float(Tensor pixels, Tensor plan, int classes) -> Tensor");
   m.def("network_profile(Tensor pixels, Tensor plan, int classes) -> Tensor");
@@ -128,7 +128,7 @@ Tensor pack_int8(const Tensor& weight, const Tensor& mult, const Tensor& bias, c
   return out;
 }
 
-Tensor pack_float(const Tensor& weight, const Tensor& bias, const OptionalTensor& weight2) {
+Tensor pack_float(const Tensor& weight, const Tensor& bias, const OptionalTensor& weight2, bool winograd) {
   const char* op = "pack_float";
   const bool is_bf16 = weight.scalar_type() == ScalarType::BFloat16;
   const ScalarType type = is_bf16 ? ScalarType::BFloat16 : ScalarType::Float;
@@ -139,7 +139,7 @@ Tensor pack_float(const Tensor& weight, const Tensor& bias, const OptionalTensor
   if (weight2) check(*weight2, op, "weight2", type, name, {o, -1, 1, 1}, "(O, C2, 1, 1)", CPU);
   Tensor out;
   r50::pack_float(is_bf16, o, kh, kw, c, weight.const_data_ptr(), weight2 ? weight2->size(1) : 0,
-                  weight2 ? weight2->const_data_ptr() : nullptr, data<float>(bias), [&](int64_t bytes) {
+                  weight2 ? weight2->const_data_ptr() : nullptr, data<float>(bias), winograd, [&](int64_t bytes) {
                     out = torch::stable::empty({bytes}, ScalarType::Byte);
                     return static_cast<uint8_t*>(out.mutable_data_ptr());
                   });

@@ -215,12 +215,13 @@ def build_plan(steps):
                 mult = step.get("mult")
             weight, weight2 = weight.contiguous(**nhwc), step.get("weight2")
             weight2 = None if weight2 is None else weight2.contiguous(**nhwc)
+            winograd = kind == "conv" and weight.shape[2:] == (3, 3) and step["stride"] == step["padding"] == 1
             if element == 1:
-                winograd = (kind == "conv" and weight.shape[2:] == (3, 3) and step["stride"] == step["padding"] == 1
-                            and weight.shape[0] * weight.shape[1] <= TRANSFORMED.get(kernels, 0))
+                winograd = winograd and weight.shape[0] * weight.shape[1] <= TRANSFORMED.get(kernels, 0)
                 row["packed"] = constant(ops.pack_int8(weight, mult, step["bias"], step.get("gain"), weight2, winograd))
             else:
-                row["packed"] = constant(ops.pack_float(weight, step["bias"], weight2))
+                winograd = winograd and step.get("residual") is None
+                row["packed"] = constant(ops.pack_float(weight, step["bias"], weight2, winograd))
         elif kind == "maxpool":
             row.update(kh=3, kw=3, stride=2, pad=1)
             shape = pixel, shrink(sizes, 3, 2, 1)

@@ -188,7 +188,7 @@ def check_pack_int8(weight, mult, bias, gain=None, weight2=None, winograd=False)
     expect(op, torch.int8, (weight.shape[0], "C2", 1, 1), d, weight2=weight2)
 
 
-def check_pack_float(weight, bias, weight2=None):
+def check_pack_float(weight, bias, weight2=None, winograd=False):
     op, d = "pack_float", weight.device
     expect(op, FLOATS[:2], ("O", "C", "kh", "kw"), weight=weight)
     expect(op, torch.float32, (weight.shape[0],), d, bias=bias)

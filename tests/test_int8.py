@@ -484,7 +484,8 @@ def test_fused_equals_the_plain_network(pair, dtype, floor):
 @pytest.mark.parametrize("size", [(75, 50), (64, 64), (33, 47)])
 def test_fused_from_pixels(pair, size, dtype, floor):
     """float32 logits, by one call where the CPU can: at most twice the error of PyTorch's own operators at the same
-    precision, and then the same bits in batches of any size, by any number of threads."""
+    precision, four times that of their direct sums with Winograd's, and then the same bits in batches of any size, by
+    any number of threads."""
     model, _ = pair
     pixels, fused = photographs(9, *size, seed=5), resnet50.fuse(model, dtype)
     assert (fused.plan() is not None) == (csrc.has_float(dtype) and model.config["attention"] == "none")
@@ -494,7 +495,8 @@ def test_fused_from_pixels(pair, size, dtype, floor):
         plain = copy.deepcopy(model).to(dtype)(x.to(dtype))
         logits = resnet50.predict(fused, pixels)
     assert logits.dtype == torch.float32 and logits.shape == exact.shape
-    assert (logits - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor * exact.abs().max()
+    times = 4 if dtype == torch.float32 else 2
+    assert (logits - exact).abs().max() <= times * (plain - exact).abs().max() + floor * exact.abs().max()
     if fused.plan() is not None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

@@ -245,7 +245,7 @@ class Bf16Network(FloatNetwork):
 def standard(pixels, Network=Network):
     net = Network(pixels)
     x = net.add("maxpool", net.conv("pixels", 64, 7, 2, fill=True))
-    for mid, o, stride in ((64, 128, 1), (64, 128, 1), (64, 192, 2), (64, 192, 1), (128, 128, 2)):
+    for mid, o, stride in ((64, 128, 1), (64, 128, 1), (64, 192, 2), (72, 192, 1), (128, 128, 2)):
         x = net.block(x, mid, o, stride)
     return net.head(x, 59)
 
@@ -322,10 +322,10 @@ def networks(library, tmp_path_factory):
         vectors = [None if v is None else v.numpy() for v in (mult, bias, gain)]
         return torch.from_numpy(kernels.pack(kernel_layout(weight), *vectors, kernel_layout(weight2), winograd).copy())
 
-    def pack_float(weight, bias, weight2=None):
+    def pack_float(weight, bias, weight2=None, winograd=False):
         bits = lambda t: None if t is None else kernel_layout(  # noqa: E731
             t.view(torch.int16) if t.dtype == torch.bfloat16 else t)
-        return torch.from_numpy(kernels.pack_float(bits(weight), bias.numpy(), bits(weight2)).copy())
+        return torch.from_numpy(kernels.pack_float(bits(weight), bias.numpy(), bits(weight2), winograd).copy())
     for i, (make, n, h, w) in enumerate(NETWORKS):
         pixels = np.random.default_rng(i).integers(0, 256, (n, h, w, 3), np.uint8)
         steps = make(pixels)
@@ -508,7 +508,7 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                       "network"),
     "bf16: logits of a panel": ("conv_plain.cpp", "size_t(std::min(w.width,", "size_t(std::min(FAULT ? 32 : w.width,",
                                 "vnni,amx", "network"),
-    "bf16: panel of a row": ("conv_vnni.cpp", "WIDTH * Epilogue::BYTES", "WIDTH * (FAULT ? 1 : Epilogue::BYTES)",
+    "bf16: panel of a row": ("conv_vnni.cpp", "WIDTH * Epilogue::BYTES;", "WIDTH * (FAULT ? 1 : Epilogue::BYTES);",
                              "vnni", "network"),
     "bf16: no centre": ("network.cpp", "type != Type::int8 ?", "type != Type::int8 && !FAULT ?", "vnni,amx", "network"),
     "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "vnni,amx", "network"),
@@ -521,10 +521,18 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                                      "vnni,amx", "network"),
     "f32: no centre": ("pooling.cpp", "float(from[i]) - value[i]", "float(from[i]) - (FAULT ? 0 : value[i])",
                        "avx2,vnni", "network"),
-    "f32: no ReLU": ("conv_f32.cpp", "_mm256_max_ps(_mm256_setzero_ps(), sum[r][v])",
-                     "_mm256_max_ps(FAULT ? sum[r][v] : _mm256_setzero_ps(), sum[r][v])", "avx2", "network"),
-    "f32: channels of a panel": ("conv_f32.cpp", "CHOSEN + WIDTH - left", "CHOSEN + WIDTH - left - FAULT", "avx2",
+    "f32: no ReLU": ("conv_f32.cpp", "_mm256_max_ps(_mm256_setzero_ps(), sum[v])",
+                     "_mm256_max_ps(FAULT ? sum[v] : _mm256_setzero_ps(), sum[v])", "avx2", "network"),
+    "f32: channels of a panel": ("conv_f32.cpp", "std::min(WIDTH, left))", "std::min(WIDTH, left) - FAULT)", "avx2",
                                  "network"),
+    "f32: Winograd's pixels": ("winograd.h", "y[2] = x[2] - x[1];", "y[2] = FAULT ? x[1] - x[2] : x[2] - x[1];",
+                               "avx2,vnni", "network"),
+    "f32: Winograd's panel of a row": ("conv_vnni.cpp", "WIDTH * Epilogue::BYTES);",
+                                       "WIDTH * (FAULT ? 1 : Epilogue::BYTES));", "vnni", "network"),
+    "f32: Winograd's tiles": ("winograd.h", "tiles_along(out.w, w.type)", "tiles_along(out.w - FAULT, w.type)",
+                              "avx2,vnni", "network"),
+    "f32: Winograd beyond the image": ("winograd.h", "y < out.h && x < out.w ?", "y < out.h && (FAULT || x < out.w) ?",
+                                       "avx2,vnni", "network"),
     "f32: order of maxima": ("pooling.cpp", "max_pool_of<uint32_t>", "(FAULT ? max_pool_of<uint16_t> : "
                              "max_pool_of<uint32_t>)", "avx2,vnni", "network"),
     "residual without its stride": ("layout.cpp", "x * residual_stride)", "(FAULT ? x : x * residual_stride))",
@@ -649,7 +657,7 @@ def loops(path):
 @pytest.mark.parametrize("instruction, kernel, most, around, variants", [
     ("vpdpbusd", "multiply", 24, 0, 36), ("vdpbf16ps", "multiply", 24, 0, 10),  # at most: 6 rows x 4 registers
     ("vfmadd231ps", "multiply", 24, 0, 10), ("vfmadd231ps", "conv_f32", 12, 0, 15),
-    ("vpdpwssd", "Winograd<", 24, 0, 6),
+    ("vpdpwssd", "Winograd<", 24, 0, 6), ("vfmadd231ps", "Winograd<", 24, 0, 12),
     ("tdpbusd", "sweep", 4, 9, 9), ("tdpbf16ps", "sweep", 4, 9, 9)])  # 2 x 2 tiles; all loops around them, too
 def test_loops_stay_in_registers(builds, instruction, kernel, most, around, variants):
     """The loops around the multiplies, as -O3 compiles them: no vector goes to the stack or comes from it, no function
@@ -658,7 +666,7 @@ def test_loops_stay_in_registers(builds, instruction, kernel, most, around, vari
     for name, body, within in loops(builds["native"]()):
         if kernel in name and within <= around and 0 < sum(instruction in line for line in body) <= most:
             count += 1
-            register = "ymm" if kernel == "conv_f32" else "zmm"
+            register = "ymm" if kernel == "conv_f32" or "Avx2" in name else "zmm"
             moved = rf"{register}.*\(%r[sb]p|\(%r[sb]p.*{register}|call"
             assert not [line for line in body if re.search(moved, line)], name
     assert count >= variants

@@ -329,7 +329,7 @@ void conv_words(const Conv& conv, int run, int m0, int m1, int p0, int p1) {
 }
 
 struct Avx2 {  // for winograd.h
-  static constexpr int BYTES = 32, WIDTH = r50::WIDTH, ROWS = 6;
+  static constexpr int BYTES = 32, ELEMENT = 1, WORD = 2, RESULTS = 4, WIDTH = r50::WIDTH, ROWS = 6;
   typedef uint16_t Words __attribute__((vector_size(BYTES)));
   typedef uint32_t Sums __attribute__((vector_size(BYTES)));
   typedef int32_t Signed __attribute__((vector_size(BYTES)));
@@ -367,7 +367,7 @@ void winograd_avx2(const Conv& conv, const Layout& in, const Layout& out, int mo
   Winograd<Avx2>{.conv = conv, .in = in, .out = out, .most = most}.run(
       t0, t1, p0, p1, [&](const int32_t* offsets, int p, const int32_t* acc) {
         tile.outs = offsets;
-        done(tile, 0, RESULTS * RESULTS, p, acc);
+        done(tile, 0, Avx2::RESULTS * Avx2::RESULTS, p, acc);
       });
 }
 

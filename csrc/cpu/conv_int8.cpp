@@ -137,11 +137,14 @@ void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weigh
 }
 
 void pack_float(bool is_bf16, int64_t o, int64_t kh, int64_t kw, int64_t c, const void* weight, int64_t c2,
-                const void* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate) {
+                const void* weight2, const float* bias, bool winograd,
+                const std::function<uint8_t*(int64_t)>& allocate) {
   if (is_bf16 && !has_avx512_bf16()) throw std::runtime_error("pack_float: networks in bfloat16 need AVX-512 BF16");
   if (isa() < Isa::avx2) throw std::runtime_error("pack_float: networks in float32 need AVX2");
   const void* const weights[2] = {weight, weight2};
-  pack_float(is_bf16 ? Type::bf16 : Type::f32, merged(o, kh, kw, c, c2), weights, bias, allocate);
+  PackedShape shape = merged(o, kh, kw, c, c2);
+  shape.winograd = winograd && !is_bf16 && !c2 && kh == 3 && kw == 3;
+  pack_float(is_bf16 ? Type::bf16 : Type::f32, shape, weights, bias, allocate);
 }
 
 void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
@@ -172,10 +175,11 @@ void conv_int8(const ConvInt8& a, uint8_t* out, int threads) {
       conv.in[0].a = x.data + g * cg;
       conv.out = out + n * oh * ow * a.o + g * og;
       if (w->winograd) {
-        const int tiles = images * tiles_along(oh) * tiles_along(ow);
+        const int tiles = images * tiles_along(oh, w->type) * tiles_along(ow, w->type);
         parallel(threads, [&](int thread, int count) {
-          winograd_function()(conv, of_group, results, tiles_at_once(cg), int(int64_t(tiles) * thread / count),
-                              int(int64_t(tiles) * (thread + 1) / count), 0, w->panels);
+          winograd_function(*w)(conv, of_group, results, tiles_at_once(cg, w->type),
+                                int(int64_t(tiles) * thread / count), int(int64_t(tiles) * (thread + 1) / count), 0,
+                                w->panels);
         });
         continue;
       }

@@ -130,7 +130,7 @@ const int8_t* multiply(const Conv& conv, Segment segment, int m, int end, int p,
 }
 
 struct Vnni {  // for winograd.h
-  static constexpr int BYTES = 64, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
+  static constexpr int BYTES = 64, ELEMENT = 1, WORD = 2, RESULTS = 4, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
   typedef uint16_t Words __attribute__((vector_size(BYTES)));
   typedef uint32_t Sums __attribute__((vector_size(BYTES)));
   typedef int32_t Signed __attribute__((vector_size(BYTES)));
@@ -166,24 +166,61 @@ struct Vnni {  // for winograd.h
   }
 };
 
+struct VnniF32 {  // the same in float32
+  static constexpr int BYTES = 64, ELEMENT = 4, WORD = 4, RESULTS = 2, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
+  typedef float Words __attribute__((vector_size(BYTES)));
+  typedef Words Sums;
+
+  static R50_INLINE void widen(const uint8_t* from, Words& to) { std::memcpy(&to, from, sizeof to); }
+
+  template <int R>
+  static void multiply(const uint8_t* a, int64_t lda, const uint8_t* b, int units, uint8_t* to, const uint8_t* ahead,
+                       int step) {
+    __m512i sum[R][4];
+    each<4 * R>([&](auto i) __attribute__((always_inline)) { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
+    for (int k = 0; k < units; k++, b += 4 * WIDTH, ahead += step) {
+      __builtin_prefetch(ahead, 0, 2);
+      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
+      const __m512i b2 = _mm512_load_si512(b + 128), b3 = _mm512_load_si512(b + 192);
+      each<R>([&](auto r) __attribute__((always_inline)) {
+        int32_t bits;
+        std::memcpy(&bits, a + r * lda + 4 * k, 4);
+        const __m512i value = _mm512_set1_epi32(bits);
+        sum[r][0] = dot<4>(sum[r][0], value, b0);
+        sum[r][1] = dot<4>(sum[r][1], value, b1);
+        sum[r][2] = dot<4>(sum[r][2], value, b2);
+        sum[r][3] = dot<4>(sum[r][3], value, b3);
+      });
+    }
+    each<4 * R>([&](auto i) __attribute__((always_inline)) { _mm512_store_si512(to + 64 * i, sum[i / 4][i % 4]); });
+  }
+};
+
 }  // namespace
 
+template <class Set, class Epilogue>
+static void winograd(const Conv& conv, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1) {
+  Winograd<Set>{.conv = conv, .in = in, .out = out, .most = most}.run(
+      t0, t1, p0, p1, [&](const int32_t* offsets, int p, const int32_t* acc) {
+        const Epilogue epilogue(conv.w->start(p), conv.w->o - p * WIDTH);
+        for (int i = 0; i < Set::RESULTS * Set::RESULTS; i++, acc += WIDTH)
+          if (offsets[i] >= 0)
+            epilogue.store(_mm512_load_si512(acc), _mm512_load_si512(acc + 16), _mm512_load_si512(acc + 32),
+                           _mm512_load_si512(acc + 48), conv.out + offsets[i] + int64_t(p) * WIDTH * Epilogue::BYTES);
+      });
+}
+
 void winograd_vnni(const Conv& conv, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1) {
-  const auto run = [&]<Rounding rounding>() {
-    Winograd<Vnni>{.conv = conv, .in = in, .out = out, .most = most}.run(
-        t0, t1, p0, p1, [&](const int32_t* offsets, int p, const int32_t* acc) {
-          const Epilogue512<rounding, false> epilogue(conv.w->start(p), conv.w->o - p * WIDTH);
-          for (int i = 0; i < RESULTS * RESULTS; i++, acc += WIDTH)
-            if (offsets[i] >= 0)
-              epilogue.store(_mm512_load_si512(acc), _mm512_load_si512(acc + 16), _mm512_load_si512(acc + 32),
-                             _mm512_load_si512(acc + 48), conv.out + offsets[i] + int64_t(p) * WIDTH);
-        });
-  };
   switch (conv.w->rounding) {
-    case BIASED: return run.template operator()<BIASED>();
-    case SINGLE: return run.template operator()<SINGLE>();
-    default: return run.template operator()<DOUBLE>();
+    case BIASED: return winograd<Vnni, Epilogue512<BIASED, false>>(conv, in, out, most, t0, t1, p0, p1);
+    case SINGLE: return winograd<Vnni, Epilogue512<SINGLE, false>>(conv, in, out, most, t0, t1, p0, p1);
+    default: return winograd<Vnni, Epilogue512<DOUBLE, false>>(conv, in, out, most, t0, t1, p0, p1);
   }
+}
+
+void winograd_f32_vnni(const Conv& conv, const Layout& in, const Layout& out, int most, int t0, int t1, int p0,
+                       int p1) {
+  winograd<VnniF32, EpilogueF32<false>>(conv, in, out, most, t0, t1, p0, p1);
 }
 
 void conv_vnni(const Conv& conv, int m0, int m1, int p0, int p1) {

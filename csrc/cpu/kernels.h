@@ -48,9 +48,11 @@ void gate_int8(const GateInt8&, uint8_t* out, int threads);  // out: (n, pixels,
 void pack_int8(int64_t o, int64_t kh, int64_t kw, int64_t c, const int8_t* weight, int64_t c2, const int8_t* weight2,
                const int32_t* mult, const int32_t* bias, const int32_t* gain, bool winograd,
                const std::function<uint8_t*(int64_t)>& allocate);
-// The same in bfloat16, where has_avx512_bf16(), or in float32, from Isa::avx2 on; bias float32.
+// The same in bfloat16, where has_avx512_bf16(), or in float32, from Isa::avx2 on; bias float32. winograd: in float32
+// only what winograd.h reads, 16 / 9 of the bytes.
 void pack_float(bool is_bf16, int64_t o, int64_t kh, int64_t kw, int64_t c, const void* weight, int64_t c2,
-                const void* weight2, const float* bias, const std::function<uint8_t*(int64_t)>& allocate);
+                const void* weight2, const float* bias, bool winograd,
+                const std::function<uint8_t*(int64_t)>& allocate);
 
 // ----------------------------------------------------------------------------------------------------- float
 struct ConvFloat {

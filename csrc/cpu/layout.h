@@ -63,15 +63,20 @@ struct Tables {
 // panels [p0, p1). Of conv only w, in[0].a and out are used.
 void winograd_vnni(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
 void winograd_avx2(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
+void winograd_f32_vnni(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
+void winograd_f32_avx2(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
 
-inline int tiles_along(int size) { return (size + 3) / 4; }
-constexpr int FEW_TILES = 24, MANY_TILES = 32;
-inline int tiles_at_once(int channels) { return channels < 256 ? FEW_TILES : MANY_TILES; }
+inline int tiles_along(int size, Type type) { return type == Type::f32 ? (size + 1) / 2 : (size + 3) / 4; }
+constexpr int FEW_TILES = 24, MORE_TILES = 32, MANY_TILES = 64;
+inline int tiles_at_once(int channels, Type type) {
+  return channels < 256 ? FEW_TILES : type == Type::f32 ? MANY_TILES : MORE_TILES;
+}
 
 using WinogradFunction = void (*)(const Conv&, const Layout&, const Layout&, int, int, int, int, int);
-inline WinogradFunction winograd_function() {
+inline WinogradFunction winograd_function(const Packed& w) {
 #if defined(__x86_64__)
-  return isa() == Isa::vnni ? winograd_vnni : winograd_avx2;
+  if (w.type == Type::f32) return Isa(w.isa) == Isa::vnni ? winograd_f32_vnni : winograd_f32_avx2;
+  return Isa(w.isa) == Isa::vnni ? winograd_vnni : winograd_avx2;
 #else
   return nullptr;  // no blob has such weights
 #endif

@@ -302,13 +302,14 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.out = at(s.out);
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
-      if (conv.w->winograd && (block == WINOGRAD || isa() == Isa::avx2)) {
+      if (conv.w->winograd && (block == WINOGRAD || isa() == Isa::avx2 || type == Type::f32)) {
         const Layout& in = ws.layouts[s.in];
-        const int tiles = g * tiles_along(to->h) * tiles_along(to->w);
+        const int tiles = g * tiles_along(to->h, type) * tiles_along(to->w, type);
         const bool by_panels = tiles < FEW_TILES * threads && conv.w->panels >= threads;
         const Part mine = by_panels ? Part{0, tiles} : part(tiles, 1, thread, threads);
         const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
-        winograd_function()(conv, in, *to, tiles_at_once(in.c), mine.begin, mine.end, panels.begin, panels.end);
+        const int most = tiles_at_once(in.c / bytes_of(type), type);
+        winograd_function(*conv.w)(conv, in, *to, most, mine.begin, mine.end, panels.begin, panels.end);
         break;
       }
       // where there are more weights than activations each thread takes its share of the weights; VNNI, slower than

@@ -6,7 +6,8 @@
 //   vnni   width 64, group 4      vpdpbusd; four registers per group
 //   amx    width 64, group 4      first the left 32 columns for all k, then the right ones; of each the two B tiles of
 //                                 every 64 k, 1 KiB apiece: what a half unit reads is one run. k padded to whole tiles
-// Transformed weights (winograd.h) are words: for each panel, point and pair of input channels the panel's pairs.
+// Transformed weights (winograd.h) are words: for each panel, point and pair of input channels the panel's pairs; in
+// float32 for each panel, point and input channel the panel's, and these alone.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -214,18 +215,43 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
   }
 }
 
+// weight (o, 3, 3, c) -> G w G^T of each channel, for F(2, 3)
+static void transform_floats(int o, int c, int width, const float* weight, uint8_t* to) {
+  constexpr int N = 4, K = 3;
+  constexpr double G[N][K] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  for (int n = 0; n < o; n++)
+    for (int i = 0; i < c; i++)
+      for (int a = 0; a < N; a++) {
+        double column[K] = {};  // of G w
+        for (int y = 0; y < K; y++)
+          for (int x = 0; x < K; x++) column[x] += G[a][y] * weight[((int64_t(n) * K + y) * K + x) * c + i];
+        for (int b = 0; b < N; b++) {
+          const auto value = float(G[b][0] * column[0] + G[b][1] * column[1] + G[b][2] * column[2]);
+          const int64_t at = ((int64_t(n / width) * N * N + a * N + b) * c + i) * width + n % width;
+          std::memcpy(to + at * sizeof value, &value, sizeof value);
+        }
+      }
+}
+
 // The bytes of a bfloat16 or a float32 lie where two or four int8 weights would.
 void pack_float(Type type, const PackedShape& s, const void* const weight[2], const float* bias,
                 const std::function<uint8_t*(int64_t)>& allocate) {
   const Isa isa = isa_of(type);
   const int element = bytes_of(type);
-  const Packed h = header(isa, s, type);
+  const int c = s.taps[0] * s.k[0] / 9;  // of 3x3 weights
+  Packed h = header(isa, s, type);
+  if (s.winograd) {
+    h.winograd = h.weights;
+    h.bytes = h.fixes = h.winograd + int64_t(h.panels) * h.width * 16 * c * element;
+  }
   uint8_t* bytes = allocate(h.bytes);
   std::memset(bytes, 0, h.bytes);
   std::memcpy(bytes, &h, sizeof h);
+  if (s.winograd) transform_floats(s.o, c, h.width, static_cast<const float*>(weight[0]), bytes + h.winograd);
   for (int n = 0; n < s.o; n++) {
     const int p = n / h.width, at = n % h.width;
     std::memcpy(bytes + h.vectors + (int64_t(p) * 5 * h.width + at) * 4, bias + n, 4);
+    if (s.winograd) continue;
     uint8_t* panel = bytes + h.weights + int64_t(p) * h.ktotal * h.width;
     int first = 0;  // byte of k of the tap
     for (int i = 0; i < s.operands; i++) {

@@ -3,6 +3,7 @@ against the usual FastAPI + uvicorn server of the same int8 network.
 
   python -m tests.bench.serve                                    # two minutes
   python -m tests.bench.serve --rounds 9 --connections 64
+  python -m tests.bench.serve --side 1512                        # photographs enlarged to what telephones send
   python -m tests.bench.serve --overload 60                      # and a minute at five times the rate, and slow clients
 
 The contenders alternate, round by round, on the same images and threads, each alone while it is measured:
@@ -17,6 +18,7 @@ leave at even intervals, as wrk2 and perf_analyzer send them unless told otherwi
 highest of some rates at which a server's 99th percentile stays within three times batch 1, over the other's.
 """
 import argparse
+import io
 import json
 import os
 import queue
@@ -29,8 +31,10 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 import data
 import resnet50
@@ -83,13 +87,21 @@ def network(folder):
     return path, source
 
 
-def pictures(folder, count=64):
-    """-> encoded JPEGs: photographs where they are, else the demo set's"""
+def pictures(folder, side, count=64):
+    """-> encoded JPEGs: photographs where they are, else the demo set's; side: of the shorter one, else as they are"""
     root = os.path.join(SHARED, "imagenet-cc")
     if not os.path.isdir(root):
         root = data.make_demo(os.path.join(folder, "demo"), train=10, val=1)
     files = data.scan_unlabelled(root)
-    return [open(files.path(i * len(files) // count), "rb").read() for i in range(count)]
+    found = [Path(files.path(i * len(files) // count)).read_bytes() for i in range(count)]
+    return [enlarged(content, side) for content in found] if side else found
+
+
+def enlarged(content, side):
+    image, out = Image.open(io.BytesIO(content)).convert("RGB"), io.BytesIO()
+    scale = side / min(image.size)
+    image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC).save(out, "JPEG", quality=90)
+    return out.getvalue()
 
 
 def free_port():
@@ -262,10 +274,11 @@ def main():
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--seconds", type=float, default=5.0, help="of each contender in a round")
     p.add_argument("--connections", type=int, default=48)
+    p.add_argument("--side", type=int, metavar="PIXELS", help="enlarge the photographs to this shorter side")
     p.add_argument("--overload", type=float, default=0.0, metavar="S", help="seconds at five times the rate")
     args = p.parse_args()
     folder = os.path.join("runs", "bench")
-    (path, source), images = network(folder), pictures(folder)
+    (path, source), images = network(folder), pictures(folder, args.side)
     processes, clients = {}, {}
     try:
         port = free_port()

@@ -133,12 +133,12 @@ void sweep(const Sweep& s, uint8_t* result, int32_t* rounding) {
   conv.next = w.panel(0);
   const int units = (conv.m + 31) / 32, rows = int(s.row_parts), panels = int(s.panel_parts);
   if (s.tiles && !w.winograd) throw std::runtime_error("no transformed weights");
-  const int tiles = n * tiles_along(oh) * tiles_along(ow);
+  const int tiles = n * tiles_along(oh, w.type) * tiles_along(ow, w.type);
   for (int i = 0; i < rows; i++)
     for (int j = 0; j < panels; j++)
       if (s.tiles)
-        winograd_function()(conv, x.layout, out, int(s.tiles), tiles * i / rows, tiles * (i + 1) / rows,
-                            w.panels * j / panels, w.panels * (j + 1) / panels);
+        winograd_function(w)(conv, x.layout, out, int(s.tiles), tiles * i / rows, tiles * (i + 1) / rows,
+                             w.panels * j / panels, w.panels * (j + 1) / panels);
       else
         conv_function(*conv.w)(conv, units * i / rows * 32, std::min(conv.m, units * (i + 1) / rows * 32),
                         w.panels * j / panels, w.panels * (j + 1) / panels);
@@ -185,9 +185,10 @@ const uint8_t* face_pack(int64_t o, int64_t kh, int64_t kw, int64_t c, const int
   return failed ? nullptr : packed.get();
 }
 const uint8_t* face_pack_float(int64_t o, int64_t kh, int64_t kw, int64_t c, const void* weight,
-                               int64_t c2, const void* weight2, const float* bias, int64_t* bytes, int is_bf16) {
+                               int64_t c2, const void* weight2, const float* bias, int64_t* bytes, int is_bf16,
+                               int winograd) {
   const int failed = guarded([&] {
-    pack_float(is_bf16, o, kh, kw, c, weight, c2, weight2, bias,
+    pack_float(is_bf16, o, kh, kw, c, weight, c2, weight2, bias, winograd,
                [&](int64_t size) { return (packed = allocate(*bytes = size)).get(); });
   });
   return failed ? nullptr : packed.get();

@@ -154,9 +154,10 @@ class Kernels:
         """-> the blob of a plan's step, uint8 (bytes)"""
         return self.blob(self.lib.face_pack, weight, weight2, mult, bias, gain, more=[int(winograd)])
 
-    def pack_float(self, weight, bias, weight2=None):
+    def pack_float(self, weight, bias, weight2=None, winograd=False):
         """The same for weights in float32, or in bfloat16, given as their bits int16, and bias float32 (o)"""
-        return self.blob(self.lib.face_pack_float, weight, weight2, bias, more=[int(weight.dtype == np.int16)])
+        more = [int(weight.dtype == np.int16), int(winograd)]
+        return self.blob(self.lib.face_pack_float, weight, weight2, bias, more=more)
 
     def network(self, plan, pixels, classes, threads=1):
         """plan uint8 (bytes) at a multiple of 64, pixels uint8 (n, h, w, c)"""
