@@ -141,7 +141,8 @@ Bytes allocate(int64_t bytes);
 
 struct PackedShape {  // what packing needs to know; weights are (o, taps, k) elements each
   int o, operands, taps[2], k[2];
-  bool winograd = false;  // 3x3: transformed weights as well, where winograd.h can compute all that these sums can be
+  bool winograd = false;  // 3x3: transformed weights as well, where winograd.h can compute all that these sums can be;
+                          // in float32 these alone
   bool operator==(const PackedShape&) const = default;
 };
 // gain may be null; `allocate` gets the blob's size and gives its memory. Throws where an accumulator could leave

@@ -13,9 +13,9 @@
 // Where one or two rows or columns are left at an image's edge, the tile is F(2, 3) in that direction: 4 points, whose
 // weights are four of the six. A matrix product per point has the tiles that have this point.
 //
-// float32: F(2x2, 3x3) everywhere, by 4 / 9 of the multiplies, as exact as the direct sums (F(4x4, 3x3) is not, by some
-// bits). What lies beside an image never meets results of it: it is in the last point alone, which makes the second
-// result alone.
+// float32: F(2x2, 3x3) everywhere, by 4 / 9 of the multiplies, with about twice the rounding errors of the direct sums
+// (F(4x4, 3x3) would lose some bits). Where one row or column is left, what lies beside the image is in the last point
+// alone, and that in the second result alone, which is not kept.
 //
 // Included by the kernels of two instruction sets, each under its own target, with a `Set` that has: BYTES of a
 // register; ELEMENT and WORD, bytes of an activation and of what is multiplied; RESULTS of a tile in one direction;
