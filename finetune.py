@@ -191,7 +191,7 @@ def check_args(args):
     if args.model and (args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"):
         refuse(f"--model {args.model}: --grad-checkpointing, --stem, --attention, --stride-on and --strategy adapter "
                "are ResNet-50's")
-    if kind == "head" and (wrong := beyond_head(args)):
+    if kind == "head" and (wrong := beyond_head(changed(args, then=None))):  # whose classes are not known yet
         refuse(f"{wrong}: --strategy head sees features that are computed once, and trains nothing below; name another")
     if args.eval_only and args.model and args.weights:
         refuse("--model names a network to fine-tune; --eval-only scores what --checkpoint holds")
@@ -206,9 +206,10 @@ def check_args(args):
 
 
 def beyond_head(args):
-    """-> the flag that asks for more than a head on cached features, or None"""
+    """-> the flag that asks for more than a head on cached features, or None; a step has --then among its flags where
+    its head will go"""
     wrong = [f"--{k.replace('_', '-')}" for k in BEYOND_HEAD if getattr(args, k)]
-    wrong += ["--align mmd"] * bool(args.target_domain and args.align == "mmd")
+    wrong += ["--align mmd"] * bool(args.target_domain and args.align == "mmd") + ["--then"] * bool(args.then)
     return wrong[0] if wrong else None
 
 
@@ -443,6 +444,9 @@ def resolve(args, model, images):
         why = f", for {images} images " + {
             "head": "are too few to move a whole network (--strategy gradual does)",
             "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]
+        if kind == "gradual" and images < FEW:
+            wrong = beyond_head(args)
+            why = f", as {wrong} asks for more than a head alone" if wrong else ", as the head is a convolution"
         args.strategy = kind
     for key, value in STRATEGIES[kind].items():
         if getattr(args, key) is None:
@@ -485,7 +489,8 @@ class FineTuning(train.Plan):
         self.kind, _, self.number = args.strategy.partition(":")
         self.amp = train.amp_dtype(args, world.device)
         self.target = data.scan_unlabelled(args.target_domain) if args.target_domain and args.align != "none" else None
-        self.knows = not new_head and self.target is None  # what is not aligned yet does not compete
+        # what is not aligned yet does not compete, nor what has learned nothing that --then keeps
+        self.knows = not new_head and self.target is None and not args.then
 
     def open(self, args, world):
         return *self.sets, self.notes
@@ -1578,9 +1583,14 @@ def fine_tune(args, world, stop):
     if not args.then:
         return classify(args, world, stop)
     resume = open_run(args, world)
-    step = changed(args, out=os.path.join(args.out, "step"), then=None, resume=args.resume and "auto")
     final = changed(args, data=args.then, then=None, overwrite=True)
-    train.Plan().open(final, world)  # what is wrong with it is better said before the first step
+    # what is wrong with the second is better said before the first step
+    classes, others = (list(train.Plan().open(part, world)[2]) for part in (final, args))
+    if args.strategy == "head" and classes != others:
+        raise UserError(f"--strategy head: {args.then} has other classes, so nothing would stay of a step that trains "
+                        "the head alone; name another", code=2)
+    step = changed(args, out=os.path.join(args.out, "step"), then=args.then if classes != others else None,
+                   resume=args.resume and "auto")
     first = classify(step, world, stop, before=lambda: begin_run(args, world, resume))
     asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
     final = changed(final, checkpoint=first["checkpoint"], weights=None, model=None)

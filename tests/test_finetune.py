@@ -326,7 +326,8 @@ def test_strategy_by_the_number_of_images(source):
 
     def chosen(images, *flags):
         args = parse("--checkpoint", source, *flags)
-        assert "images" in finetune.resolve(args, model, images)
+        note = finetune.resolve(args, model, images)
+        assert (f"as {flags[0]} asks" if images < 1000 and args.strategy == "gradual" else f"{images} images") in note
         return args
     assert [chosen(n).strategy for n in (10, 999, 1000, 19999, 20000)] == ["head", "head", "gradual", "gradual", "full"]
     for flags in (["--cutmix-alpha", 1], ["--l2-sp", 1], ["--progressive", 32, 0, 1]):
@@ -919,6 +920,27 @@ def test_two_steps(tune, tiny, shapes, tmp_path):
     assert torch.equal(step["model"]["layer3.0.conv1.weight"], best["model"]["layer3.0.conv1.weight"])
     again = tune("--then", shapes, "--strategy", "layers:1", "--epochs", 1, "--resume", root=tiny)
     assert again["loss"] == result["loss"]
+
+
+def test_a_step_to_other_classes_leaves_more_than_the_head_that_goes(tune, shapes, source, tmp_path, monkeypatch):
+    real, begun = finetune.classify, []
+
+    def classify(args, *a, **k):
+        begun.append(args)
+        return real(args, *a, **k) if args.strategy == "auto" and args.then else dict(checkpoint=source, top1=0)
+    monkeypatch.setattr(finetune, "classify", classify)
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
+    other = shutil.copytree(shapes, tmp_path / "other", ignore=shutil.ignore_patterns("square"))
+    # no epoch is better than the head that it begins with
+    tune("--then", other, "--epochs", 1, "--views", 1, "--lr", 1e-6, "--head-lr-mult", 1e4)
+    before, after = (load_checkpoint(path)["model"]["layer4.0.conv1.weight"] for path in (
+        source, str(tmp_path / "run" / "step" / "best.pt")))
+    assert begun[0].strategy == "gradual" and not torch.equal(before, after)
+    with pytest.raises(UserError, match="--strategy head: .* has other classes") as caught:
+        tune("--then", other, "--strategy", "head", out="head")
+    assert caught.value.code == 2 and len(begun) == 2
+    tune("--then", shapes, "--strategy", "head", out="same")  # whose head stays
+    assert [args.then for args in begun[2:]] == [None, None]
 
 
 @pytest.mark.parametrize("strategy, moves", [("head", ("fc.",)), ("layers:1", ("fc.", "layer4."))])
