@@ -990,15 +990,16 @@ def annotations(root, eval_only):
     if not found and notes:
         lists = os.path.join(root, "ImageSets", "Main")
         pictures = [*inside(root, "images", "JPEGImages"), root]
-        for split in ("train", "val"):
+        for split, names in (("train", ("train", "trainval")), ("val", ("val", "test")[:1 + eval_only])):
+            listed = [path for n in names if os.path.isfile(path := os.path.join(lists, n + ".txt"))]
             jsons = [n for n in sorted(os.listdir(notes[0])) if re.fullmatch(rf"(instances_)?{split}.*\.json", n)]
             if jsons:  # annotations/instances_train2017.json and train2017/
                 name = jsons[0].removesuffix(".json").removeprefix("instances_")
                 found[split] = read_coco(os.path.join(notes[0], jsons[0]),
                                          [os.path.join(p, name) for p in pictures] + pictures)
                 found[split][1].extend(f"{os.path.join(notes[0], n)}: not read, as {jsons[0]} is" for n in jsons[1:])
-            elif os.path.isfile(os.path.join(lists, split + ".txt")):
-                with open(os.path.join(lists, split + ".txt"), encoding="utf-8-sig", errors="surrogateescape") as f:
+            elif listed:
+                with open(listed[0], encoding="utf-8-sig", errors="surrogateescape") as f:
                     lines = [line.strip() for line in f if line.strip()]
                 # a class's own list has 1 or -1 behind each name, and a name may have blanks
                 stems = dict.fromkeys(n if os.path.isfile(os.path.join(notes[0], n + ".xml")) else n.split()[0]
@@ -1014,10 +1015,11 @@ def annotations(root, eval_only):
     return found
 
 
-def open_boxes(root, args, classes=None):
+def open_boxes(root, args, classes=None, held=None):
     """-> (train Files, with --eval-only perhaps None, val Files, classes, {path: Boxes}, notes). Boxes are cut to the
-    image, and those without an area are left out. Without a validation set data.hash_split makes one. UserError names
-    what cannot be read, unless --on-corrupt skip, which leaves it out."""
+    image, and those without an area are left out. Without a validation set data.hash_split makes one of --val-split,
+    else of `held`, where 0 is everything: nobody learned here. UserError names what cannot be read, unless --on-corrupt
+    skip, which leaves it out."""
     found, notes, known = annotations(root, args.eval_only), [], {}
     if "val" in found and args.val_split is not None:
         raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
@@ -1063,8 +1065,12 @@ def open_boxes(root, args, classes=None):
                      + some(beyond))
     if empty:
         notes.append(f"{len(empty)} boxes without an area, or outside of their image, are left out: {some(empty)}")
-    if "val" not in files:
-        first, last = data.hash_split(files["train"], args.val_split)
+    if "val" not in files and args.val_split is None and held == 0:
+        files = dict(val=files["train"])
+        notes.append(f"{root}: no validation set, all of it is scored; --val-split 0.1 scores what training here holds "
+                     "out")
+    elif "val" not in files:
+        first, last = data.hash_split(files["train"], held if args.val_split is None else args.val_split)
         files = dict(train=first, val=last)
         notes.append(f"{root}: no validation set, {len(last)} of {len(first) + len(last)} images held out by a hash of "
                      "their names")
@@ -1436,9 +1442,8 @@ def detect(args, world, stop, most=16):
         model.roi_heads.detections_per_img = args.detections or model.config["detections"]
         args.image_size = args.image_size or model.config["image_size"]
         args.max_size = args.max_size or model.config["max_size"]
-        if args.val_split is None and train.learned_from(checkpoint, args.data):
-            args.val_split = checkpoint["args"].get("val_split")
-        sets, result = open_boxes(args.data, args, checkpoint["classes"]), dict(checkpoint=path)
+        held = checkpoint["args"].get("val_split") if train.learned_from(checkpoint, args.data) else 0
+        sets, result = open_boxes(args.data, args, checkpoint["classes"], held), dict(checkpoint=path)
         if world.rank == 0:
             print("\n".join(sets[4]), file=sys.stderr)
     else:

@@ -749,6 +749,21 @@ def test_a_detector_is_scored_on_what_was_held_out_of_its_training(tune, folder,
     made = tune("--epochs", 1, "--val-split", 0.4, root=str(tmp_path / "set"))
     scored = tune("--eval-only", "--checkpoint", made["checkpoint"], root=str(tmp_path / "set"))
     assert all(scored[k] == made[k] for k in ("map", "map50", "recall", "images"))
+    os.rename(tmp_path / "set", tmp_path / "moved")  # or so it seems: all of a folder that it has not seen is scored
+    assert tune("--eval-only", "--checkpoint", made["checkpoint"], root=str(tmp_path / "moved"))["images"] == 12
+
+
+def test_lists_of_other_names(tmp_path):
+    """VOC 2007's test set has test.txt alone; a training that has trainval.txt does not touch it"""
+    standard_voc(tmp_path)
+    lists = tmp_path / "ImageSets" / "Main"
+    (lists / "val.txt").rename(lists / "test.txt")
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    files, val, *_ = opened(tmp_path, "--val-split", 0.3)
+    assert len(files) + len(val) == 12 and "val" not in "".join(map(files.name, range(len(files))))
+    (lists / "trainval.txt").unlink()
+    files, val, *_ = finetune.open_boxes(str(tmp_path), parse("--eval-only"), CLASSES)
+    assert files is None and {val.name(i) for i in range(len(val))} == {f"JPEGImages/val{i}.jpg" for i in range(5)}
 
 
 def test_a_run_learns(tune, tmp_path):
