@@ -914,6 +914,9 @@ def size_of(width, height):
         return (float(width), float(height)) if float(width) and float(height) else None
 
 
+VOC_OBJECT = ("name", "bndbox/xmin", "bndbox/ymin", "bndbox/xmax", "bndbox/ymax")
+
+
 def read_voc(paths, folders):
     """Pascal-VOC xml files -> [(image's path, size_of() it, [(class, x1, y1, x2, y2, area, crowd, ignored)])], and the
     complaints about single files. An image is looked for under its file's own name, as who renames both leaves the
@@ -928,13 +931,14 @@ def read_voc(paths, folders):
             names = [named] * (os.path.splitext(named)[0] == stem) + own + [named or own[0]]
             image = find_image(names, folders, path, taken)
             for item in root.iter("object"):
-                box = item.find("bndbox")
-                x1, y1, x2, y2 = (float(box.findtext(k)) for k in ("xmin", "ymin", "xmax", "ymax"))
+                if missing := [k for k in VOC_OBJECT if not item.findtext(k, "").strip()]:
+                    raise ValueError(f"an object without {missing[0]}")
+                name, *corners = (item.findtext(k).strip() for k in VOC_OBJECT)
+                x1, y1, x2, y2 = map(float, corners)
                 difficult = (item.findtext("difficult") or "0").strip() == "1"
-                found.append((item.findtext("name").strip(), x1 - 1, y1 - 1, x2, y2, (x2 - x1 + 1) * (y2 - y1 + 1),
-                              False, difficult))
+                found.append((name, x1 - 1, y1 - 1, x2, y2, (x2 - x1 + 1) * (y2 - y1 + 1), False, difficult))
             entries.append((image, size_of(root.findtext("size/width"), root.findtext("size/height")), found))
-        except (xml.etree.ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
+        except (xml.etree.ElementTree.ParseError, OSError, LookupError, ValueError) as error:  # Lookup: encodings
             complaints.append(f"{path}: {error}")
     return entries, complaints
 
@@ -1386,8 +1390,9 @@ class Detection(train.Plan):
     def model(self, args, classes):
         torch.manual_seed(args.seed)
         sizes, ratios = anchors_of(self.sets[0], self.sets[3], args.image_size, args.max_size)
-        model = Detector("detect", {**self.source.config, "dropout": 0.0}, len(classes), sizes, ratios, args.image_size,
-                         args.max_size, args.nms_threshold or 0.5, args.detections or 100)
+        config = {**self.source.config, "dropout": 0.0, "drop_path": 0.0}  # what is frozen gives the same
+        model = Detector("detect", config, len(classes), sizes, ratios, args.image_size, args.max_size,
+                         args.nms_threshold or 0.5, args.detections or 100)
         model.backbone.body.load_state_dict({k: v for k, v in self.source.state_dict().items()
                                              if not k.startswith("fc.")})
         model.preprocess, model.amp = dict(self.source.preprocess), train.amp_dtype(args, self.world.device)

@@ -168,7 +168,9 @@ def test_without_a_validation_set_a_hash_of_the_names_makes_one(folder, tmp_path
 
 @pytest.mark.parametrize("fault, complaint", [
     ("missing image", "train3.xml: its image gone.jpg is not in"), ("no xml", "train3.xml: "),
-    ("no box", "train3.xml: "), ("not a number", "train3.xml: "), ("not an image", "train3.jpg: ")])
+    ("no box", "train3.xml: an object without bndbox/xmin"), ("no name", "train3.xml: an object without name"),
+    ("no encoding", "train3.xml: unknown encoding"), ("not a number", "train3.xml: "),
+    ("not an image", "train3.jpg: ")])
 def test_a_bad_annotation_is_named_or_left_out(fault, complaint, folder, tmp_path):
     root = shutil.copytree(folder, tmp_path / "bad")
     note, image = root / "train" / "annotations" / "train3.xml", root / "train" / "images" / "train3.jpg"
@@ -179,6 +181,10 @@ def test_a_bad_annotation_is_named_or_left_out(fault, complaint, folder, tmp_pat
         note.write_text("<annotation><object>")
     elif fault == "no box":
         note.write_text(voc("train3.jpg", [], "<object><name>disk</name></object>"))
+    elif fault == "no name":
+        note.write_text(voc("train3.jpg", [("", 1, 1, 9, 9)]))
+    elif fault == "no encoding":
+        note.write_text('<?xml version="1.0" encoding="none-such"?>' + voc("train3.jpg", [("disk", 1, 1, 9, 9)]))
     elif fault == "not a number":
         note.write_text(voc("train3.jpg", [("disk", 1, 1, 9, 9)]).replace(">2<", ">two<", 1))
     else:
@@ -480,6 +486,7 @@ def test_the_backbone_carries_the_weights_over_and_sees_what_it_did(source, fold
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64)
     model, _, _ = finetune.load_source(args)
     torch.nn.init.constant_(model.bn1.bias, -1.0)  # so that the first ReLU has something to do
+    model.config["drop_path"] = 0.5  # of its own training
     detector = finetune.Detection(args, train.World(), model, opened(folder)).model(args, CLASSES)
     body, x = detector.backbone.body, torch.randn(2, 3, 64, 96)
     for key, value in model.state_dict().items():
