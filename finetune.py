@@ -1512,15 +1512,17 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     before()
     begin_run(args, world, resume)
 
-    def run(args):
+    def run(args, most=STRATEGIES["head"]["epochs"]):
+        """`most`: epochs of the head that gradual begins with"""
         note = resolve(args, model, len(sets[0]))
-        begun, said, new_head = model, notes + [note], not known
+        begun, said, new_head, spent = model, notes + [note], not known, 0.0
         if args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear):
             # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
-            first = changed(args, **BEYOND_HEAD, strategy="head", epochs=STRATEGIES["head"]["epochs"],
-                            target_domain=None, out=os.path.join(args.out, "head"), resume=args.resume and "auto")
+            first = changed(args, **BEYOND_HEAD, strategy="head", epochs=most, target_domain=None,
+                            out=os.path.join(args.out, "head"), resume=args.resume and "auto")
             plan = FineTuning(first, world, stop, model, sets, notes + [f"{note}: the head alone"], True, cache)
-            path = train.train(first, world, stop, plan)["checkpoint"]
+            head = train.train(first, world, stop, plan)
+            path, spent = head["checkpoint"], head["seconds"]
             world.barrier()
             begun, said, new_head = build_model(load_checkpoint(path), path), [f"network: {path}", note], False
         plan = FineTuning(args, world, stop, begun, sets, said, new_head, cache)
@@ -1530,7 +1532,8 @@ def classify(args, world, stop, asked=None, before=lambda: None):
             args.lr = find_lr(plan, args, world)
             plan.notes.append(f"learning rate {args.lr:.3g} by the range test, see {args.out}/lr.svg")
         plan.asked = asked
-        return train.train(args, world, stop, plan)
+        result = train.train(args, world, stop, plan)
+        return dict(result, seconds=round(spent + result["seconds"], 1))
 
     cache, extra = os.path.join(args.out, "features.pt"), {}
     if args.search:
@@ -1542,7 +1545,8 @@ def classify(args, world, stop, asked=None, before=lambda: None):
                 raise UserError(f"--search {args.search}: --resume found one of {tried} settings in {args.out}", 2)
         else:
             kinds = ["head"] * head_alone(args, model) + ["gradual", "full"]
-            rows, best = search(args, run, kinds if args.strategy == "auto" else [args.strategy])
+            rows, best = search(args, lambda args: run(args, min(args.epochs, STRATEGIES["head"]["epochs"])),
+                                kinds if args.strategy == "auto" else [args.strategy])
         extra["search"] = rows
         if world.rank == 0:
             write_atomic(found, json.dumps([rows, best], indent=1).encode())

@@ -897,10 +897,20 @@ def test_overwriting_loses_nothing_where_the_new_run_cannot_begin(flags, complai
 def test_a_search_leaves_out_heads_that_cannot_do_what_is_asked(flags, tune, shapes, source, tmp_path, monkeypatch):
     path = str(tmp_path / "squeeze.pth")
     torch.save(torchvision_model("squeezenet1_1", 4).state_dict(), path)
-    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
+    monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 2)
+    real, runs = train.train, []
+
+    def spy(args, *a):
+        runs.append((os.path.relpath(args.out, tmp_path / "run"), args.epochs))
+        return dict(real(args, *a), seconds=100.0)
+    monkeypatch.setattr(train, "train", spy)
     result = tune("--search", 2, "--epochs", 1, *[shapes if f == "SHAPES" else f for f in flags],
                   checkpoint=path if "--model" in flags else source)
     assert [r["strategy"] for r in result["search"]] == ["gradual", "full"]
+    head = "--model" not in flags  # which is a convolution, and not trained alone
+    assert [r["seconds"] for r in result["search"]] == [100.0 * (1 + head), 100.0]
+    assert runs[:1 + head] == [("search/gradual-0.0001-1/head", 1), ("search/gradual-0.0001-1", 1)][1 - head:]
+    assert ("head", 2) in runs if head and result["strategy"] == "gradual" else ("head", 2) not in runs
 
 
 def test_two_steps_named_by_flags_that_only_the_first_takes_resume(tune, tiny, shapes, source, tmp_path, monkeypatch):
