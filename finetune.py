@@ -689,15 +689,16 @@ def recolouring(source, target, ridge=10.0):
 
 def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
     """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate around which
-    the smoothed loss falls most; leaves OUT/lr.svg. It is --lr's: new parts learn faster as ever."""
+    the smoothed loss falls most; leaves OUT/lr.svg. It is --lr's, for --lr-base-size: new parts learn faster as
+    ever."""
     files, classes = plan.sets[0], plan.sets[2]
     model = plan.model(args, classes).to(world.device, memory_format=torch.channels_last).train()
     optimizer = train.make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
     plan.begin(model, 0)
-    loss_fn = plan.teach(train.make_loss(args.loss, args.label_smoothing, args.focal_gamma))
+    loss_fn = plan.teach(train.loss_of(args, files, classes, world.device))
     images, workers = plan.images(
         files, lambda _: data.train_transform(args.image_size, model.preprocess, args), args, True)
-    order = data.Order(files.labels, min(args.batch_size, len(files)), seed=args.seed)
+    order = data.Order(files.labels, min(args.batch_size, len(files)), seed=args.seed, balanced=args.balanced)
     loader, losses, smooth = data.make_loader(images, order, workers, world.device), [], 0.0
     rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
 
@@ -730,7 +731,7 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
     rates = rates[:len(losses)]
     if world.rank == 0:
         write_atomic(os.path.join(args.out, "lr.svg"), rates_svg(rates, losses, chosen).encode())
-    return chosen
+    return chosen * args.lr_base_size / order.global_batch if args.lr_base_size else chosen
 
 
 def rates_svg(rates, losses, chosen):

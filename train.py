@@ -482,6 +482,15 @@ def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
     return loss
 
 
+def loss_of(args, files, classes, device):
+    """make_loss() as the flags ask, for these training Files"""
+    weights = None
+    if args.class_weights == "balanced":
+        counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
+        weights = (counts.sum() / counts / len(classes)).to(device)
+    return make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights)
+
+
 class EMA:
     """Exponential moving average of weights and batch-norm statistics; integer buffers are copied. The decay grows as
     (1 + t) / (10 + t) at first, so that short runs are not held back by the initial weights. With decay None it is the
@@ -1182,11 +1191,7 @@ def train(args, world, stop, plan=Plan()):
     order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
                        args.repeated_aug, args.balanced, args.shuffle_chunk)
     files.keep_together(args.shuffle_chunk)
-    weights = None
-    if args.class_weights == "balanced":
-        counts = torch.from_numpy(np.bincount(files.labels, minlength=len(classes))).float().clamp(min=1)
-        weights = (counts.sum() / counts / len(classes)).to(device)
-    loss_fn = plan.teach(make_loss(args.loss, args.label_smoothing, args.focal_gamma, weights))
+    loss_fn = plan.teach(loss_of(args, files, classes, device))
     mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
     optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
     scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None

@@ -794,6 +794,21 @@ def test_range_test_sees_the_fall_through_the_noise(source, shapes, tmp_path, mo
     assert len(rates) == len(losses) > 50
 
 
+def test_range_test_has_the_run_s_loss_and_batch(source, shapes, tmp_path, monkeypatch):
+    losses, rates = [], []
+    monkeypatch.setattr(finetune.FineTuning, "teach", lambda self, loss_fn: losses.append(loss_fn))
+    for base in (0, 256):
+        falling(monkeypatch, lambda i, rate: 2 - 1.5 / (1 + (1e-4 / rate) ** 2))
+        plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--out", tmp_path, "--label-smoothing", 0,
+                                "--class-weights", "balanced", "--lr-base-size", base)
+        plan.sets[0] = plan.sets[0].select(np.arange(7))  # five disks and two rings
+        rates.append(finetune.find_lr(plan, args, train.World()))
+    assert rates[1] == pytest.approx(rates[0] * 256 / 4)  # which then is scaled by 4 / 256
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 2, 1, 0])
+    wanted = F.cross_entropy(logits, labels, torch.tensor([8 / 15, 8 / 6, 8 / 3]))
+    assert losses[0](logits, labels).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
 def test_range_test_takes_no_rate_at_which_training_diverges(source, shapes, tmp_path, monkeypatch):
     plan, _, args = plan_of(source, shapes, "--strategy", "layers:1", "--head-lr-mult", 1, "--out", tmp_path)
     falling(monkeypatch, lambda i, rate: float("nan") if i == 60 else 2 - 1.5 / (1 + (1e-5 / rate) ** 2))
