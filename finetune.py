@@ -97,8 +97,9 @@ TINY = 5  # images of a class, below which it is named
 CHECKED = 50000  # files; larger sets are not decoded beforehand, but for a head, whose features are of all images
 PROPOSALS = 128  # of an image that the box head learns from; torchvision's 512 take most of a step at small sizes
 SEARCHED = (1.0, 0.3, 3.0, 0.1, 10.0)  # times --lr
-# What a head on features that are computed once cannot have, as it is without
-BEYOND_HEAD = dict(tta=False, cutmix_alpha=0.0, progressive=None, l2_sp=0.0, drop_path=None)
+# What a head on features that are computed once cannot have or has no use for, as it is without
+BEYOND_HEAD = dict(tta=False, cutmix_alpha=0.0, progressive=None, l2_sp=0.0, drop_path=None, layer_decay=1.0,
+                   unfreeze_every=1, grad_checkpointing=False)
 
 
 def strategy(text):
@@ -174,8 +175,7 @@ def check_args(args):
         (kind == "lora", "--strategy lora", "lora_rank", "lora_alpha"),
         (kind == "adapter", "--strategy adapter", "adapter_channels"),
         (kind == "full", "--strategy full", "fused_bn", "sync_bn"),  # a frozen batch-norm computes no statistics
-        (kind != "head" or args.resume, "a --strategy that trains more than the head", "grad_checkpointing"),
-        (kind not in ("head", "lora", "adapter") or args.resume, "a --strategy that trains the network's weights",
+        (kind not in ("lora", "adapter"), "a --strategy that trains the network's weights",
          "l2_sp", *["layer_decay"] * (args.layer_decay != 1)),
         (args.target_domain, "--target-domain", "align", "align_weight"),
         (not args.eval_only, "training, not with --eval-only", "target_domain", "search", "then", "lr_find"))
@@ -208,7 +208,8 @@ def check_args(args):
 def beyond_head(args):
     """-> the flag that asks for more than a head on cached features, or None; a step has --then among its flags where
     its head will go"""
-    wrong = [f"--{k.replace('_', '-')}" for k in BEYOND_HEAD if getattr(args, k)]
+    wrong = [f"--{k.replace('_', '-')}" for k, without in BEYOND_HEAD.items()
+             if getattr(args, k) not in (None, 0, without)]
     wrong += ["--align mmd"] * bool(args.target_domain and args.align == "mmd") + ["--then"] * bool(args.then)
     return wrong[0] if wrong else None
 
@@ -440,7 +441,8 @@ def resolve(args, model, images):
     kind, _, number = args.strategy.partition(":")
     why = ""
     if kind == "auto":
-        kind = "head" if images < FEW and head_alone(args, model) else "gradual" if images < MANY else "full"
+        kind = ("head" if images < FEW and head_alone(args, model) else
+                "gradual" if images < MANY or args.unfreeze_every > 1 else "full")
         why = f", for {images} images " + {
             "head": "are too few to move a whole network (--strategy gradual does)",
             "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]

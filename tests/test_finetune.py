@@ -330,8 +330,10 @@ def test_strategy_by_the_number_of_images(source):
         assert (f"as {flags[0]} asks" if images < 1000 and args.strategy == "gradual" else f"{images} images") in note
         return args
     assert [chosen(n).strategy for n in (10, 999, 1000, 19999, 20000)] == ["head", "head", "gradual", "gradual", "full"]
-    for flags in (["--cutmix-alpha", 1], ["--l2-sp", 1], ["--progressive", 32, 0, 1]):
-        assert chosen(10, *flags).strategy == "gradual"  # what a head on cached features cannot do
+    for flags in (["--cutmix-alpha", 1], ["--l2-sp", 1], ["--progressive", 32, 0, 1], ["--layer-decay", 0.5],
+                  ["--unfreeze-every", 2], ["--grad-checkpointing"]):
+        assert chosen(10, *flags).strategy == "gradual"  # what a head on cached features cannot do, or without
+    assert chosen(20000, "--unfreeze-every", 2).strategy == "gradual"
     args = chosen(10, "--epochs", 3)
     assert args.epochs == 3 and args.lr == 1e-4 and args.image_size == 32
     assert train.preprocess_of(args)["resize"] == 32
@@ -646,7 +648,7 @@ def test_what_auto_could_have_used_does_not_stand_in_a_resumed_run_s_way(flags, 
     monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 1)
     first = tune(*flags, "--epochs", 1)
     args = json.loads((tmp_path / "run" / "args.json").read_text())
-    assert args["strategy"] == first["strategy"] == ("gradual" if "--views" in flags else "head")
+    assert args["strategy"] == first["strategy"] == "gradual"
     assert tune("--resume")["loss"] == first["loss"]
 
 
@@ -1097,9 +1099,10 @@ script.search = search
     (["--search", 2, "--lr-find"], "--search decides", 2), (["--target-domain", "nowhere"], "nowhere", 3),
     (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start: 1 must lie", 2),
     (["--l2-sp", 1, "--strategy", "lora"], "--l2-sp goes with", 2),
-    (["--l2-sp", 1, "--strategy", "head"], "--l2-sp goes with", 2), (["--search", 16], "there are 15 settings", 2),
+    (["--l2-sp", 1, "--strategy", "head"], "--l2-sp: --strategy head sees", 2),
+    (["--search", 16], "there are 15 settings", 2),
     (["--layer-decay", 0.5, "--strategy", "adapter"], "--layer-decay goes with", 2),
-    (["--grad-checkpointing", "--strategy", "head"], "--grad-checkpointing goes with", 2),
+    (["--grad-checkpointing", "--strategy", "head"], "--grad-checkpointing: --strategy head sees", 2),
     (["--drop-path", 0.1, "--strategy", "head"], "--drop-path: --strategy head sees", 2),
     (["--progressive", 32, 0, 1, "--strategy", "head"], "--progressive: --strategy head sees", 2),
     (["--eval-only", "--model", "mobilenet_v2", "--weights", "DEFAULT"], "--eval-only scores what --checkpoint", 2),
