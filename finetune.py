@@ -1541,7 +1541,7 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     cache, extra = os.path.join(args.out, "features.pt"), {}
     if args.search:
         found = os.path.join(args.out, "search.json")
-        if args.resume and os.path.exists(found):  # args.json then has what it found where a search would start
+        if args.resume and os.path.exists(found):
             with open(found, encoding="utf-8") as file:
                 rows, best = json.load(file)
             if (tried := sum(row["epochs"] == 1 for row in rows)) != args.search:
@@ -1556,6 +1556,7 @@ def classify(args, world, stop, asked=None, before=lambda: None):
             lines = ["{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows]
             print("\n".join(["{:12}{:>10}{:>8}{:>8}{:>9}{:>7}".format("strategy", "lr", "epochs", "top-1", "loss", "s"),
                              *lines, f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
+        asked = train.saved(args)  # with its strategy they would ask for a search of that one alone
         vars(args).update(best)
     args.overwrite = True  # open_run has looked; now the folder holds what this run put there
     result = run(args)
@@ -1609,7 +1610,7 @@ def fine_tune(args, world, stop):
     step = changed(args, out=os.path.join(args.out, "step"), then=args.then if classes != others else None,
                    resume=args.resume and "auto")
     first = classify(step, world, stop, before=lambda: begin_run(args, world, resume))
-    asked = {k: v for k, v in vars(args).items() if k not in train.NOT_SAVED}
+    asked = train.saved(args)
     final = changed(final, checkpoint=first["checkpoint"], weights=None, model=None)
     return dict(classify(final, world, stop, asked), step=first["top1"])
 

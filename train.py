@@ -968,6 +968,11 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     return checkpoint["metrics"] or None
 
 
+def saved(args):
+    """-> the flags as args.json and checkpoints have them"""
+    return {k: v for k, v in vars(args).items() if k not in NOT_SAVED}
+
+
 def data_root(root, world):
     """-> the folder `root`, or where there is none the demo set's, made by the first process of each machine."""
     if root is None:
@@ -1209,7 +1214,7 @@ def train(args, world, stop, plan=Plan()):
     log = RunLog(args, world, progress if resume else None)
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
-    fields = dict(classes=classes, wnids=wnids, args={k: v for k, v in vars(args).items() if k not in NOT_SAVED})
+    fields = dict(classes=classes, wnids=wnids, args=saved(args))
 
     def save():
         save_training(last, model, ema, optimizer, scaler, progress, world, rng=dict(seed=args.seed), metrics=result,

@@ -872,7 +872,7 @@ def test_search_then_train(tune, tmp_path):
     assert [r["epochs"] for r in result["search"]] == [1, 1, 1] and result["epochs"] == 2
     assert result["search"][0].keys() == {"strategy", "lr", "epochs", "top1", "loss", "seconds"}
     best = min(result["search"], key=lambda r: (-r["top1"], r["loss"]))
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["lr"] == best["lr"]
+    assert load_checkpoint(result["checkpoint"])["args"]["lr"] == best["lr"]
     again = tune("--search", 3, "--strategy", "head", "--views", 1, "--epochs", 2, "--resume")
     assert again["loss"] == result["loss"]
     with pytest.raises(UserError, match="--search 2: --resume found one of 3 settings"):
@@ -924,6 +924,8 @@ def test_a_search_leaves_out_heads_that_cannot_do_what_is_asked(flags, tune, sha
     result = tune("--search", 2, "--epochs", 1, *[shapes if f == "SHAPES" else f for f in flags],
                   checkpoint=path if "--model" in flags else source)
     assert [r["strategy"] for r in result["search"]] == ["gradual", "full"]
+    again = parse("--config", tmp_path / "run" / "args.json")  # asks for the same once more
+    assert (again.search, again.strategy, again.lr) == (2, "auto", 1e-4)
     head = "--model" not in flags  # which is a convolution, and not trained alone
     assert [r["seconds"] for r in result["search"]] == [100.0 * (1 + head), 100.0]
     assert runs[:1 + head] == [("search/gradual-0.0001-1/head", 1), ("search/gradual-0.0001-1", 1)][1 - head:]
