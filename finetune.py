@@ -1589,7 +1589,23 @@ def main(args):
         print(", ".join(names), file=sys.stderr)
         return dict(models=names)
     check_args(args)
-    return train.run_processes(args, lambda world, stop: fine_tune(args, world, stop))
+    return train.run_processes(args, lambda world, stop: logged(args, world, stop))
+
+
+def logged(args, world, stop):
+    """fine_tune(), where a stop in any part of the run is the last line of its own metrics"""
+    try:
+        return fine_tune(args, world, stop)
+    except UserError as error:
+        if error.code == 75 and world.rank == 0:
+            path, lines = os.path.join(args.out, "metrics.jsonl"), []
+            with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]
+            last = json.loads(lines[-1]) if lines else dict(event=None, epoch=0, step=0)
+            if last["event"] != "stopped":
+                record = dict(event="stopped", epoch=last["epoch"], step=last["step"])
+                write_atomic(path, "".join([*lines, json.dumps(record) + "\n"]).encode())
+        raise
 
 
 def fine_tune(args, world, stop):

@@ -84,9 +84,9 @@ def tune(source, shapes, tmp_path):
     return call
 
 
-def interrupted(monkeypatch, work, *numbers, of="train_step"):
+def interrupted(monkeypatch, work, *numbers, of="train_step", out=None):
     """Does work(), which a signal stops in the calls of train.py's function with these numbers, anew after each of them
-    -> the last one's result, and how many calls there were"""
+    -> the last one's result, and how many calls there were. Of a run in `out` this is the last of its metrics."""
     real, count = getattr(train, of), itertools.count(1)
 
     def call(*args, **options):
@@ -98,7 +98,12 @@ def interrupted(monkeypatch, work, *numbers, of="train_step"):
         with pytest.raises(UserError, match="stopped by SIGUSR1") as caught:
             work()
         assert caught.value.code == 75
+        assert out is None or last_event(out) == "stopped"
     return work(), next(count) - 1
+
+
+def last_event(out):
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["event"]
 
 
 def plan_of(source, shapes, *flags, new_head=True):
@@ -458,12 +463,14 @@ def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, m
     monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 2)  # that gradual begins with
     result, total = interrupted(monkeypatch, lambda: tune(*flags, out="straight"))
     stops = [2, 5] + [total - 1] * ("gradual" in flags)  # in mid-epoch, here in the second part
-    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), *stops)
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), *stops,
+                             out=tmp_path / "stopped")
     assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
     for key in ("top1", "loss", "per_class", "best_epoch"):
         assert resumed[key] == result[key]
     best = load_checkpoint(result["checkpoint"])
     assert best["classes"] == list(SHAPES) and best["config"]["num_classes"] == 3
+    assert last_event(tmp_path / "stopped") == "epoch"
     model = build_model(best, "best")  # LoRA is merged, nothing else is special about the file
     assert ("adapter" in model.config) == (name == "adapter")
     assert not (tmp_path / "straight" / "features.pt").exists()
@@ -583,6 +590,10 @@ def test_cached_features_are_computed_once_and_again_where_the_images_differ(tun
             tune("--strategy", "head", "--epochs", 2, "--resume", *flags)
         os.unlink(tmp_path / "run" / "last.pt")
         assert len(reads) == expected
+    monkeypatch.setattr(finetune, "reader", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or reader(*a))
+    with pytest.raises(UserError, match="stopped by SIGTERM while it computed features"):
+        tune("--strategy", "head", out="early")
+    assert last_event(tmp_path / "early") == "stopped"
 
 
 def test_features_of_one_part_are_not_another_s(tune, shapes, tmp_path, monkeypatch):
@@ -887,7 +898,7 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
     tune(*flags)
     expected = tune(*flags, "--seed", 7, out="straight")
     how = iter(["--overwrite", "--resume"])
-    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--seed", 7, next(how)), 2)
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--seed", 7, next(how)), 2, out=tmp_path / "run")
     for found, wanted in zip(resumed["search"], expected["search"], strict=True):
         assert found["loss"] == wanted["loss"]
 
