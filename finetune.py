@@ -178,7 +178,10 @@ def check_args(args):
         (kind not in ("lora", "adapter"), "a --strategy that trains the network's weights",
          "l2_sp", *["layer_decay"] * (args.layer_decay != 1)),
         (args.target_domain, "--target-domain", "align", "align_weight"),
-        (not args.eval_only, "training, not with --eval-only", "target_domain", "search", "then", "lr_find"))
+        # --strategy stands in every args.json
+        (not args.eval_only, "training, not with --eval-only", "target_domain", "search", "then", "lr_find", "views",
+         "ohem", "head_lr_mult", "trainable_stages", "score_threshold"),
+        (not args.eval_only, "training; --eval-only scores what --checkpoint holds", "model"))
     train.check_args(args, usual)
     if args.task == "detect":
         if not args.data:
@@ -193,8 +196,6 @@ def check_args(args):
                "are ResNet-50's")
     if kind == "head" and (wrong := beyond_head(changed(args, then=None))):  # whose classes are not known yet
         refuse(f"{wrong}: --strategy head sees features that are computed once, and trains nothing below; name another")
-    if args.eval_only and args.model and args.weights:
-        refuse("--model names a network to fine-tune; --eval-only scores what --checkpoint holds")
     if args.model and args.checkpoint and args.weights:
         refuse("--checkpoint and --weights exclude each other")
     if args.ohem < 1 and (args.mixup_alpha or args.cutmix_alpha):

@@ -802,6 +802,7 @@ def test_a_detector_is_refused_elsewhere_by_name(tune):
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--mixup-alpha", 1], "--mixup-alpha goes with --task classify"), (["--strategy", "head"], "--strategy goes with"),
+    (["--eval-only", "--score-threshold", 0.1], "--score-threshold goes with training"),
     (["--ra-std", 1], "--ra-std goes with --task classify"), (["--batch-size", "auto"], "--batch-size auto"),
     (["--nms-threshold", 2], "must lie in (0, 1]")])
 def test_what_detection_cannot_honour_is_refused(flags, complaint, tune, capsys):
