@@ -420,16 +420,17 @@ def check_data(sets, args):
     every, val, classes, wnids, notes = sets
     files, val, more, found = leave_out(every, val, args)
     notes, first = notes + more, {}
-    for i, path, _, digest in found[0]:
-        label, other = first.setdefault(digest, (every.labels[i], path))
-        if label != every.labels[i]:
+    for part, (i, path, _, digest) in [(part, row) for part, rows in zip(sets, found) for row in rows]:
+        label, other = first.setdefault(digest, (part.labels[i], path))
+        if label != part.labels[i]:
             notes.append(f"data check: {path} and {other} are the same image in two classes")
     formats = collections.Counter(kind for part in found for _, _, kind, _ in part)
     odd = [f"{path} is the only {kind}" for part in found for _, path, kind, _ in part
            if formats[kind] == 1 and len(formats) > 1]
     notes += [f"data check: {some(odd)}, see whether it belongs there"] if odd else []
     counts = [np.bincount(part.labels, minlength=len(classes)) for part in (files, val)]
-    if missing := [c for c, n in zip(classes, counts[0]) if not n]:
+    # a class of --classes may have none from the start
+    if missing := [classes[i] for i in np.unique(every.labels) if not counts[0][i]]:
         raise UserError(f"{args.data}: no training image is left of {some(missing)}")
     if tiny := [f"{c} ({n})" for c, n in zip(classes, counts[0]) if n < TINY]:
         notes.append(f"data check: classes of very few training images: {some(tiny, 10)}")
@@ -461,6 +462,9 @@ def resolve(args, model, images):
     if kind == "head" and not head_alone(args, model):
         raise UserError(f"--strategy head: {model.config['arch']}'s head is a convolution, which reads no features of "
                         "whole images; layers:1 trains it too", code=2)
+    if args.target_domain and args.align == "coral" and kind != "head" and args.batch_size == 1:
+        raise UserError("--batch-size 1: one image has no covariance for --align coral; at least 2, or --align mmd",
+                        code=2)
     if kind == "adapter" and "arch" in model.config:
         raise UserError(f"--strategy adapter: {model.config['arch']} has no place for them, ResNet-50 does", code=2)
     if kind == "layers" and not 0 < int(number) < len(stages_of(model)):

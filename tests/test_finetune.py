@@ -407,15 +407,23 @@ def test_data_check_names_what_is_odd(shapes, tmp_path):
         other.unlink()  # a class of one image
     shutil.copy(root / "val" / "disk" / "0001.jpg", root / "train" / "disk" / "again.jpg")
     shutil.copy(root / "train" / "disk" / "0000.jpg", root / "train" / "square" / "twin.jpg")
+    shutil.copy(root / "val" / "disk" / "0000.jpg", root / "val" / "ring" / "cross.jpg")
     Image.new("RGB", (20, 20)).save(root / "train" / "disk" / "odd.jpg", "GIF")  # the name lies
     files, val, classes, _, notes = checked(root)
     text = "\n".join(notes)
     assert [os.path.basename(files.path(i)) for i in range(len(files)) if "again" in files.path(i)] == []
     assert "1 training images are validation images too" in text and "disk/again.jpg is" in text
-    assert "square/twin.jpg and" in text and "the same image in two classes" in text
+    for path in ("train/square/twin.jpg", "val/ring/cross.jpg"):
+        assert any(f"{path} and" in n and "the same image in two classes" in n for n in notes)
     assert "disk/odd.jpg is the only GIF" in text and "ring (1)" in text
-    assert "disk: 6 and 3, ring: 1 and 3, square: 6 and 3" in text
-    assert len(files) == 13 and len(val) == 9 and list(classes) == ["disk", "ring", "square"]
+    assert "disk: 6 and 3, ring: 1 and 4, square: 6 and 3" in text
+    assert len(files) == 13 and len(val) == 10 and list(classes) == ["disk", "ring", "square"]
+
+
+def test_a_class_may_have_no_image_from_the_start(shapes):
+    sets = data.open_folder(shapes, [*SHAPES, "zebra"])
+    files, *_, notes = finetune.check_data(sets, parse("--data", shapes, "--workers", 0))
+    assert len(files) == 15 and any("very few training images: zebra (0)" in n for n in notes)
 
 
 def test_raw_pixels_that_begin_as_a_bitmap_are_no_damaged_one(shapes, tmp_path):
@@ -1119,6 +1127,7 @@ script.search = search
     (["--drop-path", 0.1, "--strategy", "head"], "--drop-path: --strategy head sees", 2),
     (["--progressive", 32, 0, 1, "--strategy", "head"], "--progressive: --strategy head sees", 2),
     (["--eval-only", "--model", "mobilenet_v2"], "--eval-only scores what --checkpoint holds", 2),
+    (["--batch-size", 1, "--target-domain", ".", "--strategy", "layers:1"], "one image has no covariance", 2),
     (["--eval-only", "--ohem", 0.5], "--ohem goes with training", 2),
     (["--eval-only", "--target-domain", "."], "--target-domain goes with training", 2),
     (["--lr-milestones", 3], "--lr-milestones goes with --lr-scheduler multistep", 2),
