@@ -956,8 +956,10 @@ def read_coco(path, folders):
     try:
         with open(path, encoding="utf-8-sig") as f:
             content = json.load(f)
-        names = {c["id"]: str(c["name"]) for c in content["categories"]}
-        by_image, entries, complaints, taken = {}, [], [], {}
+        names, by_image, entries, complaints, taken = {}, {}, [], [], {}
+        for item in content["categories"]:
+            if names.setdefault(item["id"], str(item["name"])) != str(item["name"]):
+                raise ValueError(f"two categories have the id {item['id']}")
         for item in content["images"]:
             if by_image.setdefault(item["id"], found := []) is not found:
                 raise ValueError(f"two images have the id {item['id']}")
@@ -1460,12 +1462,13 @@ def detect(args, world, stop, most=16):
         if world.rank == 0:
             print("\n".join(sets[4]), file=sys.stderr)
     else:
-        open_run(args, world)
+        resume = open_run(args, world)
         model, _, source = load_source(args)
         if not plain_resnet(model):
             raise UserError(f"{source}: --task detect builds on a plain ResNet-50")
         sets = open_boxes(args.data, args)
         sets[4].append(f"backbone: {source}")
+        begin_run(args, world, resume)
         args.overwrite = True  # open_run has looked
         result = train.train(args, world, stop, Detection(args, world, model, sets))
         world.barrier()
@@ -1494,9 +1497,11 @@ def open_run(args, world):
 
 
 def begin_run(args, world, resume):
-    """train.begin_run(), for a run of several parts"""
-    if not args.resume and world.rank == 0:  # of a run that is overwritten: or --resume would take them for this one's
-        for part in ("args.json", "search.json", "head/last.pt", "search/*/last.pt", "search/*/head/last.pt"):
+    """train.begin_run(), for a run of several parts, and with pictures"""
+    # of a run that is overwritten: or --resume, or a person, would take them for this one's
+    if not args.resume and world.rank == 0:
+        for part in ("args.json", "search.json", "head/last.pt", "search/*/last.pt", "search/*/head/last.pt", "lr.svg",
+                     "confusion.*", "mistakes.png", "predictions.png"):
             for path in glob.glob(os.path.join(glob.escape(args.out), part)):
                 os.unlink(path)
     train.begin_run(args, world, resume)

@@ -247,6 +247,8 @@ def test_images_of_another_size_than_was_annotated_are_named(layout, folder, tmp
     (lambda c: "{", "JSONDecodeError"), (lambda c: json.dumps({"images": []}), "categories"),
     (lambda c: json.dumps(dict(c, annotations=c["annotations"] + [dict(image_id=1, category_id=9, bbox=[0] * 4)])),
      "KeyError: 1"),
+    (lambda c: json.dumps(dict(c, categories=[*c["categories"], dict(id=9, name="box")])),
+     "two categories have the id 9"),
     (lambda c: json.dumps(dict(c, annotations=c["annotations"] + [dict(image_id=70, category_id=9, bbox=[0])])),
      "ValueError"),
     (lambda c: json.dumps(dict(c, images=c["images"] + [dict(id=1, file_name="gone.jpg")])), "gone.jpg is not in")])
@@ -780,8 +782,13 @@ def test_a_run_learns(tune, tmp_path):
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3]), losses
 
 
-def test_statistics_and_lower_stages_stay(tune, source):
-    result = tune("--epochs", 1, "--trainable-stages", 1, "--lr", 1e-3)
+def test_statistics_and_lower_stages_stay(tune, source, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("confusion.csv", "mistakes.png"):  # of a classifier that was here
+        (tmp_path / "run" / name).touch()
+    result = tune("--epochs", 1, "--trainable-stages", 1, "--lr", 1e-3, "--overwrite")
+    assert {"args.json", "best.pt", "predictions.png"} <= (left := set(os.listdir(tmp_path / "run")))
+    assert not left & {"confusion.csv", "mistakes.png"}
     before, after = load_checkpoint(source)["model"], load_checkpoint(result["checkpoint"])["model"]
     for name, value in before.items():
         if not name.startswith("fc."):

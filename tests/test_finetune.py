@@ -905,8 +905,14 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
     flags = ["--search", 2, "--strategy", "head", "--views", 1, "--epochs", 1]
     tune(*flags)
     expected = tune(*flags, "--seed", 7, out="straight")
-    how = iter(["--overwrite", "--resume"])
-    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--seed", 7, next(how)), 2, out=tmp_path / "run")
+    how, reports = iter(["--overwrite", "--resume"]), list((tmp_path / "run").glob("confusion.*"))
+    gone = []
+
+    def work():
+        gone.append(not any(path.exists() for path in reports))
+        return tune(*flags, "--seed", 7, next(how))
+    resumed, _ = interrupted(monkeypatch, work, 2, out=tmp_path / "run")
+    assert len(reports) == 2 and gone == [False, True]
     for found, wanted in zip(resumed["search"], expected["search"], strict=True):
         assert found["loss"] == wanted["loss"]
 
