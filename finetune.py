@@ -1529,7 +1529,11 @@ def classify(args, world, stop, asked=None, before=lambda: None):
         """`most`: epochs of the head that gradual begins with"""
         note = resolve(args, model, len(sets[0]))
         begun, said, new_head, spent = model, notes + [note], not known, 0.0
-        if args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear):
+        leads = args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear)
+        last = os.path.join(args.out, "last.pt") if args.resume == "auto" else args.resume
+        if leads and last and os.path.exists(last):  # which holds what the head has become
+            begun, new_head = rebuilt(model, args.seed, True, num_classes=len(classes)), False
+        elif leads:
             # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
             first = changed(args, **BEYOND_HEAD, strategy="head", epochs=most, target_domain=None,
                             out=os.path.join(args.out, "head"), resume=args.resume and "auto")

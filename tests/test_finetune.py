@@ -501,6 +501,11 @@ def test_gradual_goes_on_from_the_heads_best_epoch_which_competes(tune, tmp_path
     head = load_checkpoint(tmp_path / "wild" / "head" / "best.pt")
     assert results[1]["best_epoch"] == 0 and wild["metrics"]["epoch"] == 0
     assert all(torch.equal(v, head["model"][k]) for k, v in wild["model"].items())
+    # what is resumed needs no head before
+    monkeypatch.setattr(train, "train_step", lambda *a, **k: pytest.fail("there is nothing left to train"))
+    moved = tune(*flags, "--lr", 1e-4, "--resume", tmp_path / "gentle" / "last.pt", out="moved")
+    assert moved["loss"] == results[0]["loss"] and not (tmp_path / "moved" / "head").exists()
+    monkeypatch.undo()
     # a network that knows the classes competes under every strategy, but not with a target domain: it is not aligned
     again = tune("--strategy", "full", "--epochs", 1, "--lr", 0.3, checkpoint=results[0]["checkpoint"], out="again")
     assert again["best_epoch"] == 0 and again["top1"] == results[0]["top1"]
