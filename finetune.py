@@ -1501,7 +1501,7 @@ def begin_run(args, world, resume):
     # of a run that is overwritten: or --resume, or a person, would take them for this one's
     if not args.resume and world.rank == 0:
         for part in ("args.json", "search.json", "head/last.pt", "search/*/last.pt", "search/*/head/last.pt", "lr.svg",
-                     "confusion.*", "mistakes.png", "predictions.png"):
+                     "confusion.csv", "confusion.svg", "mistakes.png", "predictions.png"):
             for path in glob.glob(os.path.join(glob.escape(args.out), part)):
                 os.unlink(path)
     train.begin_run(args, world, resume)
