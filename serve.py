@@ -67,6 +67,7 @@ DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.p
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")  # what files begin with and pixels hardly ever
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
+SCANS = 100  # of a JPEG, which usually has up to 12: each may cost as much as the pixels, in a few bytes
 TYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}  # of pixels
 VERSION = "1"
 METADATA = dict(name="resnet50", version=VERSION, extensions=[
@@ -373,9 +374,11 @@ def decode(network, encoded, args, gate):
     require(encoded, "the image is empty")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            width, height = image.size
+            (width, height), kind = image.size, image.format
         if width * height > args.max_pixels:
             raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
+        # MPO: a JPEG that others follow. What is coded has a zero after each 255
+        require(kind not in ("JPEG", "MPO") or encoded.count(b"\xff\xda") <= SCANS, f"the JPEG has over {SCANS} scans")
         with gate:
             gap = 0 if args.full_decode else 2
             return network.transform.encoded(encoded, FORMATS, network.exif, gap)

@@ -110,6 +110,13 @@ def picture(kind="PNG", size=(60, 45), seed=0, **options):
     return file.getvalue()
 
 
+def with_scans(count):
+    """A progressive JPEG whose last scan comes so often that it has `count`"""
+    encoded = picture("JPEG", progressive=True)
+    begins = [m.start() for m in re.finditer(b"\xff\xda", encoded)]
+    return encoded[:-2] + encoded[begins[-1]:-2] * (count - len(begins)) + encoded[-2:]
+
+
 def expected(net, *encoded):
     transform = data.eval_transform(net.preprocess)
     pixels = torch.stack([transform(data.decode(e)).permute(2, 0, 1) for e in encoded])
@@ -502,7 +509,7 @@ def test_a_connection_is_kept_and_nothing_runs_into_the_next_request(server):
     (b"", 400, "empty"), (b"GIF89a", 400, "image"), (b"\x89PNG\r\n\x1a\n" + bytes(50), 400, "image"),
     (picture("JPEG")[:-100], 400, "cut short"), (picture("PNG")[:-80], 400, "damaged"),
     (picture("TIFF"), 400, "not an image in any of"), (picture("PPM"), 400, "not an image"),
-    (picture("JPEG", (600, 500)), 413, "600 x 500 pixels"),
+    (picture("JPEG", (600, 500)), 413, "600 x 500 pixels"), (with_scans(101), 400, "over 100 scans"),
     (struct.pack("<2s5I4H6I", b"BM", 54, 0, 54, 40, 30000, 20000, 0, 1, 24, *[0] * 6), 413, "more than 250000"),
     (struct.pack("<4sI8sI4s4B", b"RIFF", 22, b"WEBPVP8X", 10, bytes(4), 255, 63, 0, 255) + b"\x3f\0", 413, "more than"),
     (b"%PDF-1.4", 400, "not an image")], ids=lambda v: repr(v)[:30])
