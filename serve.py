@@ -67,6 +67,7 @@ DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.p
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever tried
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")  # what files begin with and pixels hardly ever
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
+MARKS = 1 << 18  # brackets, quotes and backslashes of a JSON; 64 MiB of pixels, a list per row, have fewer
 SCANS = 100  # of a JPEG, which usually has up to 12: each may cost as much as the pixels, in a few bytes
 TYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}  # of pixels
 VERSION = "1"
@@ -527,15 +528,21 @@ def inflate(body, encoding, limit):
     return result
 
 
-def read_json(text):
-    """bytes -> what they say in JSON, an object. No NaN, no depth beyond DEPTH."""
+NO_MARKS = bytes(set(range(256)) - set(b'[]{}"\\'))
+
+
+def read_json(text, most):
+    """bytes -> what they say in JSON, an object of up to `most` values. No NaN, no depth beyond DEPTH. Looks at whole
+    bodies in single calls, and before they can grow: Python's lock is held meanwhile."""
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
+    if len(text.translate(None, NO_MARKS)) > MARKS or text.count(b",") > most:
+        raise Refusal(413, f"more than {most} values in JSON, or {MARKS} brackets and quotes; data may be one flat "
+                           "list, or binary")
     try:
         bare = text.replace(b"\\\\", b"").replace(b'\\"', b"")  # so that strings end at the next quote: linear time
-        bare = re.sub(rb'"[^"]*"?', b"", bare)
-        steps = (1 if bracket in b"[{" else -1 for bracket in re.findall(rb"[\[\]{}]", bare))
-        if max(itertools.accumulate(steps), default=0) > DEPTH:
+        bare = re.sub(rb'"[^"]*"?', b"", bare).translate(None, NO_MARKS)
+        if max(itertools.accumulate(1 if b in b"[{" else -1 for b in bare), default=0) > DEPTH:
             raise ValueError(f"nested deeper than {DEPTH}")
         value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
@@ -568,15 +575,13 @@ def read_form(body, content_type, most):
 # ------------------------------------------------------------------------------- Open Inference Protocol, version 2
 
 def split_binary(body, headers):
-    """-> (the request's JSON as an object, the bytes of tensors behind it)"""
+    """-> (the request's JSON, None if the body is the only input, a batch of one; the bytes of tensors behind it)"""
     length = headers.get("inference-header-content-length")
     if length is None:
-        return read_json(body), b""
+        return body, b""
     require(re.fullmatch("[0-9]{1,12}", length) and int(length) <= len(body),
             "Inference-Header-Content-Length lies outside the body")
-    if int(length) == 0:  # the body is the only input, a batch of one, and so shall the answer be
-        return None, body
-    return read_json(body[:int(length)]), body[int(length):]
+    return body[:int(length)] if int(length) else None, body[int(length):]
 
 
 def parameter(item, name, default=None):
@@ -595,7 +600,7 @@ def read_input(network, request, tail, limit):
 
     pixels  UINT8 (n, 3, H, W); or FP32, normalised by the network's mean and deviation, taken to the nearest pixel
     image   BYTES (n) or (n, 1): encoded images"""
-    inputs = request.get("inputs")
+    inputs = request.pop("inputs", None)  # millions of numbers are not held while their pixels wait
     require(isinstance(inputs, list) and len(inputs) == 1 and isinstance(inputs[0], dict),
             "inputs must be a list of one tensor")
     tensor = inputs[0]
@@ -1080,15 +1085,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return as_json({**found[0], **more} if len(found) == 1 else {"predictions": found, **more})
 
     def v2_infer(self, model):
-        self.model, network = model, model.network
-        request, tail = split_binary(self.body, self.headers)
-        outputs = wanted_outputs(request, len(network.classes))
-        if request is not None:
-            images = read_input(network, request, tail, self.args.max_images)
+        self.model, network, most = model, model.network, self.args.max_images
+        text, tail = split_binary(self.body, self.headers)
+        if text is not None:
+            with self.server.reading if len(text) > 1 << 20 else contextlib.nullcontext():
+                request = read_json(text, most * 3 * network.size ** 2 + 1000)
+                images = read_input(network, request, tail, most)
         elif len(tail) == 3 * network.size ** 2 and not tail.startswith(MAGIC):  # an image may have that many bytes
-            images = torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, network.size, -1)
+            request, images = None, torch.frombuffer(bytearray(tail), dtype=torch.uint8).view(1, 3, network.size, -1)
         else:
-            images = [tail]
+            request, images = None, [tail]
+        outputs = wanted_outputs(request, len(network.classes))
         logits = self.infer(model, network, images)
         return 200, *infer_response(model.name, network.classes, request, outputs, logits)
 
@@ -1194,6 +1201,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, args, models):
         self.args, self.models, self.draining = args, models, False
         self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
+        self.reading = threading.Lock()  # one large JSON at once: its objects take many times the bytes
         self.lock, self.handlers = threading.Condition(), {}
         self.answers, self.refused, self.since = Counter(), 0, time.time()
         self.keys = read_keys(args.api_key_file)

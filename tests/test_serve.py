@@ -533,15 +533,26 @@ def test_blanks_in_a_header_cost_nothing(line):
 @pytest.mark.parametrize("text", [b'\\"' * 100_000, b'{"a": "' + b'\\"' * 100_000, b'"' * 99_999, b"\\" * 99_999])
 def test_quotes_in_json_cost_nothing(text):
     with pytest.raises(serve.Refusal, match="cannot be read"):
-        serve.read_json(text)
+        serve.read_json(text, 9)
+
+
+@pytest.mark.parametrize("text", [b"[]," * 10 ** 6, b"{}," * 10 ** 6, b'"",' * 10 ** 6, b"\\\\" * 10 ** 6, b"1," * 101,
+                                  b"]" * 10 ** 6])
+def test_a_json_of_more_than_tensors_need_is_not_read(text, monkeypatch):
+    """It would stop all threads, and become objects of fifty times its size."""
+    monkeypatch.setattr(serve.json, "loads", None)
+    monkeypatch.setattr(serve.itertools, "accumulate", None)
+    with pytest.raises(serve.Refusal, match="100 values") as caught:
+        serve.read_json(text, 100)
+    assert caught.value.status == 413
 
 
 def test_depth_is_counted_outside_of_strings():
     deep = "[" * 101
     for text in (json.dumps({"a": deep}), json.dumps({"a": "\\" + '"' + deep}), json.dumps({'"' + deep: "\\"})):
-        assert serve.read_json(text.encode()) == json.loads(text)
+        assert serve.read_json(text.encode(), 9) == json.loads(text)
     with pytest.raises(serve.Refusal, match="deeper"):
-        serve.read_json(json.dumps({"\\": [[]]}).replace("[[]]", deep + "]" * 101).encode())
+        serve.read_json(json.dumps({"\\": [[]]}).replace("[[]]", deep + "]" * 101).encode(), 9)
 
 
 @pytest.mark.parametrize("values", [["A" * 300_000, *[""] * 3071], [[1, "x"] * 1536], [None] * 3072, [True] * 3072,
