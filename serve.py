@@ -629,12 +629,13 @@ def read_input(network, request, tail, limit):
     else:
         require(size == count * TYPES[kind].itemsize, f"binary_data_size of {name} does not fit its shape")
         values = np.frombuffer(tail, TYPES[kind])
-    values = torch.from_numpy(values.reshape(shape).copy())
+    values = values.reshape(shape)
     if kind == "FP32":
-        require(values.isfinite().all(), f"{name} holds values that are not finite")
-        mean, std = (torch.tensor(network.net.preprocess[k]).view(3, 1, 1) * 255 for k in ("mean", "std"))
-        values = (values * std + mean).round().clamp(0, 255).to(torch.uint8)
-    return values
+        require(np.isfinite(values).all(), f"{name} holds values that are not finite")
+        mean, std = (np.float32(network.net.preprocess[k]).reshape(3, 1, 1) * 255 for k in ("mean", "std"))
+        with np.errstate(over="ignore"):  # far beyond white
+            values = np.rint(values * std + mean).clip(0, 255)
+    return torch.from_numpy(values.astype(np.uint8))
 
 
 def json_numbers(values, count, kind):
@@ -696,19 +697,27 @@ def wanted_outputs(request, classes):
     return found
 
 
+def softmax(logits):
+    values = np.exp(logits - logits.max(1, keepdims=True))
+    return values / values.sum(1, keepdims=True)
+
+
+def best(values, top):
+    """(n, classes) -> for each of n [(value, class)], the largest first"""
+    return [[(row[i].item(), i) for i in order] for row, order in zip(values, (-values).argsort(1)[:, :top].tolist())]
+
+
 def infer_response(name, classes, request, outputs, logits):
     """-> (headers, body)"""
     entries, tails = [], []
     for output, binary, top in outputs:
-        values = logits if output == "logits" else logits.softmax(1)
+        values = logits if output == "logits" else softmax(logits)
         if top:
-            best = values.topk(top, 1)
-            strings = [f"{v:f}:{i}:{classes[i]}" for row in zip(best.values.tolist(), best.indices.tolist())
-                       for v, i in zip(*row)]
+            strings = [f"{v:f}:{i}:{classes[i]}" for row in best(values, top) for v, i in row]
         entry = dict(name=output, datatype="BYTES" if top else "FP32", shape=[len(values), top or values.shape[1]])
         if binary:
             tails.append(b"".join(len(s).to_bytes(4, "little") + s for s in map(str.encode, strings)) if top else
-                         values.numpy().astype("<f4").tobytes())
+                         values.astype("<f4").tobytes())
             entry["parameters"] = {"binary_data_size": len(tails[-1])}
         else:
             entry["data"] = strings if top else values.flatten().tolist()
@@ -1043,7 +1052,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def infer(self, model, network, images):
         """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes); self.ticket, self.decoded and
-        self.inferred say what it took and when that was."""
+        self.inferred say what it took and when that was. Here as in all that a connection's thread does, arrays are
+        NumPy's: PyTorch's operations would give each thread a team of OpenMP's, as many threads again as cores."""
         timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
         require(re.fullmatch("[0-9]{1,9}", timeout) and int(timeout) >= 1,
                 "X-Request-Timeout-Ms is no number of milliseconds")
@@ -1051,12 +1061,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         begin = time.monotonic()
         with model.expecting(len(images), deadline):
             if isinstance(images, list):
-                images = torch.stack([decode(network, e, self.args, self.server.gate) for e in images])
-                images = images.permute(0, 3, 1, 2)  # channels_last, and so is a batch of them: networks take no other
+                images = np.stack([decode(network, e, self.args, self.server.gate) for e in images])
+                images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels_last, as networks want it
             self.decoded, self.images = time.monotonic() - begin, len(images)
             self.ticket = model.submit(network, images, deadline, self.alive)
         try:
-            logits = self.ticket.result(max(deadline - time.monotonic(), 0))
+            logits = self.ticket.result(max(deadline - time.monotonic(), 0)).numpy()
         except concurrent.futures.TimeoutError:
             raise Refusal(504, "no answer within the request's time") from None
         self.inferred = time.monotonic()
@@ -1073,10 +1083,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             encoded = read_form(self.body, kind, max(PARTS, self.args.max_images))
         if len(encoded) > self.args.max_images:
             raise Refusal(413, f"more than {self.args.max_images} images")
-        found, best = [], self.infer(model, network, encoded).softmax(1).topk(top, 1)
-        for values, indices in zip(best.values.tolist(), best.indices.tolist()):
-            listed = [{"class_id": i, "class": network.classes[i], "probability": round(p, 6)}
-                      for p, i in zip(values, indices)]
+        found = []
+        for row in best(softmax(self.infer(model, network, encoded)), top):
+            listed = [{"class_id": i, "class": network.classes[i], "probability": round(p, 6)} for p, i in row]
             found.append({**listed[0], "top": listed})
         times = dict(decode_ms=self.decoded, queue_ms=self.ticket.waited, compute_ms=self.ticket.computed,
                      total_ms=self.inferred - self.started)

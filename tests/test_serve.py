@@ -607,7 +607,7 @@ def test_class_names_that_are_no_text(networks):
     names = [os.fsdecode(b"gr\xfcn"), *CLASSES[1:]]
     _, network = loaded(networks["float"], classes=names)
     outputs = [("logits", True, 7), ("probabilities", False, 7)]
-    headers, body = serve.infer_response("m", network.classes, {}, outputs, torch.zeros(1, 7))
+    headers, body = serve.infer_response("m", network.classes, {}, outputs, np.zeros((1, 7)))
     length = int(headers["Inference-Header-Content-Length"])
     texts = serve.binary_strings(body[length:], 7)
     found = [text.decode().split(":", 2)[2] for text in texts]
@@ -902,6 +902,30 @@ def test_slow_clients_are_cut_and_hinder_nobody(server):
     for s in crowd:
         assert s.recv(1000).startswith(b"HTTP/1.1 408 ")
         s.close()
+
+
+def threads(pid):
+    with open(f"/proc/{pid}/status") as f:
+        return int(re.search(r"Threads:\t(\d+)", f.read())[1])
+
+
+def test_a_connection_is_one_thread(networks):
+    """Whatever it decodes, normalises or sorts, however many threads a batch has"""
+    process, port = start("--checkpoint", networks["float"], "--threads", 8, "--max-images", 64, "--no-access-log")
+    tensor = dict(name="pixels", shape=[64, 3, 32, 32], datatype="FP32", parameters={"binary_data_size": 64 * 12288})
+    text = json.dumps({"inputs": [tensor]}).encode()
+    asked = [("/predict", *form(*[picture("JPEG", size=(300, 300))] * 40)),
+             ("/v2/models/resnet50/infer", text + bytes(64 * 12288), dict(Inference_Header_Content_Length=len(text)))]
+    kept, counts = [], []
+    for path, body, headers in asked * 2:
+        kept.append(http.client.HTTPConnection("127.0.0.1", port, timeout=10))
+        kept[-1].request("POST", path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        answer = kept[-1].getresponse()
+        assert answer.status == 200, answer.read()
+        answer.read()
+        counts.append(threads(process.pid))
+    assert [n - counts[0] for n in counts] == [0, 1, 2, 3]
+    stop(process)
 
 
 def test_a_crowd_of_connections_is_refused(networks):
