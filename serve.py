@@ -17,6 +17,7 @@ import bisect
 import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import gc
 import gzip
 import hmac
@@ -25,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import re
@@ -1425,8 +1427,8 @@ def settle():
     gc.freeze()
 
 
-def serve(args):
-    """One process, until SIGTERM or SIGINT"""
+def serve(args, up=None):
+    """One process, until SIGTERM or SIGINT. up: memory whose first byte becomes 1 when it is ready"""
     # glibc gives threads heaps of their own, in which images leave holes of all sizes: memory would not stay flat
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
@@ -1444,6 +1446,8 @@ def serve(args):
         host, port = server.server_address[:2]
         paths = {name: model.network.path for name, model in models.items()}
         say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
+        if up:
+            up[0] = 1
         while next(signals) == signal.SIGHUP:
             for model in models.values():
                 model.reload()
@@ -1451,7 +1455,7 @@ def serve(args):
         server.drain()
 
 
-def child(args, pause):
+def child(args, up, pause):
     """One of --processes. It puts away its parent's ways before a signal gets through, and begins after `pause`
     seconds."""
     with contextlib.suppress(OSError, AttributeError):
@@ -1462,12 +1466,12 @@ def child(args, pause):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it has read nothing yet
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     time.sleep(pause)
-    run_script(serve, args, "serve.py")
+    run_script(functools.partial(serve, up=up), args, "serve.py")
 
 
 def supervise(args):
     """--processes: each child listens on the port itself; one that dies is replaced. Signals go on to all."""
-    children, stopping, pause, died = [], False, 0, -math.inf
+    children, stopping, pause, died, up = [], False, 0, -math.inf, mmap.mmap(-1, 1)
 
     def forward(number):
         for process in children:
@@ -1475,7 +1479,7 @@ def supervise(args):
                 os.kill(process.pid, number)
 
     def spawn():
-        children.append(multiprocessing.get_context("fork").Process(target=child, args=(args, pause)))
+        children.append(multiprocessing.get_context("fork").Process(target=child, args=(args, up, pause)))
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         children[-1].start()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -1496,10 +1500,11 @@ def supervise(args):
                 children.remove(process)
                 if stopping:
                     continue
-                if process.exitcode > 0:  # it could not start, nor could another
+                if process.exitcode > 0 and not up[0]:  # it could not start, nor could another
                     forward(signal.SIGTERM)
                     raise UserError(f"a process ended by itself with status {process.exitcode}", process.exitcode)
-                # where each dies while it loads, for want of memory, the others shall not starve of the attempts
+                # where each dies while it loads, for want of memory or of a file that is whole, the others shall not
+                # starve of the attempts
                 pause = min(2 * pause + 1, 60) if time.monotonic() - died < 2 * pause + 60 else 0
                 died = time.monotonic()
                 say(f"process {process.pid} died; another takes its place" + f" in {pause} s" * bool(pause))

@@ -9,6 +9,7 @@ import http.client
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import pwd
@@ -1225,6 +1226,28 @@ def test_processes_share_a_port_and_a_killed_one_is_replaced(networks):
     process.send_signal(signal.SIGTERM)
     told = process.wait(20), process.stderr.read()
     assert told[0] == 0 and re.findall(r"another takes its place(.*)", told[1]) == ["", " in 1 s"]
+
+
+def test_a_process_that_cannot_start_any_more_does_not_end_the_others(monkeypatch, capsys):
+    """The first is up; all others end as they do where a checkpoint has gone bad."""
+    first = multiprocessing.get_context("fork").Lock()
+
+    def child(args, up, pause):
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, serve.SIGNALS)
+        if first.acquire(block=False):
+            up[0] = 1
+            signal.pause()
+        while not up[0]:
+            time.sleep(0.001)
+        if pause == 3:
+            os.kill(os.getppid(), signal.SIGTERM)
+        os._exit(3)
+    monkeypatch.setattr(serve, "child", child)
+    port = str(free_port())
+    serve.supervise(serve.get_args_parser().parse_args(["--device", "cpu", "--processes", "2", "--port", port]))
+    assert re.findall(r"another takes its place(.*)", capsys.readouterr().err) == ["", " in 1 s", " in 3 s"]
 
 
 def test_processes_end_with_their_parent(networks):
