@@ -372,8 +372,23 @@ def stamp_of(path):
         return status.st_mtime_ns, status.st_size, status.st_ino
 
 
+@contextlib.contextmanager
+def turn(lock, deadline, alive):
+    """Within a lock or semaphore, for a request that someone waits for still"""
+    left = deadline - time.monotonic()
+    if left <= 0 or not lock.acquire(timeout=left):
+        raise Refusal(504, "waited for its turn to be decoded longer than the request allows")
+    try:
+        if not alive():
+            raise Refusal(499, "the client is gone")
+        yield
+    finally:
+        lock.release()
+
+
 def decode(network, encoded, args, gate):
-    """Encoded bytes -> uint8 (crop, crop, 3). The size is looked at before any pixel is decoded."""
+    """Encoded bytes -> uint8 (crop, crop, 3). The size is looked at before any pixel is decoded, in a context of
+    gate()."""
     require(encoded, "the image is empty")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
@@ -382,7 +397,7 @@ def decode(network, encoded, args, gate):
             raise Refusal(413, f"the image has {width} x {height} pixels, more than {args.max_pixels}")
         # MPO: a JPEG that others follow. What is coded has a zero after each 255
         require(kind not in ("JPEG", "MPO") or encoded.count(b"\xff\xda") <= SCANS, f"the JPEG has over {SCANS} scans")
-        with gate:
+        with gate():
             gap = 0 if args.full_decode else 2
             return network.transform.encoded(encoded, FORMATS, network.exif, gap)
     except Refusal:
@@ -1052,18 +1067,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(404, f"Request for unknown model: '{name}' version {version} is not found")
         return self.server.models[name]
 
+    def deadline(self):
+        timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
+        require(re.fullmatch("[0-9]{1,9}", timeout) and int(timeout) >= 1,
+                "X-Request-Timeout-Ms is no number of milliseconds")
+        return self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
+
     def infer(self, model, network, images):
         """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes); self.ticket, self.decoded and
         self.inferred say what it took and when that was. Here as in all that a connection's thread does, arrays are
         NumPy's: PyTorch's operations would give each thread a team of OpenMP's, as many threads again as cores."""
-        timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
-        require(re.fullmatch("[0-9]{1,9}", timeout) and int(timeout) >= 1,
-                "X-Request-Timeout-Ms is no number of milliseconds")
-        deadline = self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
-        begin = time.monotonic()
+        begin, deadline = time.monotonic(), self.deadline()
+        gate = functools.partial(turn, self.server.gate, deadline, self.alive)
         with model.expecting(len(images), deadline):
             if isinstance(images, list):
-                images = np.stack([decode(network, e, self.args, self.server.gate) for e in images])
+                images = np.stack([decode(network, e, self.args, gate) for e in images])
                 images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels_last, as networks want it
             self.decoded, self.images = time.monotonic() - begin, len(images)
             self.ticket = model.submit(network, images, deadline, self.alive)
@@ -1099,7 +1117,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.model, network, most = model, model.network, self.args.max_images
         text, tail = split_binary(self.body, self.headers)
         if text is not None:
-            with self.server.reading if len(text) > 1 << 20 else contextlib.nullcontext():
+            large = len(text) > 1 << 20
+            with turn(self.server.reading, self.deadline(), self.alive) if large else contextlib.nullcontext():
                 request = read_json(text, most * 3 * network.size ** 2 + 1000)
                 images = read_input(network, request, tail, most)
         elif len(tail) == 3 * network.size ** 2 and not tail.startswith(MAGIC):  # an image may have that many bytes

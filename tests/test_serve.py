@@ -622,7 +622,7 @@ def test_photographs_are_turned_where_training_turned_them(networks):
     encoded = picture("JPEG", exif=tag)
     for flags, trained in (((), False), (["--exif"], False), ((), True)):
         args, network = loaded(networks["float"], *flags, args=dict(exif=trained))
-        pixels = serve.decode(network, encoded, args, contextlib.nullcontext())
+        pixels = serve.decode(network, encoded, args, contextlib.nullcontext)
         wanted = network.transform(data.decode(encoded, exif=bool(flags or trained)))
         assert torch.equal(pixels, wanted)
 
@@ -891,6 +891,32 @@ def test_an_answer_is_not_waited_for_beyond_the_request_s_time(bare, slow):
     bare.models["slow"] = slow[0]
     status, _, answer = ask(bare.server_address[1], "POST", "/predict", picture(), X_Request_Timeout_Ms="500")
     assert status == 504 and b"no answer within" in answer and slow[0].statistics.count == {"fail": 1}
+
+
+def test_nothing_is_decoded_that_nobody_waits_for(bare, slow, monkeypatch):
+    """Requests that expire, or whose clients go, while they wait for a decoder, also between two of their images"""
+    model, (body, kind) = slow[0], form(*[picture()] * 3)
+    bare.models["slow"], bare.gate, decoded = model, threading.Semaphore(0), []
+
+    def decode(*args):
+        decoded.append(args)
+        if len(decoded) == 2:
+            client.close()
+        return torch.zeros(8, 8, 3, dtype=torch.uint8)
+    model.network = model.network._replace(transform=types.SimpleNamespace(encoded=decode))
+    status, _, answer = ask(bare.server_address[1], "POST", "/predict", body, X_Request_Timeout_Ms="50", **kind)
+    assert status == 504 and b"to be decoded" in answer
+    for gone in (1, 2):
+        client = socket.create_connection(bare.server_address)
+        client.sendall(HEAD + b"Content-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (
+            kind["Content_Type"].encode(), len(body), body))
+        wait_until(lambda: model.coming == 3)
+        if gone == 1:
+            client.close()
+        bare.gate.release()
+        wait_until(lambda: bare.answers[499] == gone)
+        assert len(decoded) == (0, 2)[gone - 1] and model.coming == 0 and bare.gate.acquire(blocking=False)
+    assert model.statistics.count == {"fail": 3}
 
 
 def test_slow_clients_are_cut_and_hinder_nobody(server):
@@ -1332,7 +1358,7 @@ def test_what_would_expire_in_the_queue_is_refused(networks):
 
 def test_large_jpegs_are_decoded_at_reduced_size(networks):
     args = serve.get_args_parser().parse_args(["--device", "cpu", "--checkpoint", networks["float"]])
-    model, gate = serve.Model("float", args, networks["float"]), threading.Semaphore()
+    model, gate = serve.Model("float", args, networks["float"]), contextlib.nullcontext
     values = np.random.default_rng(1).normal(0, 1, (30, 40, 3)).cumsum(0).cumsum(1)
     values = Image.fromarray(np.uint8(255 * (values - values.min()) / np.ptp(values)))
     for size, reduced in ((159, False), (640, True), (1280, True)):
