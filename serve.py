@@ -426,7 +426,11 @@ class Stream:
     """Reads a socket. Every call ends by `deadline` (monotonic seconds), with TimeoutError."""
 
     def __init__(self, connection):
-        self.connection, self.buffer, self.deadline = connection, bytearray(), 0.0
+        self.connection, self.buffer, self.deadline, self.patience = connection, bytearray(), 0.0, False
+
+    def within(self, seconds, grows=False):
+        """The time from now for what comes next. grows: 64 KiB add a second, but to no more than that time again"""
+        self.deadline, self.patience = time.monotonic() + seconds, grows and seconds
 
     def fill(self):
         left = self.deadline - time.monotonic()
@@ -437,6 +441,8 @@ class Stream:
         if not received:
             raise EOFError
         self.buffer += received
+        if self.patience:
+            self.deadline = min(self.deadline + len(received) / 65536, time.monotonic() + self.patience)
 
     def line(self, limit, what, status=400):
         """-> the bytes before the next CR LF; Refusal `status` beyond `limit`, 400 where a line ends in LF alone"""
@@ -485,7 +491,6 @@ class Stream:
             if size == 0:
                 list(self.fields())  # trailers, which nobody here asks for
                 return bytes(body)
-            self.deadline += size / 65536  # as a body has whose length is known
             body += self.read(size)
             if self.read(2) != b"\r\n":
                 raise malformed("the body is malformed: a chunk does not end where it says")
@@ -937,18 +942,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.idle, self.body, self.ticket = True, b"", None  # who is quiet holds no memory
         if self.server.fileno() < 0:  # closed by drain(): nothing that has not begun is answered any more
             return False
-        self.stream.deadline = time.monotonic() + self.args.idle_timeout
+        self.stream.within(self.args.idle_timeout)
         if not self.stream.buffer:
             self.stream.fill()
         self.idle, self.started = False, time.monotonic()
-        self.stream.deadline = self.started + self.args.head_timeout
+        self.stream.within(self.args.head_timeout)
         self.method, self.path, self.minor, self.headers, self.images, self.model = "-", "-", 1, {}, 0, None
         try:
             self.method, self.path, self.minor, self.headers = read_head(self.stream)
-            function, match = self.route()
+            function, model = self.route()
             self.read_body()
             self.arrived = time.monotonic()  # a slow upload is no slow answer, and has a deadline of its own
-            status, headers, body = function(self, self.named(match))
+            status, headers, body = function(self, model)
             close = False
         except Refusal as refusal:
             status, headers, body = as_json({"error": refusal.text}, refusal.status)
@@ -957,7 +962,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except TimeoutError:
             (status, headers, body), close = as_json({"error": "the request came too slowly"}, 408), True
         except (OSError, EOFError):
-            raise
+            if self.method == "-":
+                raise
+            (status, headers, body), close = as_json({"error": "the client is gone"}, 499), True
         except Exception:
             say(traceback.format_exc())
             (status, headers, body), close = as_json({"error": "an error inside the server"}, 500), True
@@ -979,8 +986,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                compute_output=now - self.inferred)
 
     def route(self):
-        """-> the function that answers, and its pattern's match. All that can be refused before the body is read, is:
-        what is left of a body unread closes the connection."""
+        """-> the function that answers, and the Model that the path names or None. All that can be refused before the
+        body is read, is: what is left of a body unread closes the connection."""
         path, _, query = re.sub("(?i)^https?://[^/?]+/?", "/", self.path).partition("?")  # RFC 9112, 3.2.2
         path, self.query = urllib.parse.unquote(path), dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         asked = "GET" if self.method == "HEAD" else self.method
@@ -993,6 +1000,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.keys and path not in OPEN_PATHS and not self.authorised():
             raise Refusal(401, "this needs an API key: Authorization: Bearer KEY", close=body,
                           WWW_Authenticate="Bearer")
+        name, version = (match.groupdict().get(key) for key in ("name", "version"))
+        if name and (name not in self.server.models or version not in (None, VERSION)):
+            version = f" version {version}" if name in self.server.models else ""
+            raise Refusal(404, f"Request for unknown model: '{name}'{version} is not found", close=body)
         if int(self.headers.get("content-length", 0)) > self.args.max_body:
             raise Refusal(413, f"the body is larger than {self.args.max_body} bytes", close=True)
         expected = self.headers.get("expect")
@@ -1000,17 +1011,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(417, "nothing but 100-continue can be expected", close=True)
         if expected and body and self.minor and not self.stream.buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return route.answer, match
+        return route.answer, self.server.models.get(name)
 
     def authorised(self):
         given = self.headers.get("x-api-key") or re.sub("^(?i:bearer) ", "", self.headers.get("authorization", ""))
         return any([hmac.compare_digest(given.encode("latin-1"), key) for key in self.server.keys])
 
     def read_body(self):
-        """Into self.body, decompressed. It may take head_timeout, and a second for every 64 KiB."""
+        """Into self.body, decompressed. It may take head_timeout, and a second for every 64 KiB that have come, but
+        pause for no longer than head_timeout."""
         limit = self.args.max_body
         size = int(self.headers.get("content-length", 0))
-        self.stream.deadline = time.monotonic() + self.args.head_timeout + size / 65536
+        self.stream.within(self.args.head_timeout, grows=True)
         body = self.stream.chunked(limit) if "transfer-encoding" in self.headers else self.stream.read(size)
         self.body = inflate(body, self.headers.get("content-encoding", "").lower().strip(), limit)
 
@@ -1041,7 +1053,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         would throw away what it has not read yet."""
         self.goodbye()
         self.connection.shutdown(socket.SHUT_WR)  # from here on TLS is read as it comes
-        self.stream.deadline, left = time.monotonic() + 1, 1 << 20
+        self.stream.within(1)
+        left = 1 << 20
         while left > 0:
             self.stream.buffer.clear()
             self.stream.fill()
@@ -1056,16 +1069,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return False
 
     # ------------------------------------------------------------------------------------------------- routes
-
-    def named(self, match):
-        name, version = (match.groupdict().get(key) for key in ("name", "version"))
-        if name is None:
-            return None
-        if name not in self.server.models:
-            raise Refusal(404, f"Request for unknown model: '{name}' is not found")
-        if version not in (None, VERSION):
-            raise Refusal(404, f"Request for unknown model: '{name}' version {version} is not found")
-        return self.server.models[name]
 
     def deadline(self):
         timeout = self.headers.get("x-request-timeout-ms", str(self.args.timeout_ms))
@@ -1365,7 +1368,8 @@ def get_args_parser():
     g.add_argument("--max-images", type=between(1, 10 ** 4), default=64, metavar="N", help="in a request")
     g.add_argument("--max-connections", type=between(1, 10 ** 5), default=1024, metavar="N")
     g.add_argument("--head-timeout", type=between(0.1, 3600.0, float), default=10.0, metavar="S",
-                   help="for a request's headers; the body may take a second more for every 64 KiB")
+                   help="for a request's headers, and for a pause in its body; this may take a second more for every "
+                        "64 KiB")
     g.add_argument("--idle-timeout", type=between(0.1, 3600.0, float), default=75.0, metavar="S",
                    help="between a connection's requests")
     g = p.add_argument_group("life")

@@ -469,6 +469,8 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     (b"TRACE / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", 405), (b"GET / HTTP/1.1\r\nHost: x\r\nA: b", 408),
     (HEAD + b"Expect: 200-ok\r\nContent-Length: 3\r\n\r\n", 417),
     (HEAD + b"Expect: 100-continue\r\nContent-Length: 300001\r\n\r\n", 413),
+    *((b"POST /v2/models/%s/infer HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n" % name, 404)
+      for name in (b"none", b"float/versions/2")),
     (b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n", 404)], ids=lambda v: repr(v)[:60])
 def test_odd_requests_get_one_answer_and_a_close(server, text, status):
     answer = raw(server, text)
@@ -584,6 +586,34 @@ def test_clients_that_go_beyond_the_descriptors_that_select_knows(tls):
         assert not serve.Handler.alive(handler)
 
 
+@pytest.mark.parametrize("arrivals, lasts", [  # [(seconds after the one before, units of 64 KiB)]
+    ([], 10), ([(1, 64)], 11),  # much at once is no licence to wait
+    ([(1, 64)] + [(9, 0.001)] * 99, 11), ([(2, 2)] * 99, 208), ([(4, 2)] * 99, 18), ([(9, 5)] * 99, 15),
+    ([(9, 9)] * 99, 901)])
+def test_a_body_has_time_by_what_has_come_of_it(monkeypatch, arrivals, lasts):
+    class Connection:
+        def settimeout(self, seconds):
+            self.until = now[0] + seconds
+
+        def recv(self, most):
+            after, received = left.pop(0) if left else (math.inf, b"")
+            left[:0] = [(0, received[most:])] if received[most:] else []
+            if now[0] + after > self.until:
+                now[0] = self.until
+                raise TimeoutError
+            now[0] += after
+            return received[:most]
+    now = [0.0]
+    monkeypatch.setattr(serve, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for read, begin in ((serve.Stream.read, b""), (serve.Stream.chunked, b"fffffff\r\n")):
+        now[0], left = 0.0, [(0, begin)] * bool(begin) + [(after, bytes(int(n * 65536))) for after, n in arrivals]
+        stream = serve.Stream(Connection())
+        stream.within(10, grows=True)
+        with pytest.raises(TimeoutError):
+            read(stream, 2 ** 30)
+        assert now[0] == pytest.approx(lasts, rel=0.01)
+
+
 def test_a_port_in_use_is_told_before_processes_share_it(networks):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -682,6 +712,12 @@ def test_a_connection_between_requests_holds_no_body(bare):
     held = sum(len(value) for value in (*vars(handler).values(), handler.stream.buffer) if isinstance(value, bytes))
     assert held < 1000
     connection.close()
+
+
+def test_an_upload_that_ends_early_is_counted(bare):
+    with socket.create_connection(bare.server_address) as client:
+        client.sendall(b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
+    wait_until(lambda: bare.answers == {499: 1})
 
 
 def test_forms_as_rfc_2046_and_7578_have_them(server):
