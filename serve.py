@@ -1450,6 +1450,17 @@ def settle():
     gc.freeze()
 
 
+def reload(server, hang_up):
+    """Reads what has changed when hang_up is set, and once more where it is again meanwhile"""
+    while hang_up.wait():
+        hang_up.clear()
+        for model in server.models.values():
+            if server.draining:
+                return
+            model.reload()
+        settle()
+
+
 def serve(args, up=None):
     """One process, until SIGTERM or SIGINT. up: memory whose first byte becomes 1 when it is ready"""
     # glibc gives threads heaps of their own, in which images leave holes of all sizes: memory would not stay flat
@@ -1471,10 +1482,10 @@ def serve(args, up=None):
         say(json.dumps(dict(host=host, port=port, pid=os.getpid(), models=paths)), "stdout")
         if up:
             up[0] = 1
+        hang_up = threading.Event()
+        threading.Thread(target=reload, args=(server, hang_up), daemon=True).start()
         while next(signals) == signal.SIGHUP:
-            for model in models.values():
-                model.reload()
-            settle()
+            hang_up.set()
         server.drain()
 
 

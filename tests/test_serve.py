@@ -1041,16 +1041,35 @@ def test_sighup_while_networks_are_read_is_answered_when_they_are(monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
     before = signal.signal(signal.SIGHUP, too_early)
     monkeypatch.setattr(serve, "open_models", read)
+    monkeypatch.setattr(serve, "settle", lambda: None)
     serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
-    gc.unfreeze()  # of this process, which has other tests to run
     assert told == ["reload"] and signal.signal(signal.SIGHUP, before) is too_early
+
+
+def test_sigterm_does_not_wait_for_networks_that_are_read(monkeypatch):
+    told, over, before = [], threading.Event(), threading.enumerate()
+
+    def reload():
+        told.append("reload")
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.wait(5)
+
+    def read(args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {name: types.SimpleNamespace(network=types.SimpleNamespace(path=name), reload=reload) for name in "ab"}
+    monkeypatch.setattr(serve, "open_models", read)
+    monkeypatch.setattr(serve, "settle", lambda: None)
+    serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+    over.set()
+    wait_until(lambda: set(threading.enumerate()) <= set(before))
+    assert told == ["reload"]
 
 
 def test_the_garbage_collector_has_little_to_look_through(monkeypatch):
     """And still takes a network that was replaced, though it refers to itself"""
     class Net:
         pass
-    net = Net()
+    net, settle, settled = Net(), serve.settle, threading.Semaphore(0)
     net.call, old, seen = [net], [net], []
     gone = weakref.ref(net)
     del net
@@ -1064,8 +1083,10 @@ def test_the_garbage_collector_has_little_to_look_through(monkeypatch):
         old.clear()
         os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(serve, "open_models", read)
+    monkeypatch.setattr(serve, "settle", lambda: (settle(), settled.release()))
     try:
         serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+        assert settled.acquire(timeout=20) and settled.acquire(timeout=20)
         assert seen[0] > 100_000 < gc.get_freeze_count() and len(gc.get_objects()) < 10_000 and gone() is None
     finally:
         gc.unfreeze()
