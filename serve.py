@@ -909,7 +909,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """One connection"""
 
     def setup(self):
-        self.connection, self.idle = self.request, True
+        self.connection, self.idle, self.begun = self.request, True, False
         with self.server.lock:
             self.server.handlers[self.request] = self
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -940,12 +940,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def one(self):
         """One request and its answer. -> whether the connection goes on"""
         self.idle, self.body, self.ticket = True, b"", None  # who is quiet holds no memory
-        if self.server.fileno() < 0:  # closed by drain(): nothing that has not begun is answered any more
+        if self.server.fileno() < 0 and self.begun:  # closed by drain(): no more than a first request is answered
             return False
         self.stream.within(self.args.idle_timeout)
         if not self.stream.buffer:
             self.stream.fill()
-        self.idle, self.started = False, time.monotonic()
+        self.idle, self.begun, self.started = False, True, time.monotonic()
         self.stream.within(self.args.head_timeout)
         self.method, self.path, self.minor, self.headers, self.images, self.model = "-", "-", 1, {}, 0, None
         try:
@@ -1286,8 +1286,14 @@ class Server(socketserver.ThreadingTCPServer):
         self.draining = True
         time.sleep(self.args.drain_delay)
         self.shutdown()
+        self.socket.setblocking(False)
+        with contextlib.suppress(OSError):  # until nobody is left who has connected already
+            for _ in range(self.request_queue_size):
+                self.process_request(*self.get_request())
         self.server_close()  # who comes now is refused at once, and may ask another server
         with self.lock:
+            # what a new connection asks may be on its way
+            self.lock.wait_for(lambda: all(handler and handler.begun for handler in self.handlers.values()), 1)
             for request, handler in self.handlers.items():
                 if handler is None or handler.idle:
                     with contextlib.suppress(OSError):  # not SSLSocket.shutdown, after which it would say no goodbye

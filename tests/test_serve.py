@@ -1165,6 +1165,25 @@ def test_sigterm_ends_idle_connections_and_finishes_the_rest(networks):
     assert process.wait(20) == 0
 
 
+def test_who_has_connected_when_the_server_ends_is_answered(bare, monkeypatch):
+    clients, shutdown = [], bare.shutdown
+
+    def late():
+        """Connections that nobody accepts any more as usual"""
+        shutdown()
+        for _ in range(5):
+            clients.append(socket.create_connection(bare.server_address, timeout=10))
+            clients[-1].sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+    monkeypatch.setattr(bare, "shutdown", late)
+    bare.drain()
+    monkeypatch.undo()
+    for client in clients:
+        with client:
+            answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert answer.count(b"HTTP/1.1 ") == 1 == answer.count(b"HTTP/1.1 503 ") and b"Connection: close" in answer
+    assert not bare.handlers
+
+
 def test_drain_delay_goes_on_answering_though_not_ready(networks):
     process, port = start("--checkpoint", networks["float"], "--no-access-log", "--drain-delay", 600)
     kept = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
