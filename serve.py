@@ -198,14 +198,28 @@ class Ticket(concurrent.futures.Future):
         self.since = time.monotonic()
 
 
+class Turns:
+    """A lock that nobody has twice while another waits"""
+
+    def __init__(self):
+        self.next, self.lock = threading.Lock(), threading.Lock()
+
+    def __enter__(self):
+        with self.next:
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
 class Model:
     """A name, the network that answers to it, and the thread that runs it, a batch at a time. What waits while a batch
     runs makes the next one, but for half of it where the rest is enough for a batch: answers come at a batch's end, and
     the first should not wait for all. A batch that is not enough waits for requests that are being decoded at the
-    moment, no longer than max_delay, and for nothing else."""
+    moment, no longer than max_delay, and for nothing else. One batch at a time runs of all who share a `device`."""
 
-    def __init__(self, name, args, path):
-        self.name, self.args, self.statistics = name, args, Statistics()
+    def __init__(self, name, args, path, device=None):
+        self.name, self.args, self.statistics, self.device = name, args, Statistics(), device or Turns()
         self.network = self.load(path)
         self.waiting, self.images, self.coming = deque(), 0, 0
         self.pace = 0.0  # seconds that an image takes, lately
@@ -227,9 +241,10 @@ class Model:
             blank = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device)
             blank, took = blank.contiguous(memory_format=torch.channels_last), []
             for _ in range(times):
-                began = time.perf_counter()
-                logits = predict(net, blank).cpu()
-                took.append(time.perf_counter() - began)
+                with self.device:
+                    began = time.perf_counter()
+                    logits = predict(net, blank).cpu()
+                    took.append(time.perf_counter() - began)
             if not logits.isfinite().all():
                 raise UserError(f"{source}: its outputs are not finite")
             return min(took)
@@ -283,8 +298,8 @@ class Model:
             self.changed.notify()
         return ticket
 
-    def take(self):
-        """-> the next batch's tickets"""
+    def wait(self):
+        """Until there is a batch to take"""
         with self.changed:
             while not self.waiting:
                 self.changed.wait()
@@ -292,6 +307,11 @@ class Model:
             until = time.monotonic() + self.args.max_delay_ms / 1e3
             while self.coming and self.images < enough and (left := until - time.monotonic()) > 0:
                 self.changed.wait(left)
+
+    def take(self):
+        """-> the next batch's tickets"""
+        with self.changed:
+            enough = self.waiting[0].network.enough
             most = min(self.args.max_batch, math.ceil(max(1, self.images / 2 / enough)) * enough)
             tickets, count = [], 0
             while self.waiting and (not tickets or count + len(self.waiting[0].pixels) <= most
@@ -307,37 +327,42 @@ class Model:
 
     def work(self):
         while True:
-            tickets, started = self.take(), time.monotonic()
+            self.wait()
+            with self.device:
+                self.run(self.take())
+
+    def run(self, tickets):
+        started = time.monotonic()
+        for ticket in tickets:
+            ticket.waited = started - ticket.since
+            if started > ticket.deadline:
+                late = f"waited {ticket.waited * 1e3:.0f} ms, longer than the request allows"
+                ticket.set_exception(Refusal(504, late))
+            elif not ticket.alive():
+                ticket.set_exception(Refusal(499, "the client is gone"))
+        tickets = [ticket for ticket in tickets if not ticket.done()]
+        if not tickets:
+            return
+        try:
+            pixels = torch.cat([ticket.pixels for ticket in tickets]).to(self.args.devices[0])
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode():
+                net = tickets[0].network.net
+                logits = torch.cat([predict(net, part) for part in pixels.split(self.args.max_batch)]).cpu()
+        except Exception:  # whatever it is, the next batch shall have its chance
+            say(traceback.format_exc())
             for ticket in tickets:
-                ticket.waited = started - ticket.since
-                if started > ticket.deadline:
-                    late = f"waited {ticket.waited * 1e3:.0f} ms, longer than the request allows"
-                    ticket.set_exception(Refusal(504, late))
-                elif not ticket.alive():
-                    ticket.set_exception(Refusal(499, "the client is gone"))
-            tickets = [ticket for ticket in tickets if not ticket.done()]
-            if not tickets:
-                continue
-            try:
-                pixels = torch.cat([ticket.pixels for ticket in tickets]).to(self.args.devices[0])
-                pixels = pixels.contiguous(memory_format=torch.channels_last)
-                with torch.inference_mode():
-                    net = tickets[0].network.net
-                    logits = torch.cat([predict(net, part) for part in pixels.split(self.args.max_batch)]).cpu()
-            except Exception:  # whatever it is, the next batch shall have its chance
-                say(traceback.format_exc())
-                for ticket in tickets:
-                    ticket.set_exception(Refusal(500, "the network failed; the server's log says how"))
-                continue
-            seconds = time.monotonic() - started
-            self.learn(seconds, len(pixels))
-            self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
-            for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-                ticket.computed, ticket.batch = seconds, len(pixels)
-                if part.isfinite().all():
-                    ticket.set_result(part)
-                else:  # JSON has no word for that
-                    ticket.set_exception(Refusal(500, "the network's outputs are not finite"))
+                ticket.set_exception(Refusal(500, "the network failed; the server's log says how"))
+            return
+        seconds = time.monotonic() - started
+        self.learn(seconds, len(pixels))
+        self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
+        for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
+            ticket.computed, ticket.batch = seconds, len(pixels)
+            if part.isfinite().all():
+                ticket.set_result(part)
+            else:  # JSON has no word for that
+                ticket.set_exception(Refusal(500, "the network's outputs are not finite"))
 
 
 def spread(net, devices):
@@ -1396,7 +1421,9 @@ def open_models(args):
         named[name] = path
     if named and (args.checkpoint or args.weights):
         raise UserError("--model excludes --checkpoint and --weights", 2)
-    models = {name: Model(name, args, path) for name, path in (named or {"resnet50": args.checkpoint}).items()}
+    device = Turns()  # all have the same --devices
+    models = {name: Model(name, args, path, device)
+              for name, path in (named or {"resnet50": args.checkpoint}).items()}
     if args.amp_dtype != "float32" and not any(hasattr(model.network.net, "dtype") for model in models.values()):
         raise UserError(f"--amp-dtype {args.amp_dtype}: no network here is a float ResNet-50", 2)
     return models

@@ -897,6 +897,19 @@ def test_expired_and_gone_requests_cost_nothing(slow):
     assert first.exception(10) is good.exception(10) is None and net.batches == [1, 1]
 
 
+def test_models_take_turns_on_their_device(slow):
+    first, net = slow
+    net.go.release(12)
+    second = serve.Model("second", first.args, None, first.device)
+    net.batches.clear()
+    tickets = [begin(first), submit(first, images(3, 3)), submit(second, images(2, 2))]
+    wait_until(first.device.next.locked)
+    net.go.release(3)
+    for ticket, value in zip(tickets, (0, 3, 2)):
+        assert (ticket.result(10) == value).all()
+    assert net.batches == [1, 2, 3]
+
+
 def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):
     model, net = slow
     works, model.network = model.network, model.network._replace(net=None)
