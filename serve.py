@@ -70,6 +70,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # no decoder but these is ever 
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"RIFF", b"GIF8")  # what files begin with and pixels hardly ever
 HEAD_BYTES, LINE_BYTES, HEADERS, DEPTH, PARTS = 65536, 8192, 100, 100, 64
 MARKS = 1 << 18  # brackets, quotes and backslashes of a JSON; 64 MiB of pixels, a list per row, have fewer
+LARGE = 1 << 20  # bytes of a JSON
 SCANS = 100  # of a JPEG, which usually has up to 12: each may cost as much as the pixels, in a few bytes
 TYPES = {"UINT8": np.dtype("u1"), "FP32": np.dtype("<f4")}  # of pixels
 VERSION = "1"
@@ -579,8 +580,8 @@ NO_MARKS = bytes(set(range(256)) - set(b'[]{}"\\'))
 
 
 def read_json(text, most):
-    """bytes -> what they say in JSON, an object of up to `most` values. No NaN, no depth beyond DEPTH. Looks at whole
-    bodies in single calls, and before they can grow: Python's lock is held meanwhile."""
+    """bytes -> what they say in JSON, an object of up to `most` values. No NaN, no depth beyond DEPTH. Python's lock is
+    held meanwhile, so large texts are looked at in a few calls before they can grow, and numbers are read by Python."""
     def refuse(constant):
         raise ValueError(f"{constant} is no JSON")
     if len(text.translate(None, NO_MARKS)) > MARKS or text.count(b",") > most:
@@ -591,7 +592,8 @@ def read_json(text, most):
         bare = re.sub(rb'"[^"]*"?', b"", bare).translate(None, NO_MARKS)
         if max(itertools.accumulate(1 if b in b"[{" else -1 for b in bare), default=0) > DEPTH:
             raise ValueError(f"nested deeper than {DEPTH}")
-        value = json.loads(text, parse_constant=refuse)
+        lets = dict(parse_int=lambda digits: int(digits), parse_float=lambda digits: float(digits))  # other threads run
+        value = json.loads(text, parse_constant=refuse, **lets if len(text) > LARGE else {})
     except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the JSON cannot be read: {str(error)[:100]}") from None
     require(isinstance(value, dict), "the JSON is no object")
@@ -687,13 +689,16 @@ def read_input(network, request, tail, limit):
 
 def json_numbers(values, count, kind):
     try:
-        while isinstance(values, list) and values and set(map(type, values)) == {list}:
-            if len(set(map(len, values))) > 1:
+        while isinstance(values, list) and values and isinstance(values[0], list):
+            if set(map(type, values)) != {list} or len(set(map(len, values))) > 1:
                 raise ValueError
             values = list(itertools.chain.from_iterable(values))
-        if not isinstance(values, list) or set(map(type, values)) - {int, float}:  # of texts NumPy makes giant arrays
+        if not isinstance(values, list):
             raise ValueError
-        array = np.array(values, np.float64 if kind == "FP32" else None)
+        parts = [values[i:i + 65536] for i in range(0, len(values), 65536)]  # between which other threads run
+        if any(set(map(type, part)) - {int, float} for part in parts):  # of texts NumPy makes giant arrays
+            raise ValueError
+        array = np.concatenate([np.array(part, np.float64 if kind == "FP32" else None) for part in parts])
     except (ValueError, OverflowError):
         raise Refusal(400, f"data must be {count} numbers, and not ragged") from None
     if array.size != count or kind == "UINT8" and not (array.dtype.kind in "iu"
@@ -1145,7 +1150,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.model, network, most = model, model.network, self.args.max_images
         text, tail = split_binary(self.body, self.headers)
         if text is not None:
-            large = len(text) > 1 << 20
+            large = len(text) > LARGE
             with turn(self.server.reading, self.deadline(), self.alive) if large else contextlib.nullcontext():
                 request = read_json(text, most * 3 * network.size ** 2 + 1000)
                 images = read_input(network, request, tail, most)

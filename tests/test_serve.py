@@ -550,6 +550,20 @@ def test_a_json_of_more_than_tensors_need_is_not_read(text, monkeypatch):
     assert caught.value.status == 413
 
 
+def test_other_threads_run_while_a_large_json_is_read():
+    """Python looks for them between two of its own steps: here it counts these."""
+    values, steps = [7, -0.25, 1e30, 12345678901234567890] * 20_000, []
+    text = json.dumps({"a": values, "b": ["x" * serve.LARGE]}).encode()
+    sys.setprofile(lambda frame, event, arg: steps.append(event))
+    try:
+        found = serve.read_json(text, len(values) + 9)["a"]
+    finally:
+        sys.setprofile(None)
+    assert found == values and list(map(type, found)) == list(map(type, values)) and len(steps) > len(values)
+    wanted = np.array(values, np.float64).astype("<f4")
+    assert np.array_equal(serve.json_numbers(values, len(values), "FP32"), wanted)  # in several parts
+
+
 def test_depth_is_counted_outside_of_strings():
     deep = "[" * 101
     for text in (json.dumps({"a": deep}), json.dumps({"a": "\\" + '"' + deep}), json.dumps({'"' + deep: "\\"})):
