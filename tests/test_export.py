@@ -386,12 +386,43 @@ def test_what_is_not_a_number_is_a_difference(checkpoint):
     model = load(checkpoint("plain", "float"))
     case = export.Case(photographs(2, SIDE, SIDE), model, export.Exported(model))
     wrong = case.wanted[0].copy()
-    assert export.compare(lambda x: [wrong], [case]) == dict(max_difference=0.0, argmax_agreement=100.0, images=2)
+    assert export.compare(lambda x: [wrong], [case]) == dict(max_difference=0.0, argmax_agreement=100.0, regret=0.0,
+                                                             images=2)
     wrong[1, 3] = np.nan
     found = export.compare(lambda x: [wrong], [case])
     assert found["max_difference"] == np.inf and found["argmax_agreement"] == 50
     with pytest.raises(UserError, match="computes something else"):
-        export.judge(found, 0.5, "it")
+        export.judge(found, "coarse", "it")
+
+
+@pytest.mark.parametrize("options", [dict(), dict(softmax=True), dict(top_k=2), dict(softmax=True, top_k=2)], ids=str)
+def test_a_network_that_is_sure_of_nothing_is_compared_all_the_same(options, checkpoint):
+    """Its probabilities, and even its logits, differ by less than what is allowed; classes that are level may differ"""
+    model = load(checkpoint("plain", "float"))
+    model.fc.weight.data *= 0.01 / logits(checkpoint("plain", "float"), photographs(4, SIDE, SIDE)).std(1).max()
+    model.fc.bias.data.zero_()
+    model.fc.weight.data[1], model.fc.bias.data[1] = model.fc.weight[0], 1e-7
+    exported = export.Exported(model, **options)
+    case = export.Case(photographs(4, SIDE, SIDE), model, exported)
+
+    def file(classes, more=0.0, scale=1.0):
+        """The network with its classes in another order, and the first of them more likely"""
+        y = exported.head(scale * torch.from_numpy(case.logits)[:, classes] + more * (torch.arange(7) == 0))
+        return lambda x: [v.numpy() for v in y] if exported.top_k else [y.numpy()]
+    export.judge(export.compare(file(range(7), 2e-7), [case]), "float32", "it")
+    export.judge(export.compare(file([1, 0, *range(2, 7)]), [case]), "float32", "it")
+    for kind, wrong in (("float16", file([3, 4, 5, 6, 0, 1, 2])), ("coarse", file([3, 4, 5, 6, 0, 1, 2])),
+                        ("float32", file(range(7), scale=1.02))):
+        with pytest.raises(UserError, match="computes something else"):
+            export.judge(export.compare(wrong, [case]), kind, "it")
+
+
+def test_an_int8_file_is_the_same_in_every_value(checkpoint, call, monkeypatch):
+    monkeypatch.setattr(export, "identical_bytes", lambda *a: 99.99)
+    with pytest.raises(UserError, match="99.99 % of int8 values; nothing was written"):
+        call(checkpoint("plain", "int8"))
+    found = dict(max_difference=0.0, argmax_agreement=100.0, regret=0.0, identical_bytes=99.99)
+    export.judge(found, "mixed", "it")  # what is computed in floats may round otherwise
 
 
 LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
