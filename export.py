@@ -53,7 +53,6 @@ from resnet50 import (
     positive,
     predict,
     run_script,
-    write_atomic,
 )
 
 DEFAULTS = ["runs/compress/best.pt", "runs/finetune/best.pt", "runs/train/best.pt"]
@@ -677,10 +676,8 @@ def check_fit(model, args, source):
             raise UserError(f"{source}: {text}", code=2)
 
 
-def export(model, checkpoint, args, path):
-    """Writes one file and its description -> report"""
-    exported = Exported(copy.deepcopy(model) if args.fp16 else model, args.pixels, args.softmax, args.top_k, args.fp16)
-    exported.eval()
+def export(model, exported, checkpoint, args, path, files):
+    """Writes one file and its description, which get their names where the ExitStack `files` ends -> report"""
     about = describe(model, checkpoint, args, exported)
     sizes = (1, 2, 5) if args.dynamic_batch else (args.batch_size,) * -(-5 // args.batch_size)
     cases = [Case(p, model, exported) for p in example_pixels(args.image_size, sum(sizes)).split(sizes)]
@@ -690,33 +687,32 @@ def export(model, checkpoint, args, path):
         kind = "mixed"  # what is computed in floats decides how an int8 value near a half is rounded
     kind = "coarse" if args.signed or args.quantize_adds else kind
     report = dict(file=path, format=args.format, precision=about["precision"], opset=args.opset, runtimes={})
-    with atomic_file(path) as temporary:
-        if args.format in ("onnx", "tensorrt"):
-            content = onnx_file(model, args, exported, about, cases, kind, report)
-        else:
-            x = feed(example_pixels(args.image_size, 2 if args.dynamic_batch else args.batch_size), model, args.pixels)
-            content = torch_file(args, exported, x, {"resnet50.json": json.dumps(about)})
-        if args.format == "tensorrt":
-            content = tensorrt_engine(content, args, exported)
-        pathlib.Path(temporary).write_bytes(content)
-        report["bytes"] = len(content)
-        if args.format == "tensorrt":
-            found = report["runtimes"]["tensorrt"] = in_runtime(tensorrt_call, temporary, cases, images)
-            if "error" in found:
-                raise UserError(f"the engine does not run: {found['error']}")
-            # its float32 products are TensorFloat-32's
-            judge(found, "coarse" if kind == "coarse" else "float16", "the engine")
-        elif args.format == "onnx":
-            for name in filter(installed, RUNTIMES):
-                report["runtimes"][name] = in_runtime(RUNTIMES[name], temporary, cases, images)
-            if images and not report["runtimes"]:
-                report["runtimes"]["onnx.reference"] = in_runtime(reference_call, temporary, cases, images)
-        else:
-            report.update(compare(in_a_fresh_process(args.format, temporary, cases), cases))
-            judge(report, kind, "a fresh process")
-        write_atomic(path + ".json", json.dumps(about, indent=1).encode())
-    if args.bench:
-        report["bench"] = bench(model, args, exported, path)
+    beside = files.enter_context(atomic_file(path + ".json"))  # begun first, named after what it describes
+    temporary = files.enter_context(atomic_file(path))
+    if args.format in ("onnx", "tensorrt"):
+        content = onnx_file(model, args, exported, about, cases, kind, report)
+    else:
+        x = feed(example_pixels(args.image_size, 2 if args.dynamic_batch else args.batch_size), model, args.pixels)
+        content = torch_file(args, exported, x, {"resnet50.json": json.dumps(about)})
+    if args.format == "tensorrt":
+        content = tensorrt_engine(content, args, exported)
+    pathlib.Path(temporary).write_bytes(content)
+    report["bytes"] = len(content)
+    if args.format == "tensorrt":
+        found = report["runtimes"]["tensorrt"] = in_runtime(tensorrt_call, temporary, cases, images)
+        if "error" in found:
+            raise UserError(f"the engine does not run: {found['error']}")
+        # its float32 products are TensorFloat-32's
+        judge(found, "coarse" if kind == "coarse" else "float16", "the engine")
+    elif args.format == "onnx":
+        for name in filter(installed, RUNTIMES):
+            report["runtimes"][name] = in_runtime(RUNTIMES[name], temporary, cases, images)
+        if images and not report["runtimes"]:
+            report["runtimes"]["onnx.reference"] = in_runtime(reference_call, temporary, cases, images)
+    else:
+        report.update(compare(in_a_fresh_process(args.format, temporary, cases), cases))
+        judge(report, kind, "a fresh process")
+    pathlib.Path(beside).write_text(json.dumps(about, indent=1))
     return report
 
 
@@ -925,17 +921,24 @@ def main(args):
     if args.format == "tensorrt" and not (installed("tensorrt") or shutil.which("trtexec")):
         raise UserError("--format tensorrt: neither the package tensorrt nor trtexec is installed; --format onnx makes "
                         "the file that both build from (of an int8 network with --signed)")
-    if taken := [name for path in paths.values() for name in (path, path + ".json")
-                 if os.path.exists(name) and not args.overwrite]:
-        raise UserError(f"{taken[0]}: exists; --overwrite replaces it", code=2)
+    for name in [name for path in paths.values() for name in (path, path + ".json")]:
+        if os.path.isdir(name):
+            raise UserError(f"{name}: is a folder", code=2)
+        if os.path.exists(name) and not args.overwrite:
+            raise UserError(f"{name}: exists; --overwrite replaces it", code=2)
     for member in members.values():
         check_sizes(member, {args.image_size: "--image-size"})
         check_fit(member, args, source)
     print(f"{source} -> {', '.join(paths.values())}", file=sys.stderr)
-    reports = {}
-    for name, member in members.items():
-        reports[name] = export(member, checkpoint, args, paths[name])
-        print("\n".join(table(reports[name])), file=sys.stderr)
+    exported = {name: Exported(copy.deepcopy(member) if args.fp16 else member, args.pixels, args.softmax, args.top_k,
+                               args.fp16).eval() for name, member in members.items()}
+    with contextlib.ExitStack() as files:
+        reports = {name: export(member, exported[name], checkpoint, args, paths[name], files)
+                   for name, member in members.items()}
+    for name, report in reports.items():
+        print("\n".join(table(report)), file=sys.stderr)
+        if args.bench:
+            report["bench"] = bench(members[name], args, exported[name], paths[name])
     return dict(reports[""], source=source) if "" in reports else dict(members=reports, source=source,
                                                                        threshold=model.threshold)
 

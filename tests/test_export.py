@@ -1,5 +1,6 @@
 """export.py: every kind of network in every format, read back by other runtimes where they are installed, by
 onnx.reference and by processes that do not know this repository; and what is left behind when something goes wrong."""
+import errno
 import json
 import os
 import stat
@@ -229,9 +230,18 @@ def test_networks_that_are_no_plain_resnet50(call, tmp_path):
             assert np.abs(got - resnet50.predict(model, shown).numpy()).max() < 1e-4
 
 
-def test_a_cascade_becomes_two_files(checkpoint, call, tmp_path):
+def test_a_cascade_becomes_two_files(checkpoint, call, monkeypatch, tmp_path):
     small, big = load(checkpoint("pruned", "int8")), load(checkpoint("plain", "float"))
     save_checkpoint(tmp_path / "cascade.pt", resnet50.Cascade(small, big, 0.6), classes=CLASSES)
+
+    def full(model, *more, inner=export.onnx_file):
+        if model.precision == "float":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return inner(model, *more)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="resnet50-big.onnx: not written"):
+        patch.setattr(export, "onnx_file", full)
+        call(tmp_path / "cascade.pt")
+    assert os.listdir(tmp_path / "out") == []
     found = call(tmp_path / "cascade.pt", "--dynamic-batch")
     assert found["threshold"] == 0.6 and set(found["members"]) == {"small", "big"}
     assert [found["members"][k]["precision"] for k in ("small", "big")] == ["int8", "float32"]
@@ -453,6 +463,24 @@ def test_existing_files_stay(checkpoint, call):
     os.unlink(found["file"])  # what lies beside it may be somebody's
     with pytest.raises(UserError, match="resnet50.onnx.json: exists; --overwrite"):
         call(path)
+    os.mkdir(found["file"])
+    with pytest.raises(UserError, match="resnet50.onnx: is a folder") as caught:
+        call(path, "--overwrite")
+    assert caught.value.code == 2
+
+
+def test_a_file_that_does_not_get_its_name_leaves_the_old_description(checkpoint, call, monkeypatch):
+    file = call(checkpoint("pruned", "float"))["file"]
+
+    def replace(source, target, inner=os.replace):
+        if target == file:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        inner(source, target)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="resnet50.onnx: not written .Operation not permitted"):
+        call(checkpoint("pruned", "float"), "--overwrite", "--softmax")
+    with open(file + ".json") as f:
+        assert json.load(f)["outputs"] == ["logits"] and sizes(file) == ["resnet50.onnx", "resnet50.onnx.json"]
 
 
 def test_preprocessing_beside_the_file_is_that_of_its_size(checkpoint, call):
