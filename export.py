@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -933,6 +934,7 @@ def main(args):
     exported = {name: Exported(copy.deepcopy(member) if args.fp16 else member, args.pixels, args.softmax, args.top_k,
                                args.fp16).eval() for name, member in members.items()}
     with contextlib.ExitStack() as files:
+        files.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)))
         reports = {name: export(member, exported[name], checkpoint, args, paths[name], files)
                    for name, member in members.items()}
     for name, report in reports.items():

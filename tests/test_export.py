@@ -447,6 +447,14 @@ def test_a_full_disk_leaves_nothing(kind, checkpoint, run, tmp_path):
     assert "Traceback" not in done.stderr and os.listdir(tmp_path / "full") == [] and done.stdout == ""
 
 
+def test_sigterm_leaves_nothing(checkpoint, run, tmp_path):
+    """While the file is looked at that is not yet named"""
+    stop = "export.in_runtime = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\nexport.RUNTIMES = dict(json=None)\n"
+    done = run("--checkpoint", checkpoint("pruned", "float"), "--image-size", SIDE, "--out", tmp_path / "out",
+               script="export.py", before=stop, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 143 and "Traceback" not in done.stderr and os.listdir(tmp_path / "out") == []
+
+
 def test_a_folder_that_cannot_be_written(checkpoint, call, tmp_path):
     (tmp_path / "out").write_text("a file where the folder should be")
     with pytest.raises(UserError, match="not written") as caught:
