@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -497,7 +497,7 @@ def identical_bytes(run, watched, model, cases):
 # ------------------------------------------------------------------------------------------------------ runtimes
 
 def onnxruntime_call(path, batch=None):
-    import onnxruntime
+    onnxruntime = imported("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -508,7 +508,7 @@ def onnxruntime_call(path, batch=None):
 
 
 def openvino_call(path, batch=None):
-    import openvino
+    openvino = imported("openvino")
     core = openvino.Core()
     model = core.read_model(path)
     if batch:
@@ -528,8 +528,23 @@ RUNTIMES = {"onnxruntime": onnxruntime_call, "openvino": openvino_call}
 
 
 def installed(package):
-    with contextlib.suppress(ImportError):
+    return importlib.util.find_spec(package) is not None
+
+
+def imported(package):
+    """-> the module; UserError where it is broken. Signals wait: of an exception in the middle an extension module
+    makes an ImportError."""
+    came = []
+    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
         return importlib.import_module(package)
+    except Exception as error:  # OSError, for a library that it lacks, or its own
+        raise UserError(f"{package} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def trtexec(*flags):
@@ -544,8 +559,7 @@ def tensorrt_engine(content, args, exported):
     """Bytes of an ONNX file -> bytes of a strongly typed engine, which takes the batches that args asks for"""
     batches = (1, min(8, args.max_batch), args.max_batch) if args.dynamic_batch else (args.batch_size,) * 3
     (name, *_), shapes = zip(*(exported.input(n, args.image_size) for n in batches))
-    trt = installed("tensorrt")
-    if not trt:
+    if not installed("tensorrt"):
         with tempfile.TemporaryDirectory() as folder:
             source, target = os.path.join(folder, "model.onnx"), os.path.join(folder, "model.engine")
             pathlib.Path(source).write_bytes(content)
@@ -553,6 +567,7 @@ def tensorrt_engine(content, args, exported):
             trtexec(f"--onnx={source}", f"--saveEngine={target}", "--stronglyTyped", "--skipInference",
                     *ranges * args.dynamic_batch)
             return pathlib.Path(target).read_bytes()
+    trt = imported("tensorrt")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # from 11 on there is no other kind
@@ -587,9 +602,9 @@ def trtexec_call(path):
 
 def tensorrt_call(path):
     """Engine file -> run on the GPU; torch holds its buffers"""
-    trt = installed("tensorrt")
-    if not trt:
+    if not installed("tensorrt"):
         return trtexec_call(path)
+    trt = imported("tensorrt")
     engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(pathlib.Path(path).read_bytes())
     context = engine.create_execution_context()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -779,6 +794,8 @@ def in_runtime(call, path, cases, images):
             found["on_images"] = compare(run, images)
         x = cases[0].x
         return dict(found, latency_ms=round(measure(lambda: run(x), x.device, 5), 2), batch=len(x))
+    except UserError as error:
+        return dict(error=str(error))
     except Exception as error:  # as many kinds as there are libraries
         return dict(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
 

@@ -534,7 +534,7 @@ def test_attention_has_no_signed_form(checkpoint, call):
 
 # ----------------------------------------------------------------------------------------------- images and times
 
-def test_images_of_a_folder_are_compared(checkpoint, call, tiny, monkeypatch):
+def test_images_of_a_folder_are_compared(checkpoint, call, tiny, monkeypatch, tmp_path):
     """By an installed runtime, else by onnx.reference; one that fails is reported and does not stop the export."""
     flags = ("--dynamic-batch", "--data", os.path.join(tiny, "val"), "--images", 6)
     found = call(checkpoint("plain", "int8"), *flags)
@@ -551,9 +551,20 @@ def test_images_of_a_folder_are_compared(checkpoint, call, tiny, monkeypatch):
 
     def broken(path):
         raise ValueError("no such instruction\nand more")
-    monkeypatch.setattr(export, "RUNTIMES", {"json": broken})
+    (tmp_path / "halved.py").write_text("raise OSError('libhalf.so: not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(export, "RUNTIMES", {"json": broken, "halved": lambda path: export.imported("halved")})
     assert call(checkpoint("plain", "int8"), "--overwrite")["runtimes"] == {
-        "json": {"error": "ValueError: no such instruction"}}
+        "json": {"error": "ValueError: no such instruction"},
+        "halved": {"error": "halved cannot be imported: OSError: libhalf.so: not found"}}
+
+
+def test_an_interrupt_is_not_taken_for_a_missing_package(monkeypatch, tmp_path):
+    (tmp_path / "interrupted.py").write_text("import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\n"
+                                             "except KeyboardInterrupt:\n    raise ImportError('numpy')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        export.imported("interrupted")
 
 
 def test_images_are_turned_where_training_turned_them(tmp_path):
