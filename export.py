@@ -360,11 +360,15 @@ def onnx_model(model, args, exported):
         return proto, graph.watched
     x, buffer = feed(example_pixels(args.image_size, args.batch_size), model, args.pixels), io.BytesIO()
     name, _ = exported.input(batch, args.image_size)
-    with warnings.catch_warnings(), plain_operations():
+    axes = {k: {0: "N"} for k in [name, *exported.outputs]} if args.dynamic_batch else None
+    parts = mock.patch("torch.backends.mha.get_fastpath_enabled", lambda: False)  # attention as several operations
+    with warnings.catch_warnings(), plain_operations(), parts:
         warnings.simplefilter("ignore")  # the tracer is deprecated, but the other exporter needs a package more
-        torch.onnx.export(exported, (x,), buffer, dynamo=False, opset_version=args.opset, input_names=[name],
-                          output_names=exported.outputs,
-                          dynamic_axes={k: {0: "N"} for k in [name, *exported.outputs]} if args.dynamic_batch else None)
+        try:
+            torch.onnx.export(exported, (x,), buffer, dynamo=False, opset_version=args.opset, input_names=[name],
+                              output_names=exported.outputs, dynamic_axes=axes)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise UserError(f"--format {args.format}: {str(error).strip().splitlines()[0]}") from error
     return onnx.load_model_from_string(buffer.getvalue()), []
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
+from torchvision.models import VisionTransformer
 
 import data
 import export
@@ -228,6 +229,26 @@ def test_networks_that_are_no_plain_resnet50(call, tmp_path):
         got, = ReferenceEvaluator(found["file"]).run(None, {"input": x})
         with torch.no_grad():
             assert np.abs(got - resnet50.predict(model, shown).numpy()).max() < 1e-4
+
+
+def test_attention_of_transformers_and_what_onnx_lacks(monkeypatch):
+    """As torchvision's vit_b_16 has it, whose 86 million weights would take a while"""
+    def file(flags):
+        args = export.get_args_parser().parse_args(flags)
+        args.image_size, args.opset = 32, 20
+        exported = export.Exported(model)
+        with torch.no_grad():
+            return export.onnx_model(model, args, exported)[0], export.Case(photographs(3, 32, 32), model, exported)
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=7).eval()
+    torch.nn.init.normal_(model.heads.head.weight)
+    model.precision, model.preprocess = "float", resnet50.PREPROCESS
+    for flags in ["--batch-size", "3"], ["--dynamic-batch"]:
+        made, case = file(flags)
+        assert export.compare(export.reference_call(made), [case])["max_difference"] < 1e-6
+    monkeypatch.setattr(model, "forward", lambda x: torch.fft.fft(x.mean((2, 3))).real)
+    with pytest.raises(UserError, match="--format onnx: .*fft.* not supported"):
+        file(["--dynamic-batch"])
 
 
 def test_a_cascade_becomes_two_files(checkpoint, call, monkeypatch, tmp_path):
