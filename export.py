@@ -670,15 +670,20 @@ def geometry(model, size):
     return {**kept, "crop": size, "resize": round(kept["resize"] * size / kept["crop"])}
 
 
-def describe(model, checkpoint, args, exported):
+def describe(model, checkpoint, args, exported, cascade):
     """What a consumer must know of a file and cannot read off its tensors"""
     name, shape = exported.input(-1 if args.dynamic_batch else args.batch_size, args.image_size)
     precision = "int8" if exported.int8 else "float16" if args.fp16 else "float32"
     return dict(format=args.format, precision=precision, opset=args.opset,
                 input=dict(name=name, dtype="uint8" if args.pixels else "float32", shape=shape,
                            layout="NHWC" if args.pixels else "NCHW", normalized=not args.pixels),
-                outputs=exported.outputs, preprocess=geometry(model, args.image_size), classes=checkpoint["classes"],
-                wnids=checkpoint["wnids"])
+                outputs=exported.outputs, preprocess=dict(geometry(model, args.image_size), exif=turns(checkpoint)),
+                classes=checkpoint["classes"], wnids=checkpoint["wnids"], cascade=cascade)
+
+
+def turns(checkpoint):
+    """-> whether images are turned as their EXIF orientation says, as in the network's training"""
+    return bool(checkpoint["args"].get("exif"))
 
 
 def check_fit(model, args, source):
@@ -696,9 +701,9 @@ def check_fit(model, args, source):
             raise UserError(f"{source}: {text}", code=2)
 
 
-def export(model, exported, checkpoint, args, path, files):
+def export(model, exported, checkpoint, args, path, cascade, files):
     """Writes one file and its description, which get their names where the ExitStack `files` ends -> report"""
-    about = describe(model, checkpoint, args, exported)
+    about = describe(model, checkpoint, args, exported, cascade)
     sizes = (1, 2, 5) if args.dynamic_batch else (args.batch_size,) * -(-5 // args.batch_size)
     cases = [Case(p, model, exported) for p in example_pixels(args.image_size, sum(sizes)).split(sizes)]
     images = real_images(args, model, checkpoint, exported) if args.data else []
@@ -860,7 +865,7 @@ def real_images(args, model, checkpoint, exported):
     """The first --images of --data as Cases of one image each, or of the file's batch"""
     files = data.scan_unlabelled(args.data)
     images = data.Images(files, lambda epoch: data.eval_transform(geometry(model, args.image_size)),
-                         exif=bool(checkpoint["args"].get("exif")))
+                         exif=turns(checkpoint))
     batch = 1 if args.dynamic_batch else args.batch_size
     pixels, _, complaints = images.batch([(0, i, 0) for i in range(min(args.images, len(files)))])
     if complaints:
@@ -956,7 +961,8 @@ def main(args):
                                args.fp16).eval() for name, member in members.items()}
     with contextlib.ExitStack() as files:
         files.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)))
-        reports = {name: export(member, exported[name], checkpoint, args, paths[name], files)
+        reports = {name: export(member, exported[name], checkpoint, args, paths[name],
+                                dict(member=name, threshold=model.threshold) if name else None, files)
                    for name, member in members.items()}
     for name, report in reports.items():
         print("\n".join(table(report)), file=sys.stderr)

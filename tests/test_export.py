@@ -193,6 +193,7 @@ def test_a_file_says_what_it_is(precision, flags, outputs, checkpoint, call):
     said = {p.key: p.value for p in model.metadata_props}
     assert json.loads(said["classes"]) == CLASSES == beside["classes"] and beside["outputs"] == outputs
     assert json.loads(said["preprocess"])["crop"] == SIDE == beside["preprocess"]["crop"]
+    assert beside["preprocess"]["exif"] is False and beside["cascade"] is None and "cascade" not in said
     assert said["precision"] == beside["precision"] == {"float": "float32"}.get(precision, precision)
     assert beside["input"] == dict(name="pixels", dtype="uint8", shape=[3, SIDE, SIDE, 3], layout="NHWC",
                                    normalized=False)
@@ -268,6 +269,11 @@ def test_a_cascade_becomes_two_files(checkpoint, call, monkeypatch, tmp_path):
     assert [found["members"][k]["precision"] for k in ("small", "big")] == ["int8", "float32"]
     assert sizes(found["members"]["big"]["file"]) == [f"resnet50-{k}.onnx{e}" for k in ("big", "small")
                                                       for e in ("", ".json")]
+    for name, member in found["members"].items():
+        with open(member["file"] + ".json") as f:
+            assert json.load(f)["cascade"] == dict(member=name, threshold=0.6)
+        said = {p.key: p.value for p in onnx.load(member["file"]).metadata_props}
+        assert json.loads(said["cascade"]) == dict(member=name, threshold=0.6)
 
 
 # ----------------------------------------------------------------------------------------------- PyTorch's formats
@@ -596,6 +602,8 @@ def test_images_are_turned_where_training_turned_them(tmp_path):
     save_checkpoint(str(tmp_path / "c.pt"), model, classes=CLASSES, args=dict(exif=True))
     args = export.get_args_parser().parse_args(["--data", str(tmp_path), "--image-size", "32", "--dynamic-batch"])
     case, = export.real_images(args, model, resnet50.load_checkpoint(tmp_path / "c.pt"), export.Exported(model))
+    assert export.describe(model, resnet50.load_checkpoint(tmp_path / "c.pt"), args, export.Exported(model),
+                           None)["preprocess"]["exif"] is True
     transform = data.eval_transform(export.geometry(model, 32))
     assert torch.equal(case.pixels[0].permute(1, 2, 0), transform(picture.transpose(Image.Transpose.ROTATE_270)))
 
