@@ -455,7 +455,7 @@ def compare(run, cases):
 
 
 RELOAD = """
-import sys, torch
+import io, sys, torch
 kind, path, inputs, outputs = sys.argv[1:]
 if kind == "torchscript":
     call = torch.jit.load(path)
@@ -463,8 +463,11 @@ elif kind == "torch-export":
     call = torch.export.load(path).module()
 else:
     call = torch._inductor.aoti_load_package(path)
+made = io.BytesIO()
 with torch.no_grad():
-    torch.save([call(x) for x in torch.load(inputs, weights_only=True)], outputs)
+    torch.save([call(x) for x in torch.load(inputs, weights_only=True)], made)
+with open(outputs, "wb") as f:
+    f.write(made.getvalue())
 """
 
 
@@ -472,7 +475,9 @@ def in_a_fresh_process(kind, path, cases):
     """Loads a file where neither this folder nor its extension is known -> run, as compare() takes it"""
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = (os.path.join(folder, name) for name in ("inputs", "outputs"))
-        torch.save([case.x for case in cases], inputs)
+        made = io.BytesIO()
+        torch.save([case.x for case in cases], made)
+        pathlib.Path(inputs).write_bytes(made.getvalue())  # where it fails with OSError, torch.save has another
         link = os.path.join(folder, "model.pt2")  # torch asks for this ending
         os.symlink(os.path.abspath(path), link)
         done = subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", RELOAD, kind, link, inputs, outputs],

@@ -462,14 +462,16 @@ def test_an_int8_file_is_the_same_in_every_value(checkpoint, call, monkeypatch):
     export.judge(found, "mixed", "it")  # what is computed in floats may round otherwise
 
 
-LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" \
+LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n" \
           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
 
 
-@pytest.mark.parametrize("kind", ["onnx", "torchscript", "torch-export"])
-def test_a_full_disk_leaves_nothing(kind, checkpoint, run, tmp_path):
-    done = run("--checkpoint", checkpoint("plain", "int8"), "--image-size", SIDE, "--out", tmp_path / "full",
-               "--format", kind, script="export.py", before=LIMITED, env={"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("kind, size, limit", [
+    ("onnx", SIDE, 100_000), ("torch-export", SIDE, 100_000),
+    ("torchscript", 2 * SIDE, 1_000_000)])  # has room for the file, but not for the images of a fresh process
+def test_a_full_disk_leaves_nothing(kind, size, limit, checkpoint, run, tmp_path):
+    done = run("--checkpoint", checkpoint("plain", "int8"), "--image-size", size, "--out", tmp_path / "full",
+               "--format", kind, script="export.py", before=LIMITED.format(limit), env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 3 and "not written" in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and os.listdir(tmp_path / "full") == [] and done.stdout == ""
 
