@@ -12,7 +12,7 @@ RESNET50_EXT            off: plain PyTorch; cpu: no CUDA kernels; require: a bui
                         whatever can be had. CUDA kernels are built where PyTorch has CUDA and nvcc is found.
 RESNET50_EXT_CFLAGS     more flags for compiler and linker, such as -O1 -fsanitize=address
 RESNET50_BUILD_TIMEOUT  seconds to wait for another process that builds (600)
-RESNET50_ISA            amx, vnni, avx2 or plain: no more than this
+RESNET50_ISA            amx, vnni, avx2 or plain: this one and not the CPU's best; one that the CPU lacks is an error
 TORCH_CUDA_ARCH_LIST    GPUs to compile for; unset: those that are here, or 8.0;9.0+PTX
 TORCH_EXTENSIONS_DIR    where builds are kept (~/.cache/resnet50); MAX_JOBS, CXX and CUDA_HOME as for any extension
 """

@@ -27,17 +27,19 @@ def clean(folder, keep):
 
 
 def main(args):
-    if os.environ.get("RESNET50_EXT") != "cpu":
-        os.environ["RESNET50_EXT"] = "require"
+    os.environ["RESNET50_EXT"] = os.environ.get("RESNET50_EXT") or "require"
+    if os.environ["RESNET50_EXT"] == "off":
+        sys.exit("csrc: error: RESNET50_EXT=off: asks for no build")
     start = time.perf_counter()
     try:
         csrc.load()
         folder = os.path.dirname(csrc.build())
-        removed = dict(removed=clean(*os.path.split(folder))) if args.clean else {}
+        result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa(),
+                      cuda=csrc.has_cuda())
+        if args.clean:
+            result["removed"] = clean(*os.path.split(folder))
     except (RuntimeError, OSError) as error:
         sys.exit(f"csrc: error: {error}")
-    result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa(),
-                  cuda=csrc.has_cuda(), **removed)
     print(json.dumps(result))
 
 

@@ -1,4 +1,5 @@
 """The extension's build and its operations, native and plain PyTorch, against references written out in numpy."""
+import argparse
 import concurrent.futures
 import fcntl
 import fractions
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 import csrc
 from csrc import reference
-from csrc.__main__ import clean
+from csrc.__main__ import clean, main
 from csrc.plan import BATCHES, BLOCKS, FIELDS, KINDS, WINOGRAD, build_plan, skip_unread, steps_of, tune
 from tests.conftest import ROOT
 from tests.emulate.kernels import two_of_four
@@ -1098,6 +1099,22 @@ def test_ahead_of_time(native):
     run = subprocess.run([sys.executable, "-m", "csrc"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     result = json.loads(run.stdout.splitlines()[-1])
     assert os.path.isdir(result["folder"]) and result["isa"] == csrc.isa() and result["seconds"] >= 0, run.stderr
+
+
+@pytest.mark.parametrize("name, value, said", [
+    ("RESNET50_EXT", "off", "asks for no build"), ("RESNET50_EXT", "maybe", "expected off, cpu or require"),
+    ("RESNET50_ISA", "sse", "none of")])
+def test_ahead_of_time_by_variables_that_forbid_it(name, value, said, native, monkeypatch):
+    def isa():  # which a process reads once
+        raise RuntimeError(f"RESNET50_ISA={value}: none of amx, vnni, avx2, plain")
+    monkeypatch.setenv("RESNET50_EXT", "")
+    monkeypatch.setenv(name, value)
+    if name == "RESNET50_ISA":
+        monkeypatch.setattr(csrc, "isa", isa)
+    else:
+        monkeypatch.setattr(csrc, "_state", None)
+    with pytest.raises(SystemExit, match=f"^csrc: error: {name}={value}: {said}"):
+        main(argparse.Namespace(clean=False))
 
 
 def test_schemas_are_those_of_the_native_library(native):
