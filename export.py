@@ -652,7 +652,8 @@ def torch_file(args, exported, x, extra):
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.pt2")
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=path)
+                torch._inductor.aoti_compile_and_package(program, package_path=path,
+                                                         inductor_configs={"aot_inductor.metadata": extra})
             except Exception as error:  # a compiler fails in as many ways as there are compilers
                 raise UserError(f"--format aot-inductor: {str(error).strip().splitlines()[-1][:200]}") from error
             return pathlib.Path(path).read_bytes()

@@ -330,6 +330,8 @@ def test_scripted_and_traced_are_different_things(checkpoint, call):
 def test_compiled_packages(checkpoint, call):
     found = call(checkpoint("pruned", "int8"), "--format", "aot-inductor", "--batch-size", 2)
     assert found["max_difference"] < 1e-6 and found["images"] == 6
+    said = torch._inductor.aoti_load_package(found["file"]).get_metadata()
+    assert json.loads(said["resnet50.json"])["classes"] == CLASSES
 
 
 # ------------------------------------------------------------------------------------------------------- TensorRT
