@@ -16,6 +16,7 @@ import copy
 import ctypes
 import datetime
 import html
+import importlib
 import itertools
 import json
 import math
@@ -95,6 +96,7 @@ RECIPES = dict(
 )
 TOTALS = ("loss_sum", "correct", "count", "skipped")  # what processes add up: of the epoch so far; steps of the run
 SWA_BATCHES = 64  # of training images, from which the averaged weights' batch-norm statistics come
+LOGGERS = dict(tensorboard="torch.utils.tensorboard", mlflow="mlflow", wandb="wandb")  # flag, and package: module
 RUN_FILES = ("best.pt", "last.pt", "metrics.jsonl", "curves.svg")  # which --overwrite deletes
 NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
@@ -656,27 +658,22 @@ class RunLog:
     def add_sinks(self, args):
         def numbers(r, between="/"):
             return {f"{r['event']}{between}{k}": v for k, v in r.items() if isinstance(v, (int, float)) and k != "step"}
-        try:
-            if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(os.path.join(self.out, "tensorboard"))
-                self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in numbers(r).items()]
-                                  + [writer.flush()])
-            if args.mlflow:
-                import mlflow
-                mlflow.end_run()  # that of an earlier part, such as the head's
-                mlflow.start_run(run_name=self.out)
-                mlflow.log_params({k: str(v)[:250] for k, v in vars(args).items()})
-                self.sinks.append(lambda r: mlflow.log_metrics(numbers(r, "."), step=r["step"]))
-            if args.wandb:
-                import wandb
-                wandb.finish()
-                run = wandb.init(mode="offline", dir=self.out, project="resnet50", config=vars(args))
-                self.sinks.append(lambda r: run.log(numbers(r), step=r["step"]))
-        except ImportError as error:
-            name = (error.name or "").split(".")[0]
-            package = name if name in ("mlflow", "wandb") else "tensorboard"
-            raise UserError(f"--{package}: pip install {package} ({error})", code=2) from error
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(os.path.join(self.out, "tensorboard"))
+            self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in numbers(r).items()]
+                              + [writer.flush()])
+        if args.mlflow:
+            import mlflow
+            mlflow.end_run()  # that of an earlier part, such as the head's
+            mlflow.start_run(run_name=self.out)
+            mlflow.log_params({k: str(v)[:250] for k, v in vars(args).items()})
+            self.sinks.append(lambda r: mlflow.log_metrics(numbers(r, "."), step=r["step"]))
+        if args.wandb:
+            import wandb
+            wandb.finish()
+            run = wandb.init(mode="offline", dir=self.out, project="resnet50", config=vars(args))
+            self.sinks.append(lambda r: run.log(numbers(r), step=r["step"]))
 
     def say(self, text, last=True):
         if self.on:
@@ -818,7 +815,11 @@ def preprocess_of(args, base=PREPROCESS):
     crop = args.val_size or args.image_size
     cut = dict(crop=crop, resize=round(crop * 8 / 7) if crop >= 128 else crop) if crop else {}
     given = dict(resize=args.val_resize, interpolation=args.interpolation)
-    return {**base, **cut, **{k: v for k, v in given.items() if v is not None}}
+    found = {**base, **cut, **{k: v for k, v in given.items() if v is not None}}
+    if found["resize"] < found["crop"]:
+        raise UserError(f"--val-resize {found['resize']}: is less than the {found['crop']} pixels that are cut out, "
+                        "--val-size or --image-size", code=2)
+    return found
 
 
 def find_batch_size(model, size, amp, world, limit):
@@ -1078,16 +1079,16 @@ def prepare(model, args):
 def wrap(model, args, world, amp):
     """DDP and torch.compile around the model. DDP regroups its gradient buckets after the first backward pass; that
     pass is made here on zeros, so that an uninterrupted and a resumed run add up gradients in the same grouping at
-    every step."""
+    every step. A batch of one is tried out: it may be too few for a batch-norm."""
     net = model
     if world.size > 1:
         net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if args.compile:
         net = torch.compile(net)
-    if world.size > 1:
-        before = [b.clone() for b in statistics(model)]
+    if world.size > 1 or args.batch_size == 1:
+        before, size = [b.clone() for b in statistics(model)], size_at(0, args)
         with torch.autocast(world.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            net(torch.zeros(2, 3, args.image_size, args.image_size, device=world.device)).float().sum().backward()
+            net(torch.zeros(min(2, args.batch_size), 3, size, size, device=world.device)).float().sum().backward()
         model.zero_grad(set_to_none=True)
         for buffer, value in zip(statistics(model), before):
             buffer.copy_(value)
@@ -1132,6 +1133,14 @@ def check_args(args, usual):
     for text, wrong in refused.items():
         if wrong:
             raise UserError(text, code=2)
+    if args.val_size or args.image_size:
+        preprocess_of(args)
+    for package, module in LOGGERS.items() if not args.eval_only else ():
+        try:
+            if getattr(args, package):
+                importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"--{package}: pip install {package} ({error})", code=2) from error
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -1210,10 +1219,10 @@ def train(args, world, stop, plan=Plan()):
         result = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
         if not os.path.exists(os.path.join(os.path.dirname(resume), "best.pt")):  # moved away: the next one is best
             progress["best"] = -math.inf
-    begin_run(args, world, resume)
-    log = RunLog(args, world, progress if resume else None)
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
+    begin_run(args, world, resume)
+    log = RunLog(args, world, progress if resume else None)
     fields = dict(classes=classes, wnids=wnids, args=saved(args))
 
     def save():

@@ -138,14 +138,16 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
     (["--swa-start", 0, "--model-ema-decay", 0.9], "exclude"),
     (["--num-classes", 7], "--num-classes 7: the data has 10"),
     (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
-    (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1")])
-def test_what_cannot_be_honoured_is_refused(flags, complaint, tiny, tmp_path):
+    (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1"),
+    (["--val-size", 64, "--val-resize", 32], "--val-resize 32: is less than the 64 pixels")])
+def test_what_cannot_be_honoured_is_refused_and_overwrites_nothing(flags, complaint, tiny, tmp_path):
     if flags == ["--device", "cuda:7"] and torch.cuda.is_available():
         pytest.skip("there is CUDA")
+    (tmp_path / "best.pt").write_bytes(b"an earlier run's")
     with pytest.raises(UserError, match=complaint) as caught:
-        train.main(parse("--data", tiny, "--out", tmp_path / "r", "--epochs", 1, "--image-size", 32, "--device", "cpu",
-                         *flags))
-    assert caught.value.code == 2
+        train.main(parse("--data", tiny, "--out", tmp_path, "--overwrite", "--epochs", 1, "--image-size", 32,
+                         "--device", "cpu", *flags))
+    assert caught.value.code == 2 and os.listdir(tmp_path) == ["best.pt"]
 
 
 # ------------------------------------------------------------------------------------------------ optimization
