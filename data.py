@@ -85,6 +85,8 @@ def decode(data, formats=TRAIN_FORMATS, exif=False, short_side=None):
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.format in ("JPEG", "MPO") and not jpeg_ends(data):  # MPO: a JPEG that others follow
             raise ValueError("cut short: no end-of-image marker")
+        if image.format == "PNG" and data.rfind(b"\0\0\0\0IEND") < 0:  # padded with zeros it decodes, as a JPEG does
+            raise ValueError("cut short: no IEND chunk")
         if short_side:
             image.draft(None, (short_side, short_side))
         image.load()

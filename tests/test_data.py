@@ -93,6 +93,16 @@ def test_jpeg_padded_with_zeros_and_thumbnails():
     data.decode(whole[:2] + segment + whole[2:] + b"trailing bytes")
 
 
+def test_png_padded_with_zeros():
+    whole = encode(picture(), "PNG")
+    for cut in range(100, len(whole) - 12, len(whole) // 20):
+        padded = whole[:cut] + bytes(len(whole) - cut)
+        assert not np.array_equal(Image.open(io.BytesIO(padded)), picture())  # PIL alone says nothing
+        with pytest.raises(ValueError, match="no IEND chunk"):
+            data.decode(padded)
+    data.decode(whole + b"trailing bytes")
+
+
 def test_several_pictures_in_a_jpeg():
     """MPO, as phones write it: the first is the image, and it must have an end"""
     whole = encode(picture(size=(200, 200)), "MPO", save_all=True, append_images=[picture(size=(100, 100))])
