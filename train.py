@@ -871,6 +871,10 @@ def open_run(args, world, source=None):
         args.resume = "auto"
     if args.resume == "auto":
         path = last if os.path.exists(last) else None
+        if (path is None and os.path.exists(os.path.join(args.out, "best.pt")) and not args.overwrite
+                and not restarted):
+            raise UserError(f"{args.out} is not empty: it has a best.pt, and no last.pt that --resume auto could go on "
+                            "from; --overwrite starts anew, --out names another folder", code=2)
     else:
         path = args.resume
         if path and not os.path.exists(path):
@@ -1271,6 +1275,8 @@ def train(args, world, stop, plan=Plan()):
             return False
         if score["loss"] is not None and not math.isfinite(score["loss"]):
             raise diverged(f"the loss on validation is {score['loss']}")
+        if progress["best"] == -math.inf and world.gather(not os.path.exists(last))[0]:
+            save()  # killed with a best.pt alone, a run could not be told from another whose last.pt is gone
         loss_sum, correct, count, skipped = world.sum(*(progress[k] for k in TOTALS))
         progress.update(epoch=epoch, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
         learned = dict(train_loss=round(loss_sum / count, 5)) if count else {}

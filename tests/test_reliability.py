@@ -280,8 +280,8 @@ def test_a_run_is_ended_by_fewer_epochs(run, tiny, tmp_path, stopped):
     assert (result["epochs"], result["top1"], result["last_top1"]) == (1, epoch["top1"], epoch["top1"])
 
 
-@pytest.mark.parametrize("where", ["RunLog.write", "save_training"])
-def test_a_kill_at_the_end_of_an_epoch_neither_loses_nor_doubles_its_line(run, tiny, tmp_path, where):
+@pytest.mark.parametrize("where, every", [("RunLog.write", 0), ("save_training", 5)])
+def test_a_kill_at_the_end_of_an_epoch_neither_loses_nor_doubles_its_line(run, tiny, tmp_path, where, every):
     out = tmp_path / "r"
     killer = f"""
 real, saves = train.{where}, [0]
@@ -291,7 +291,7 @@ def killing(*a, **k):
     return real(*a, **k)
 train.{where} = killing
 """
-    done = run(*flags(tiny, out, "--save-every", 5, "--workers", 0), before=killer)
+    done = run(*flags(tiny, out, "--save-every", every, "--workers", 0), before=killer)
     assert done.returncode == -signal.SIGKILL and torch.load(out / "last.pt", weights_only=True)["step"] == 10
     done = run("--resume", "--out", out, "--workers", 0)
     assert done.returncode == 0 and [r["epoch"] for r in records(out) if r["event"] == "epoch"] == [1, 2], done.stderr
@@ -352,6 +352,10 @@ def test_run_folders_are_not_overwritten_silently(run, tiny, tmp_path):
             and all(word in done.stderr for word in ("not empty", "--resume", "--overwrite", "--out")))
     done = run(*flags(tiny, out, "--overwrite", "--epochs", 1))
     assert done.returncode == 0 and (out / "notes.txt").read_text() == "mine", done.stderr
+    (out / "last.pt").rename(tmp_path / "last.pt")
+    done = run(*flags(tiny, out, "--resume"))
+    assert done.returncode == 2 and "has a best.pt, and no last.pt that --resume" in done.stderr.splitlines()[-1]
+    (tmp_path / "last.pt").rename(out / "last.pt")
     (out / "best.pt").rename(tmp_path / "best.pt")
     done = run(*flags(tiny, tmp_path / "other", "--resume", tmp_path / "best.pt"))
     assert done.returncode == 3 and "no training state of this version, no optimizer" in done.stderr
