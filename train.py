@@ -123,6 +123,11 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
                 saved = {a.dest: self.checked(path, a, saved[a.dest]) for a in self._actions
                          if saved.get(a.dest) is not None}  # null is no value
+                # which would only have the name of what it was asked to be
+                if getattr(first, "recipe", None) not in (None, saved.get("recipe", first.recipe)):
+                    self.error(f"{path}: has the values of --recipe {saved['recipe']}, not of {first.recipe}")
+            if first.resume not in (None, "auto"):  # args.json may have another name, of before it was moved
+                saved["out"] = os.path.dirname(first.resume) or "."
         except (OSError, ValueError, TypeError) as error:
             self.error(f"{path}: {error}")
         given = argparse.Namespace(**{k: v if v is not None else saved.get(k) for k, v in vars(first).items()})
@@ -183,7 +188,7 @@ def add_training_args(p):
                    help="checkpoints, metrics.jsonl, args.json, curves.svg")
     g.add_argument("--config", metavar="FILE", help="JSON of flags, such as an earlier run's args.json")
     g.add_argument("--resume", nargs="?", const="auto", metavar="PATH",
-                   help="go on from PATH, or with 'auto' from OUT/last.pt if it is there")
+                   help="go on from PATH, in its folder without --out; with 'auto' from OUT/last.pt if it is there")
     g.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
     g.add_argument("--eval-only", action="store_true", help="score a checkpoint (default: OUT/best.pt) and stop")
     g.add_argument("--fused", action="store_true", help="with --eval-only: convolution, batch-norm, ReLU in one kernel")
@@ -1126,6 +1131,8 @@ def check_args(args, usual):
         "--swa-start and --model-ema-decay exclude each other": args.swa_start is not None and args.model_ema_decay,
         "--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)":
             args.compile and args.grad_checkpointing,
+        "--resume auto and --overwrite exclude each other: one goes on, the other starts anew":
+            args.resume == "auto" and args.overwrite,
         "--balanced and --repeated-aug exclude each other": args.balanced and args.repeated_aug > 1,
         "--shuffle-chunk excludes --balanced, which draws images one by one": args.balanced and args.shuffle_chunk,
         "--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)":

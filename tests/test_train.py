@@ -96,6 +96,27 @@ def test_config_round_trip(tmp_path):
     assert args.opt == "adamw"  # the recipe's
 
 
+def test_a_recipe_is_not_given_by_name_alone(tmp_path, capsys):
+    """A run's file has a value for every flag"""
+    path = tmp_path / "args.json"
+    path.write_text(json.dumps(dict(vars(parse("--recipe", "v1", "--epochs", 3)), out=str(tmp_path / "before"))))
+    assert parse("--config", path, "--recipe", "v1").epochs == 3
+    for flags in (("--config", path), ("--resume", tmp_path / "last.pt")):
+        with pytest.raises(SystemExit):
+            parse(*flags, "--recipe", "fast")
+        assert f"{path}: has the values of --recipe v1, not of fast" in capsys.readouterr().err
+    path.write_text('{"lr": 3}')
+    assert parse("--config", path, "--recipe", "fast").recipe == "fast"
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(tmp_path):
+    (tmp_path / "args.json").write_text('{"out": "before", "epochs": 3}')
+    args = parse("--resume", tmp_path / "last.pt")
+    assert args.out == str(tmp_path) and args.epochs == 3
+    assert parse("--resume", tmp_path / "last.pt", "--out", "new").out == "new"
+    assert parse("--resume", "last.pt").out == "."
+
+
 @pytest.mark.parametrize("key, value", [
     ("learning_rate", 1), ("opt", "adam"), ("loss", "cross_entropy"), ("lr_scheduler", "step"), ("best_by", "top5"),
     ("on_corrupt", "ignore"), ("epochs", 1.5), ("epochs", True), ("epochs", [3]), ("tta", "no"), ("tta", 1),
@@ -132,6 +153,7 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
 @pytest.mark.parametrize("flags, complaint", [
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"),
+    (["--resume", "auto"], "--resume auto and --overwrite exclude"),
     (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--batch-size", 1], "--batch-size: leaves a"),
     (["--device", "cuda:7"], "no CUDA device"), (["--progressive", 0, 0, 1], "--progressive 0 0 1: PX"),
     (["--progressive", 32, 0.5, 0.2], "in this order"),
