@@ -164,7 +164,8 @@ def changed(args, **values):
 def check_args(args):
     def refuse(text):
         raise UserError(text, code=2)
-    usual = get_args_parser().parse_args(["--task", args.task] + ["--eval-only"] * args.eval_only)
+    asked = ["--config", args.config] if args.eval_only and args.config else []
+    usual = get_args_parser().parse_args(["--task", args.task, *asked] + ["--eval-only"] * args.eval_only)
     kind = args.strategy.partition(":")[0]
     any_kind = kind == "auto" or args.search or args.resume  # args.json has what auto has chosen
     train.refuse_unused(

@@ -98,6 +98,10 @@ TOTALS = ("loss_sum", "correct", "count", "skipped")  # what processes add up: o
 SWA_BATCHES = 64  # of training images, from which the averaged weights' batch-norm statistics come
 LOGGERS = dict(tensorboard="torch.utils.tensorboard", mlflow="mlflow", wandb="wandb")  # flag, and package: module
 RUN_FILES = ("best.pt", "last.pt", "metrics.jsonl", "curves.svg")  # which --overwrite deletes
+SCORES = ("recipe", "data", "out", "config", "eval_only", "fused", "batch_size", "workers", "val_split", "on_corrupt",
+          "exif", "device", "amp_dtype", "compile", "deterministic", "dist_timeout", "image_size", "val_size",
+          "val_resize", "interpolation", "tta", "checkpoint", "weights", "stride_on", "attention", "stem",
+          "num_classes", "classes")  # what --eval-only reads
 NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
 
@@ -124,8 +128,9 @@ class Parser(argparse.ArgumentParser):
                 saved = {a.dest: self.checked(path, a, saved[a.dest]) for a in self._actions
                          if saved.get(a.dest) is not None}  # null is no value
                 # which would only have the name of what it was asked to be
-                if getattr(first, "recipe", None) not in (None, saved.get("recipe", first.recipe)):
-                    self.error(f"{path}: has the values of --recipe {saved['recipe']}, not of {first.recipe}")
+                asked = getattr(first, "recipe", None)
+                if asked not in (None, saved.get("recipe", asked)):
+                    self.error(f"{path}: has the values of --recipe {saved['recipe']}, not of {asked}")
             if first.resume not in (None, "auto"):  # args.json may have another name, of before it was moved
                 saved["out"] = os.path.dirname(first.resume) or "."
         except (OSError, ValueError, TypeError) as error:
@@ -484,7 +489,9 @@ def make_loss(kind, smoothing=0.0, gamma=2.0, weights=None):
         if kind == "bce":  # summed over classes: the gradient's size does not fall with their number
             return F.binary_cross_entropy_with_logits(logits, p, reduction="sum") / len(logits)
         log = logits.log_softmax(1)  # focal loss, arXiv 1708.02002
-        terms = p * (1 - log.exp()) ** gamma * log
+        # 1 - exp(log), but never 0, where a power below 1 has no gradient
+        rest = (-log.expm1()).clamp(min=torch.finfo(log.dtype).tiny)
+        terms = p * rest ** gamma * log
         return -(terms if weights is None else terms * weights).sum() / len(logits)
     return loss
 
@@ -1113,7 +1120,8 @@ def refuse_unused(args, usual, *rows):
 
 
 def check_args(args, usual):
-    """`usual` is what args are where nothing but a recipe or task is asked for"""
+    """`usual` is what args are where nothing but a recipe or task is asked for; with --eval-only that is --config too,
+    which may well be of a training run"""
     refuse_unused(
         args, usual, (args.lr_scheduler == "multistep", "--lr-scheduler multistep", "lr_milestones", "lr_gamma"),
         (args.lr_scheduler == "restarts", "--lr-scheduler restarts", "lr_restart_epochs"),
@@ -1125,7 +1133,8 @@ def check_args(args, usual):
         (args.model_ema_decay, "--model-ema-decay", "model_ema_steps"),
         (args.auto_augment == "ra", "--auto-augment ra", "ra_magnitude", "ra_std"),
         (args.eval_only, "--eval-only", "fused"),
-        (not args.eval_only, "training; --eval-only scores what --checkpoint names", "resume"))
+        (not args.eval_only, "training; --eval-only scores what --checkpoint names",
+         *(k for k in vars(get_args_parser().parse_args([])) if k not in SCORES)))
     px, begin, end = args.progressive or (16, 0, 1)
     refused = {
         "--swa-start and --model-ema-decay exclude each other": args.swa_start is not None and args.model_ema_decay,
@@ -1133,6 +1142,8 @@ def check_args(args, usual):
             args.compile and args.grad_checkpointing,
         "--resume auto and --overwrite exclude each other: one goes on, the other starts anew":
             args.resume == "auto" and args.overwrite,
+        "--batch-size auto is sought in training; --eval-only needs a number":
+            args.eval_only and "auto" == args.batch_size != usual.batch_size,
         "--balanced and --repeated-aug exclude each other": args.balanced and args.repeated_aug > 1,
         "--shuffle-chunk excludes --balanced, which draws images one by one": args.balanced and args.shuffle_chunk,
         "--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)":
@@ -1449,7 +1460,8 @@ def run_processes(args, work):
 
 
 def main(args):
-    check_args(args, get_args_parser().parse_args(["--recipe", args.recipe]))
+    asked = ["--config", args.config] if args.eval_only and args.config else []
+    check_args(args, get_args_parser().parse_args(["--recipe", args.recipe, *asked]))
     return run_processes(args, lambda world, stop: eval_only(args, world) if args.eval_only
                          else train(args, world, stop))
 

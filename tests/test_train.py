@@ -65,12 +65,26 @@ def test_a_network_is_scored_as_its_checkpoint_says_where_flags_do_not(flags, ch
     (("--recipe", "v1", "--lr-min", 0.01), "--lr-scheduler cosine"), (("--focal-gamma", 3), "--loss focal"),
     (("--recipe", "v1", "--lr-warmup-decay", 0.5), "--lr-warmup-epochs"), (("--ra-magnitude", 5), "--auto-augment ra"),
     (("--model-ema-decay", 0, "--model-ema-steps", 5), "--model-ema-decay"), (("--fused",), "--eval-only"),
-    (("--class-weights", "balanced", "--loss", "bce"), "--loss ce"), (("--eval-only", "--resume", "x.pt"), "training")])
+    (("--class-weights", "balanced", "--loss", "bce"), "--loss ce"),
+    *((("--eval-only", *more), "training; --eval-only scores") for more in (
+        ("--resume", "x.pt"), ("--lr", 3), ("--mixup-alpha", 0.5), ("--overwrite",), ("--epochs", 7), ("--wandb",),
+        ("--drop-path", 0.2), ("--balanced",)))])
 def test_flags_that_would_do_nothing_are_refused(flags, partner, monkeypatch):
     monkeypatch.setattr(train, "run_processes", lambda *a: pytest.fail("it was to be refused before"))
     with pytest.raises(UserError, match=f" goes with {partner}") as caught:
         train.main(parse(*flags))
     assert caught.value.code == 2
+
+
+def test_a_training_run_s_flags_may_be_those_of_its_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run_processes", lambda args, work: args)
+    (tmp_path / "args.json").write_text(json.dumps(dict(lr=3, recipe="v2", wandb=True, batch_size="auto")))
+    given = "--eval-only", "--config", tmp_path / "args.json"
+    assert train.main(parse(*given)).lr == 3
+    with pytest.raises(UserError, match="--lr goes with training"):
+        train.main(parse(*given, "--lr", 2))
+    with pytest.raises(UserError, match="--batch-size auto is sought in training"):
+        train.main(parse("--eval-only", "--batch-size", "auto"))
 
 
 @pytest.mark.parametrize("flags", [
@@ -213,6 +227,10 @@ def test_losses():
     assert torch.allclose(train.make_loss("focal", gamma=0)(logits, y), F.cross_entropy(logits, y))
     naive = sum(-(1 - q[t]) ** 2 * math.log(q[t]) * w[t] for q, t in zip(logits.softmax(1), y)) / 6
     assert torch.allclose(train.make_loss("focal", gamma=2.0, weights=w)(logits, y), naive)
+    sure = torch.tensor([[40.0, 0, 0], [0, 40, 0], [1, 0, 0]], requires_grad=True)  # right, wrong, unsure
+    for gamma in (0.5, 1e-3, 0, 2):
+        gradient, = torch.autograd.grad(train.make_loss("focal", gamma=gamma)(sure, torch.tensor([0, 0, 0])), sure)
+        assert gradient.isfinite().all() and gradient[0].abs().max() < 1e-6 and (gradient[1:, 0] < 0).all()
 
 
 def test_decay_spares_norms_and_biases():
