@@ -834,10 +834,11 @@ def preprocess_of(args, base=PREPROCESS):
     return found
 
 
-def find_batch_size(model, size, amp, world, limit):
+def find_batch_size(model, size, amp, world, limit, told=lambda: None):
     """The largest batch whose forward and backward pass fit, less a tenth, as a multiple of 8; the same on every
     process. CUDA: doubled until memory runs out, then bisected. CPU: doubled while the peak so far, extrapolated, stays
-    under 80 % of the machine's free memory."""
+    under 80 % of the machine's free memory. told() is the signal that asks this process to stop, if one does; there is
+    nothing to save yet."""
     device, probe = world.device, copy.deepcopy(model).train()
 
     def attempt(n):
@@ -855,10 +856,10 @@ def find_batch_size(model, size, amp, world, limit):
 
     fits = 8
     if device.type == "cuda":
-        while fits < limit and attempt(fits * 2):
+        while fits < limit and not told() and attempt(fits * 2):
             fits *= 2
         fails = fits * 2
-        while fails - fits > max(8, fits // 8):
+        while fails - fits > max(8, fits // 8) and not told():
             middle = (fits + fails) // 2
             fits, fails = (middle, fails) if attempt(middle) else (fits, middle)
     else:
@@ -868,10 +869,14 @@ def find_batch_size(model, size, amp, world, limit):
         attempt(4)
         base = memory_gib(device)
         attempt(8)
-        while fits * 2 <= limit and (memory_gib(device) - base) / (fits - 4) * fits * 2 < free:
+        while not told() and fits * 2 <= limit and (memory_gib(device) - base) / (fits - 4) * fits * 2 < free:
             fits *= 2
             attempt(fits)
-    found = min(min(world.gather(fits)), limit)
+    found, names = zip(*world.gather((fits, told())))
+    if name := next(filter(None, names), None):
+        raise UserError(f"stopped by {name} while it sought --batch-size, before the first step; the same command "
+                        "begins again", code=75)
+    found = min(*found, limit)
     return max(1, found * 9 // 10 // 8 * 8) if found > 8 else found
 
 
@@ -1223,7 +1228,7 @@ def train(args, world, stop, plan=Plan()):
         args.batch_size = load_checkpoint(resume)["args"].get("batch_size", "auto")
     if args.batch_size == "auto":
         args.batch_size = find_batch_size(model, args.image_size, amp, world,
-                                          limit=max(1, min(1024, len(files) // world.size)))
+                                          max(1, min(1024, len(files) // world.size)), lambda: stop.requested)
     order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
                        args.repeated_aug, args.balanced, args.shuffle_chunk)
     files.keep_together(args.shuffle_chunk)

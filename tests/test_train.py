@@ -483,10 +483,15 @@ def test_a_terminal_s_line_is_redrawn_within_its_width(monkeypatch, capsys):
     assert capsys.readouterr().err == f"\r\x1b[K{'x' * 9}\r\x1b[K{'y' * 30}\n"
 
 
-def test_batch_size_auto_fits_and_is_bounded():
+def test_batch_size_auto_fits_and_is_bounded(monkeypatch):
     model = ResNet50(num_classes=4)
     found = train.find_batch_size(model, 32, None, train.World(), limit=20)
     assert 8 <= found <= 20 and model.bn1.num_batches_tracked == 0
+    tried = []
+    monkeypatch.setattr(train, "normalize", lambda p, _: tried.append(len(p)) or p[:, :, :1, :1].float())
+    with pytest.raises(UserError, match="stopped by SIGTERM while it sought --batch-size") as caught:
+        train.find_batch_size(model, 32, None, train.World(), 1024, lambda: "SIGTERM" if 16 in tried else None)
+    assert caught.value.code == 75 and tried == [4, 8, 16]
 
 
 def test_tensorboard_log(tiny, tmp_path, run):
