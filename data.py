@@ -115,11 +115,11 @@ def jpeg_ends(data):
 
 
 def grey16(image):
-    """Modes I;16, I and F hold 16-bit grey (PNG, TIFF); PIL's own conversion to 8 bits would saturate at 255. Floats up
-    to 1 are shares of white, and up to 255 bytes."""
+    """Modes I;16, I and F hold 16-bit grey (PNG, TIFF); PIL's own conversion to 8 bits would saturate at 255. Where
+    none is above 255, floats and 32-bit integers are bytes, and floats up to 1 shares of white."""
     values = np.nan_to_num(np.asarray(image)).astype(np.float64)  # float TIFFs may have NaN where there is nothing
-    if image.mode == "F" and (most := values.max(initial=0)) <= 255:
-        values *= 65535 if most <= 1 else 257
+    if image.mode in ("F", "I") and (most := values.max(initial=0)) <= 255:
+        values *= 65535 if image.mode == "F" and most <= 1 else 257
     return Image.fromarray((values.clip(0, 65535) / 256).astype(np.uint8))
 
 
@@ -383,8 +383,11 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     log, index, separate = out + ".part.log", out + ".part", shard_names(out, shards)
     parts = separate or [index]
     rows, done, kept = read_log(log, parts, digest)
-    if not kept and (found := [p for p in separate if os.path.exists(p)]):
-        raise UserError(f"{found[0]}: exists, and is none of this pack's", code=2)
+    foreign = [p for p in separate if os.path.exists(p) and not kept]
+    with contextlib.suppress(OSError), open(index, "rb") as f:  # an empty one is of a process that was killed
+        foreign += [index] * (not MAGIC.startswith(f.read(len(MAGIC))))
+    if foreign:
+        raise UserError(f"{foreign[0]}: exists, and is none of this pack's", code=2)
     csrc.load()  # once, before there are processes
     work = functools.partial(packed_all, mode=mode, side=side, quality=quality, exif=exif)
     pool = functools.partial(concurrent.futures.ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"),
@@ -418,6 +421,8 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
                         rows += block
                         size += sum(r[1] for r in block)
                         progress(f"{done} of {len(names)} images, {size / 1e9:.2f} GB", last=done == len(names))
+            if not rows:
+                raise UserError(f"{root}: none of {len(names)} images decodes")
             with open_part(index, [] if shards else rows, 0) as f:
                 write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif,
                                           shards=shards))
@@ -633,10 +638,14 @@ def some(items, most=3):
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def check_folder(root):
+    if not is_folder(root):
+        raise UserError(f"{root}: no such folder" + "; it is a file, and no pack" * os.path.isfile(root))
+
+
 def scan_unlabelled(root):
     """Every image below root -> Files, with the label that cross entropy ignores. Raises UserError if there is none."""
-    if not is_folder(root):
-        raise UserError(f"{root}: no such folder")
+    check_folder(root)
     names = images_below(root)
     if not names:
         raise UserError(f"{root}: no images ({', '.join(EXTENSIONS)})")
@@ -684,8 +693,7 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
     alone. Without val/, validation is the `val_split` of the images that a fixed hash picks; with
     eval_only and no val_split all images of a folder without train/ and val/ are evaluated.
     Raises UserError naming the folder."""
-    if not is_folder(root):
-        raise UserError(f"{root}: no such folder")
+    check_folder(root)
     train_root = os.path.join(root, "train")
     val_root = next((os.path.join(root, v) for v in VAL_NAMES if is_folder(os.path.join(root, v))), None)
     split = is_folder(train_root)
@@ -1352,6 +1360,10 @@ def pack_folder(args):
         refuse("--exif: a lossless pack keeps the orientation tags; it is the reader's flag")
     if not os.path.isdir(args.pack):
         raise UserError(f"{args.pack}: no such folder")
+    if os.path.isdir(args.out):
+        refuse(f"--out {args.out}: is a folder; it names the file that --pack writes")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        refuse(f"--out {args.out}: there is no folder {os.path.dirname(args.out)}")
     if os.path.exists(args.out) and not args.overwrite:
         refuse(f"{args.out}: exists; --overwrite replaces it")
     old = []

@@ -1141,6 +1141,7 @@ def check_args(args, usual):
         (not args.eval_only, "training; --eval-only scores what --checkpoint names",
          *(k for k in vars(get_args_parser().parse_args([])) if k not in SCORES)))
     px, begin, end = args.progressive or (16, 0, 1)
+    most = args.image_size or math.inf
     refused = {
         "--swa-start and --model-ema-decay exclude each other": args.swa_start is not None and args.model_ema_decay,
         "--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)":
@@ -1155,8 +1156,8 @@ def check_args(args, usual):
             args.sync_bn and args.fused_bn,
         "--sync-bn: PyTorch has synchronised batch-norm on CUDA only":
             args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1,
-        f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16, and FROM and TO lie in [0, 1], in this order":
-            not (px >= 16 and 0 <= begin <= end <= 1)}
+        f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16 and at most --image-size, and FROM and TO lie "
+        "in [0, 1], in this order": args.progressive and not (16 <= px <= most and 0 <= begin <= end <= 1)}
     for text, wrong in refused.items():
         if wrong:
             raise UserError(text, code=2)
@@ -1257,8 +1258,8 @@ def train(args, world, stop, plan=Plan()):
                       **fields)
 
     def diverged(why):
-        left = last if os.path.exists(last) else "no checkpoint yet, and none"
-        return UserError(f"training diverged: {why}; {left} was left untouched", code=4)
+        left = f"{last} was left untouched" if os.path.exists(last) else "there is no checkpoint yet"
+        return UserError(f"training diverged: {why}; {left}", code=4)
 
     peak = args.lr * (order.global_batch / args.lr_base_size if args.lr_base_size else 1)
     if world.rank == 0:

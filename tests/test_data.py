@@ -49,12 +49,15 @@ def test_sixteen_bit_grey_keeps_its_high_byte(kind):
     assert np.array_equal(got, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, 2))
 
 
-def test_float_tiff():
+def test_float_and_integer_tiff():
     values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     got = np.asarray(data.decode(encode(Image.fromarray(values), "TIFF")))[..., 0]
     assert abs(got / 255 - values).max() < 0.01
     for most in (255, 65535):
         assert np.array_equal(np.asarray(data.decode(encode(Image.fromarray(most * values), "TIFF")))[..., 0], got)
+    steps = np.arange(256, dtype=np.int32).reshape(16, 16)
+    for times in (1, 257):  # bytes, and 16 bits, in 32-bit integers
+        assert np.array_equal(np.asarray(data.decode(encode(Image.fromarray(times * steps), "TIFF")))[..., 0], steps)
     holed = values.copy()
     holed[0, 3] = np.nan
     other = np.asarray(data.decode(encode(Image.fromarray(holed), "TIFF")))[..., 0]

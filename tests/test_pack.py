@@ -209,12 +209,14 @@ def test_shards_hold_the_same(folder, packs, tmp_path, run):
             data.check_pack(str(tmp_path / "one"))
         (tmp_path / "one.003").write_bytes(content)
     (tmp_path / "x.001").write_bytes(b"mine")
-    for flags, said in (((tmp_path / "x", "--shards", 3), "x.001: exists"),
+    (tmp_path / "z.part").write_bytes(b"mine")
+    for flags, said in (((tmp_path / "x", "--shards", 3), "x.001: exists"), ((tmp_path / "z",), "z.part: exists"),
+                        ((tmp_path,), "is a folder"), ((tmp_path / "no" / "z",), "there is no folder .*/no$"),
                         ((tmp_path / "y", "--shards", 105), "--shards 105: .* 104 images"),
                         ((tmp_path / "y", "--shards", 3, "--overwrite"), "remove the old one")):
         with pytest.raises(UserError, match=said):
             pack(folder, *flags, "--raw", 20)
-    assert (tmp_path / "x.001").read_bytes() == b"mine"
+    assert (tmp_path / "x.001").read_bytes() == (tmp_path / "z.part").read_bytes() == b"mine"
 
 
 def test_overwriting_a_pack_removes_its_shards(folder, packs, tmp_path):
@@ -443,6 +445,11 @@ def test_images_that_do_not_decode(spoil, said, folder, tmp_path):
             pack(root, tmp_path / "x", "--raw", 16, "--workers", 2)
     finally:
         signal.signal(signal.SIGTERM, before)
+    (tmp_path / "alone").mkdir()
+    spoil(tmp_path / "alone" / "bad.jpg")
+    with pytest.raises(UserError, match="alone: none of 1 images decodes"):
+        pack(tmp_path / "alone", tmp_path / "none", "--raw", 16, "--workers", 0, "--on-corrupt", "skip")
+    assert not (tmp_path / "none").exists()
     found = pack(root, tmp_path / "x", "--raw", 16, "--workers", 2, "--on-corrupt", "skip")
     assert found["images"] == 104 and found["corrupt"] == 1
     assert len(data.open_folder(str(tmp_path / "x"))[0]) == 74
@@ -494,7 +501,7 @@ def test_packs_are_not_overwritten_and_folders_not_described_as_packs(folder, pa
         pack(folder, packs["raw"], "--raw", 9)
     (tmp_path / "x").write_text("text")
     for args, match in ((["--info", tmp_path / "x"], "no pack"), (["--info", tmp_path / "none"], "no pack"),
-                        (["--raw", "9"], "--raw goes with --pack"), (["--data", tmp_path / "x"], "no such folder"),
+                        (["--raw", "9"], "--raw goes with --pack"), (["--data", tmp_path / "x"], "it is a file"),
                         (["--info", tmp_path / "x", "--raw", 5], "--info: no --raw with it"),
                         (["--pack", folder, "--raw", 9, "--data", "x"], "--pack: no --data with it"),
                         (["--pack", folder, "--import-imagenet", "x"], "no --"),
