@@ -1459,6 +1459,9 @@ def run_processes(args, work):
         if "more than 1 value per channel" in str(error):
             raise UserError("--batch-size: leaves a batch-norm a single value per channel, at least 2 are needed here",
                             code=2) from error
+        if "by peer" in str(error) or "Broken pipe" in str(error):  # gloo's words
+            raise UserError("another process has ended (killed, or its own line says why), and process "
+                            f"{os.environ['RANK']} with it", code=1) from error
         if "DataLoader worker" in str(error):  # killed: almost always shared memory
             raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
                             "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error

@@ -175,6 +175,7 @@ def test_a_failing_process_does_not_hang_the_other(run, tiny, tmp_path):
                       "    if os.environ['RANK'] == '1': raise train.UserError('no more')\n"
                       "    return real(*a, **k)\ntrain.train_step = step")
     assert done.returncode != 0 and "train.py: error: no more" in done.stderr
+    assert "its own line says why), and process 0 with it" in done.stderr and "pair.cc" not in done.stderr
 
 
 def test_divergence_exits_4_and_keeps_the_checkpoint(run, tiny, tmp_path):
@@ -205,6 +206,7 @@ def test_divergence_at_the_end_of_an_epoch_keeps_the_checkpoint(run, tiny, tmp_p
     assert before == ((out / "last.pt").read_bytes(), (out / "best.pt").read_bytes())
     done = run(*flags(tiny, tmp_path / "new", "--epochs", 1, *wild))
     assert done.returncode == 4 and not (tmp_path / "new" / "best.pt").exists()
+    assert done.stderr.splitlines()[-1].endswith("; there is no checkpoint yet")
     for line in (out / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
