@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
                     self.error(f"{path}: unknown key{'s' * (len(unknown) > 1)} {', '.join(unknown)}")
                 saved = {a.dest: self.checked(path, a, saved[a.dest]) for a in self._actions
                          if saved.get(a.dest) is not None}  # null is no value
-                # which would only have the name of what it was asked to be
+                # with a value for every flag: nothing would be left of another recipe but its name
                 asked = getattr(first, "recipe", None)
                 if asked not in (None, saved.get("recipe", asked)):
                     self.error(f"{path}: has the values of --recipe {saved['recipe']}, not of {asked}")
