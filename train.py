@@ -101,7 +101,7 @@ RUN_FILES = ("best.pt", "last.pt", "metrics.jsonl", "curves.svg")  # which --ove
 SCORES = ("recipe", "data", "out", "config", "eval_only", "fused", "batch_size", "workers", "val_split", "on_corrupt",
           "exif", "device", "amp_dtype", "compile", "deterministic", "dist_timeout", "image_size", "val_size",
           "val_resize", "interpolation", "tta", "checkpoint", "weights", "stride_on", "attention", "stem",
-          "num_classes", "classes")  # what --eval-only reads
+          "num_classes", "classes", "seed", "log_every")  # what --eval-only reads; the last two are in scripts by habit
 NOT_SAVED = ("resume", "overwrite", "config", "eval_only", "fused")  # what args.json does not repeat in another run
 
 
