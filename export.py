@@ -45,6 +45,7 @@ from resnet50 import (
     UserError,
     add_model_args,
     atomic_file,
+    batch_norm_affine,
     check_sizes,
     example,
     fuse,
@@ -110,7 +111,7 @@ class Exported(nn.Module):
     def __init__(self, model, pixels=False, softmax=False, top_k=0, half=False):
         super().__init__()
         self.int8, self.dtype = model.precision == "int8", torch.float16 if half else torch.float32
-        self.model = model.half() if half else model
+        self.model = halved(model) if half else model
         self.pixels, self.softmax, self.top_k = pixels, softmax, top_k
         for key in ("mean", "std"):
             self.register_buffer(key, 255 * torch.tensor(model.preprocess[key]).view(3, 1, 1))
@@ -138,6 +139,17 @@ class Exported(nn.Module):
     def outputs(self):
         name = "probabilities" if self.softmax else "logits"
         return [f"top_{name}", "top_classes"] if self.top_k else [name]
+
+
+def halved(model):
+    """In place, weights and arithmetic in float16. Batch-norms become a scale and a shift first: a variance may be
+    beyond float16's range, as one of the 2015 weights' first convolution is."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data, module.bias.data = batch_norm_affine(module)
+            module.running_mean.zero_()
+            module.running_var.fill_(1)
+    return model.half()
 
 
 # ----------------------------------------------------------------------------------------------------------- ONNX
