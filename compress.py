@@ -905,19 +905,24 @@ class Report:
         self.rows, self.models, self.original, self.extra = [], [], None, {}
 
     def score(self, model):
-        """-> dict(top1, top5, agreement with the first network scored; percent; images)"""
-        outputs = []
+        """-> dict(top1, top5, agreement with the first network scored; percent; images), of a cascade also the percent
+        of images that were `deferred` to its big network"""
+        outputs, on = [], []
+        hook = model.register_forward_hook(lambda net, *_: on.append(getattr(net, "deferred", 0)))
         score = train.evaluate(model.to(self.world.device), self.sets.images(self.sets.evaluation, model),
                                self.args.eval_batch_size, self.world, workers=self.args.workers,
                                on_corrupt=self.args.on_corrupt, outputs=outputs, poll=self.stop.poll)
+        hook.remove()
         if score is None:
             raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
                             f"{self.args.out}, and the same command with --resume goes on", code=75)
         predictions = torch.cat(outputs).argmax(1).tolist() if outputs else []
         self.original = predictions if self.original is None else self.original
-        same, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), len(predictions))
+        same, on, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), sum(on),
+                                         len(predictions))
         return dict(**{k: score[k] if self.sets.labelled else None for k in ("top1", "top5")},
-                    agreement=round(100 * same / total, 4), images=score["images"])
+                    agreement=round(100 * same / total, 4), images=score["images"],
+                    **{"deferred": round(100 * on / total, 4)} if isinstance(model, Cascade) else {})
 
     def accuracy(self, row):
         return row["top1"] if self.sets.labelled else row["agreement"]
@@ -928,14 +933,17 @@ class Report:
 
     def add(self, stage, model, path):
         """The row of a network and its file, all but the times"""
-        row = dict(stage=stage, **self.score(model),
-                   params=sum(p.numel() for _, p in weights(model)),
-                   macs=sum(count_macs(model, model.preprocess["crop"]).values()),
+        score, size = self.score(model), model.preprocess["crop"]
+        macs = sum(count_macs(model, size).values())
+        if isinstance(model, Cascade):  # of the mean image
+            macs -= round((1 - score["deferred"] / 100) * sum(count_macs(model.big, size).values()))
+        row = dict(stage=stage, **score, params=sum(p.numel() for _, p in weights(model)), macs=macs,
                    bytes=os.path.getsize(path) if path else None, checkpoint=path)
         self.rows.append(row)
         self.models.append(model)
         accuracy = f"top-1 {row['top1']:.2f}, " if self.sets.labelled else ""
-        say(f"{stage}: {accuracy}agreement {row['agreement']:.2f} % on {row['images']} images")
+        say(f"{stage}: {accuracy}agreement {row['agreement']:.2f} % on {row['images']} images"
+            + (f", of which {row['deferred']:.2f} % went on to the big network" if "deferred" in row else ""))
 
     def save(self, path, model, encode=None):
         """The checkpoint of a network with the first one's classes and training, for all processes to read"""
@@ -947,19 +955,23 @@ class Report:
     @torch.no_grad()
     def time(self):
         """Milliseconds at batch 1 and images per second at batch 32 into the rows: networks in alternation, medians;
-        by the first process, while the others wait. A pruned int8 network is compared with an int8 network of the
-        first one's widths too, into extra["unpruned_int8"]."""
+        by the first process, while the others wait. A cascade's are the sum of its networks', the big one's for the
+        share of the evaluation's images that it saw: which of some noise it would see says nothing. A pruned int8
+        network is compared with an int8 network of the first one's widths too, into extra["unpruned_int8"]."""
         rows, models = list(self.rows), list(self.models)
         if models[-1].precision == "int8" and models[-1].config["widths"] != models[0].config["widths"]:
             rows.append(self.extra.setdefault("unpruned_int8", {}))
             models.append(stand_in(models[0]))
+        alone = [m for m in models if not isinstance(m, Cascade)]
         for key, batch, rounds, repeats in (("latency_ms_bs1", 1, 6, 3), ("images_per_second_bs32", 32, 4, 1)):
             values = None
             if self.world.rank == 0:
-                inputs = [example(m, batch, m.preprocess["crop"]) for m in models]
-                times = [[measure(lambda: m(x), self.world.device, repeats, 0) for m, x in zip(models, inputs)]
+                inputs = [example(m, batch, m.preprocess["crop"]) for m in alone]
+                times = [[measure(lambda: m(x), self.world.device, repeats, 0) for m, x in zip(alone, inputs)]
                          for _ in range(rounds)][1:]  # the first round warms up
-                values = [statistics.median(column) for column in zip(*times)]
+                took = {m: statistics.median(column) for m, column in zip(alone, zip(*times))}
+                values = [took[m] if m in took else took[m.small] + took[m.big] * row["deferred"] / 100
+                          for m, row in zip(models, rows)]
             for row, ms in zip(rows, self.world.gather(values)[0]):
                 row[key] = round(ms, 3) if batch == 1 else round(batch / ms * 1e3, 2)
 

@@ -597,7 +597,11 @@ def test_cascade(call, tmp_path, trained, tiny):
     a, b, c = (logits(p, pixels) for p in (small, trained, result["checkpoint"]))
     files = data.open_folder(tiny)[0].select(np.arange(30) * 50 // 30)
     show = data.eval_transform(dict(resnet50.PREPROCESS, crop=32, resize=32))
-    images = torch.stack([show(data.decode(open(files.path(i), "rb").read())) for i in range(30)]).permute(0, 3, 1, 2)
+
+    def read(files):
+        return torch.stack([show(data.decode(open(files.path(i), "rb").read())) for i in range(len(files))]
+                           ).permute(0, 3, 1, 2)
+    images = read(files)
     first, second, truth = logits(small, images), logits(trained, images), torch.from_numpy(files.labels)
     scores = {}  # by threshold, all that the calibration images distinguish
     for threshold in first.softmax(1).amax(1).tolist():
@@ -608,6 +612,11 @@ def test_cascade(call, tmp_path, trained, tiny):
     assert abs(result["threshold"] - least) < 1e-5
     sure = a.softmax(1).amax(1) >= result["threshold"]
     assert torch.equal(c[sure], a[sure]) and torch.allclose(c[~sure], b[~sure], atol=1e-4)
+    share = (logits(small, read(data.open_folder(tiny)[1])).softmax(1).amax(1) < result["threshold"]).double().mean()
+    whole, part, both = result["stages"]
+    assert set(both) == {*ROW, "deferred"} and abs(both["deferred"] / 100 - share) < 1e-4
+    for key, power in (("macs", 1), ("latency_ms_bs1", 1), ("images_per_second_bs32", -1)):  # of the mean image
+        assert abs(both[key] ** power / (part[key] ** power + share * whole[key] ** power) - 1) < 0.02
 
 
 def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, trained, tiny):
