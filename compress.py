@@ -326,12 +326,13 @@ def step_times(model, size, int8, repeats=5):
     return {step.name: min(column) for step, column in zip(net.steps, zip(*times))}
 
 
-def uniform(model, importance, ratio, round_to):
-    """The same share of every space goes: the least important channels of each. -> keep"""
+def uniform(model, importance, ratio, round_to, whole=None):
+    """The same share of every space goes: the least important channels of each; of `whole`, {space: channels}, where
+    some went before. -> keep"""
     keep, found = {}, spaces(model)
     for name, score in importance.items():
         size, step = found[name].size, max(1, round_to // found[name].width)
-        left = size * (1 - ratio)
+        left = (whole or {}).get(name, size) * (1 - ratio)
         if left < 0.5:
             raise UserError(f"--prune {ratio}: leaves nothing of the {size} channels of {name}", code=2)
         count = min(size, max(step, round(left / step) * step)) if ratio else size
@@ -1014,7 +1015,7 @@ class Pipeline(train.Plan):
         self.args, self.report, self.teacher, self.network = args, report, teacher, network.to(report.world.device)
         self.world, self.sets, self.checkpoint = report.world, report.sets, report.checkpoint
         self.sparse = args.sparsity or args.sparsity_2_4
-        self.pixels, self.encode, self.hooks, self.at = None, {}, [], 0
+        self.pixels, self.encode, self.hooks, self.at, self.whole = None, {}, [], 0, None
 
     def open(self, args, world):
         return train.open_data(args, world, self.checkpoint["classes"], self.checkpoint["wnids"])
@@ -1036,6 +1037,8 @@ class Pipeline(train.Plan):
         stage has one."""
         for self.at, stage in enumerate(stages, 1):
             self.rounds_left = stages[self.at - 1:].count("prune")
+            if stage == "prune" and self.whole is None:  # as it comes to the first round, which may be done already
+                self.whole = {name: space.size for name, space in spaces(self.network).items()}
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
             if not (self.args.resume and os.path.exists(path)):
                 getattr(self, stage)()
@@ -1119,15 +1122,15 @@ class Pipeline(train.Plan):
             say(f"{sum(int((~m).sum()) for m in masks.values()):,} weights are zero: the file gets smaller, the "
                 f"network not faster, {skips}")
             return
-        part = 1 / args.rounds
+        done = (args.rounds - self.rounds_left + 1) / args.rounds  # of the way, in logarithms, with this round
         pixels, labels = self.calibration() if args.importance in ("taylor", "activation") else (None, None)
         importance = rank(model, args.importance, pixels, labels, args.seed)
         if args.prune is not None and args.ranking == "layer":
-            keep = uniform(model, importance, 1 - (1 - args.prune) ** part, args.round_to)
+            keep = uniform(model, importance, 1 - (1 - args.prune) ** done, args.round_to, self.whole)
         elif args.prune is not None:
             cost = {name: (0, 0, 0, len(score)) for name, score in importance.items()}
             keep = greedy(model, importance, cost, {name: (None, name) for name in cost},
-                          sum(map(len, importance.values())) * (1 - args.prune) ** part, args.round_to)
+                          sum(map(self.whole.get, importance)) * (1 - args.prune) ** done, args.round_to)
         else:
             keep = self.reach_target(importance, 1 / self.rounds_left)
         # what the first process found: times, and a GPU's sums, are not the same in all

@@ -486,6 +486,25 @@ def test_pruning_flags(call, flags):
         assert "--prune" not in flags or after["params"] < 0.4 * before["params"]
 
 
+@pytest.mark.parametrize("ranking", ("layer", "global"))
+def test_rounds_end_where_one_round_does(ranking, monkeypatch):
+    """Rounding in one round is no start for the next: the widths of all are shares of those that the network had"""
+    model, flags = build("plain"), ["--prune", "0.5", "--rounds", "7", "--ranking", ranking, "--no-recalibrate"]
+    args = compress.get_args_parser().parse_args(flags)
+    report = SimpleNamespace(world=train.World("cpu"), sets=None, checkpoint={}, add=lambda *_: None)
+    pipeline, made = compress.Pipeline(args, report, model), []
+    monkeypatch.setattr(pipeline, "save", lambda path: made.append(pipeline.network))
+    monkeypatch.setattr(pipeline, "finetune", lambda: None)
+    monkeypatch.setattr(compress, "load_checkpoint", lambda path: None)
+    monkeypatch.setattr(compress, "build_model", lambda *_: made[-1])
+    pipeline.run(["prune", "finetune"] * 7)
+    before, after = ({name: s.size for name, s in compress.spaces(net).items()} for net in (model, made[-1]))
+    if ranking == "layer":
+        assert after == {name: min(n, max(8, round(n / 16) * 8)) for name, n in before.items()}
+    else:
+        assert 0 <= sum(before.values()) / 2 - sum(after.values()) < 8
+
+
 def test_target_latency_at_both_ends(call):
     """What is fast enough loses nothing; what no network reaches is said"""
     result = call("--target-latency", 1e6, "--int8", "--epochs", 0, "--calib-images", 8)
