@@ -1225,6 +1225,10 @@ class Pipeline(train.Plan):
         table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.network, batches[:2])
         say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
         if args.max_drop is not None and self.report.drop(self.report.score(self.network)) > args.max_drop:
+            before = self.report.rows[-1]
+            if self.report.drop(before) > args.max_drop:
+                raise UserError(f"--max-drop {args.max_drop:g}: {self.report.drop(before):.2f} points were lost before "
+                                f"int8, which layers in float do not bring back: {before['checkpoint']}", code=2)
             self.back_to_float(float_model, to_int8)
 
     def back_to_float(self, float_model, to_int8):
@@ -1242,8 +1246,11 @@ class Pipeline(train.Plan):
             self.network = to_int8(float_layers=chosen + names[:count])
             drop = self.report.drop(self.report.score(self.network))
             say(f"{count} layers in float: {drop:.2f} points lost")
-            if drop <= self.args.max_drop or count == len(names):
+            if drop <= self.args.max_drop:
                 return
+            if count == len(names):
+                raise UserError(f"--max-drop {self.args.max_drop:g}: {drop:.2f} points are lost with every layer in "
+                                "float", code=2)
             count = min(len(names), 2 * count)
 
 
