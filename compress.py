@@ -248,23 +248,24 @@ def ends(model):
 # channels it reads and makes that are left. Multiply-accumulates and parameters are of that form exactly, milliseconds
 # nearly.
 
-def cost_of(kind, model, size, int8=False):
+def cost_of(kind, model, size, int8=False, poll=lambda: None):
     """-> {key in the state dict: (a, b, c, d)} for kind "macs", "params" or "latency" (milliseconds for one image,
-    measured here), of which the last two know layers, and so their weights, alone."""
+    measured here, with poll() before each network), of which the last two know layers, and so their weights, alone."""
     if kind == "params":
         return {key: (0, parameter.numel(), 0, 0) for key, parameter in model.named_parameters()}
-    table = latency_table(model, size, int8) if kind == "latency" else {
+    table = latency_table(model, size, int8, poll) if kind == "latency" else {
         layer: (0, macs, 0, 0) for layer, macs in count_macs(model, size).items()}
     return {f"{layer}.weight": cost for layer, cost in table.items()}
 
 
-def latency_table(model, size, int8, probes=10, seed=0):
+def latency_table(model, size, int8, poll=lambda: None, probes=10, seed=0):
     """Milliseconds of each layer in its place: `probes` networks with random widths run whole, step by step timed, and
     each layer's times are fitted (least squares, no negative terms). int8: in the int8 network of this machine."""
     generator, known = torch.Generator().manual_seed(seed), ends(model)
     sizes = {name: space.size for name, space in spaces(model).items() if not follows(name)}
     samples, times = [], []
     for probe in range(probes):
+        poll()
         share = {name: float(torch.rand((), generator=generator) * 0.85 + 0.15) if probe else 1.0 for name in sizes}
         left = {name: min(n, max(8, round(n * share[name] / 8) * 8)) for name, n in sizes.items()}
         samples.append({name: left[name] / n for name, n in sizes.items()})
@@ -691,18 +692,19 @@ class Correction(Flat):
 
 
 @torch.no_grad()
-def post_training(model, batches, observer="lp", correction="weights", found=None, **more):
+def post_training(model, batches, observer="lp", correction="weights", found=None, watch=None, **more):
     """Post-training quantization of a float ResNet50 on the CPU, from `batches` of uint8 pixels (N, 3, H, W) ->
     Int8ResNet50: ranges by `observer`, then Correction, for which all pixels run at once: of "weights" and biases, of
-    "biases" alone, or "none". `found` is gather(model, batches), if it is known; `more` is quantize()'s: float_layers,
-    bits, per_tensor. `model` had better be equalise(model, batches)."""
+    "biases" alone, or "none". `found` is gather(model, batches), if it is known; watch(step, result) sees what
+    corrected layers make; `more` is quantize()'s: float_layers, bits, per_tensor. `model` had better be equalise(model,
+    batches)."""
     batches = list(batches)
     found = found or gather(model, batches)
     net = quantize(model, ranges=ranges_of(found, observer), **more)
     if correction != "none":
         limit = 2 ** (more.get("bits", 8) - 1) - 1 if correction == "weights" else None
         Correction(net, model, {name: s.mean for name, s in found.items()}, limit).run(
-            torch.cat(batches).contiguous(memory_format=torch.channels_last))
+            torch.cat(batches).contiguous(memory_format=torch.channels_last), watch=watch)
     return net
 
 
@@ -905,6 +907,12 @@ class Report:
         self.args, self.sets, self.world, self.stop, self.checkpoint = args, sets, world, stop, checkpoint
         self.rows, self.models, self.original, self.extra = [], [], None, {}
 
+    def poll(self, *_):
+        """Ends the run where a signal has asked for it: to be called as often in every process"""
+        if self.stop.poll():
+            raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
+                            f"{self.args.out}, and the same command with --resume goes on", code=75)
+
     def score(self, model):
         """-> dict(top1, top5, agreement with the first network scored; percent; images), of a cascade also the percent
         of images that were `deferred` to its big network"""
@@ -915,8 +923,7 @@ class Report:
                                on_corrupt=self.args.on_corrupt, outputs=outputs, poll=self.stop.poll)
         hook.remove()
         if score is None:
-            raise UserError(f"stopped by {self.stop.requested or 'a signal'}; the stages that are done are in "
-                            f"{self.args.out}, and the same command with --resume goes on", code=75)
+            self.poll()
         predictions = torch.cat(outputs).argmax(1).tolist() if outputs else []
         self.original = predictions if self.original is None else self.original
         same, on, total = self.world.sum(sum(a == b for a, b in zip(predictions, self.original)), sum(on),
@@ -1150,6 +1157,7 @@ class Pipeline(train.Plan):
         the outputs, share of arg-maxes kept, in percent)}"""
         table = {}
         for name, score in importance.items():
+            self.report.poll()
             smaller = prune(model, uniform(model, {name: score}, 0.5, self.args.round_to))
             table[name] = compare(model, smaller, self.calibration()[0][:64])
         say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
@@ -1163,9 +1171,10 @@ class Pipeline(train.Plan):
         args, model, size = self.args, self.network, self.network.preprocess["crop"]
         kind = next(k for k in TARGETS if getattr(args, "target_" + k) is not None)
         goal, int8 = getattr(args, "target_" + kind), args.int8 or args.qat
-        cost = cost_of(kind, model, size, int8)
+        # times are the first process's: as many polls in all
+        cost = self.world.gather(cost_of(kind, model, size, int8, self.report.poll))[0]
         total = sum(map(sum, cost.values()))
-        now = milliseconds(model, size, int8) if kind == "latency" else total
+        now = self.world.gather(milliseconds(model, size, int8))[0] if kind == "latency" else total
         if now <= goal:
             say(f"--target-{kind} {goal:g}: the network is there already, at {now:.6g}")
             return {name: torch.arange(len(score)) for name, score in importance.items()}
@@ -1175,7 +1184,8 @@ class Pipeline(train.Plan):
             keep = greedy(model, importance, cost, ends(model), budget, args.round_to)
             if kind != "latency":
                 return keep
-            reached = milliseconds(prune(model, keep), size, int8)
+            self.report.poll()
+            reached = self.world.gather(milliseconds(prune(model, keep), size, int8))[0]
             say(f"latency {now:.2f} -> {reached:.2f} ms, {target:.2f} wanted")
             tried.append((abs(math.log(reached / target)), budget, reached, keep))
             if abs(reached / target - 1) < 0.03:
@@ -1219,8 +1229,8 @@ class Pipeline(train.Plan):
             return
         float_model, batches = self.equalised()
         found = gather(float_model, batches)
-        to_int8 = functools.partial(post_training, float_model, batches, args.observer, args.correction, found,
-                                    **self.grid())
+        to_int8 = functools.partial(post_training, float_model, batches, args.observer, found=found,
+                                    correction=args.correction, watch=self.report.poll, **self.grid())
         self.network = to_int8(float_layers=args.float_layers)
         table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.network, batches[:2])
         say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
@@ -1233,13 +1243,17 @@ class Pipeline(train.Plan):
 
     def back_to_float(self, float_model, to_int8):
         """Layers return to float, those first whose return brings the logits of the calibration images nearest to the
-        float network's, until the drop is within --max-drop."""
-        pixels, chosen = self.calibration()[0][:64].cpu(), list(self.args.float_layers)
+        float network's, until the drop is within --max-drop. Ranked without correction, which takes a minute each."""
+        pixels, chosen, gains = self.calibration()[0][:64].cpu(), list(self.args.float_layers), {}
         names = [s.name for s in self.network.steps if s.kind in ("conv", "linear") and s.name not in chosen]
-        gains = {name: compare(float_model, to_int8(float_layers=chosen + [name]), pixels)[0] for name in names}
+        for i, name in enumerate(["", *names]):
+            self.report.poll()
+            if i % 10 == 1:
+                say(f"layers {i} to {min(i + 9, len(names))} of {len(names)}: what their return to float would bring")
+            net = to_int8(float_layers=chosen + [name] * (i > 0), correction="none")
+            gains[name] = compare(float_model, net, pixels)[0]
         names.sort(key=gains.get)
-        base, _ = compare(float_model, self.network.cpu(), pixels)
-        say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {base:.3e})")
+        say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {gains['']:.3e})")
         say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
         count = 1
         while True:

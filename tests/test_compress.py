@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 from unittest import mock
 
@@ -519,7 +520,7 @@ def test_target_latency_is_approached_whatever_the_table_says(call, trained, mon
     def clock(model, size, int8):
         return sum(resnet50.count_macs(model, size).values()) ** power
     monkeypatch.setattr(compress, "milliseconds", clock)
-    monkeypatch.setattr(compress, "latency_table", lambda model, size, int8: {
+    monkeypatch.setattr(compress, "latency_table", lambda model, size, int8, poll: {
         name: (0, macs, 0, 0) for name, macs in resnet50.count_macs(model, size).items()})
     goal = clock(resnet50.build_model(resnet50.load_checkpoint(trained), trained), 32, True) * 0.4
     result = call("--target-latency", goal, "--int8", "--epochs", 0, "--calib-images", 8, "--round-to", 1)
@@ -615,6 +616,25 @@ def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call, tmp_
         assert caught.value.code == 2 and not (tmp_path / f"out{len(more)}" / "best.pt").exists()
     chosen = call("--int8", "--float-layers", "conv1", "fc", "--calib-images", 20, "--overwrite")
     assert resnet50.load_checkpoint(chosen["checkpoint"])["config"]["float_layers"] == ["conv1", "fc"]
+
+
+@pytest.mark.parametrize("work, flags", [
+    ("covariance", ["--int8"]), ("step_times", ["--target-latency", 1e-3, "--epochs", 0]),
+    ("compare", ["--prune", 0.5, "--sensitivity", "--epochs", 0]),
+    ("compare", ["--int8", "--weight-bits", 2, "--correction", "none", "--max-drop", 0])])
+def test_a_stop_waits_for_one_layer_not_for_all(call, monkeypatch, work, flags):
+    calls, inner = [], getattr(compress, work)
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*args)
+    monkeypatch.setattr(compress, work, interrupted)
+    monkeypatch.setattr(compress.Report, "accuracy", lambda self, row: row["agreement"])
+    with pytest.raises(UserError, match="stopped by SIGTERM; .* --resume goes on") as caught:
+        call(*flags, "--calib-images", 8)
+    assert caught.value.code == 75 and len(calls) == 2
 
 
 def test_cascade(call, tmp_path, trained, tiny):
@@ -920,7 +940,7 @@ def test_two_processes(run, trained, tmp_path):
     clocks = ("from resnet50 import count_macs\n"
               "script.milliseconds = lambda model, size, int8: "
               "sum(count_macs(model, size).values()) * (1 + 0.3 * int(os.environ['RANK']))\n"
-              "script.latency_table = lambda model, size, int8: "
+              "script.latency_table = lambda model, size, int8, poll: "
               "{name: (0, macs, 0, 0) for name, macs in count_macs(model, size).items()}\n")
     result = run("--checkpoint", trained, "--target-latency", 5e5, "--int8", "--epochs", 2, "--calib-images", 20,
                  "--round-to", 4, "--workers", 0, "--device", "cpu", "--out", tmp_path / "out", script="compress.py",
