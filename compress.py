@@ -468,6 +468,7 @@ def load_teacher(name, model, classes, device, stride_on=None):
     if count != model.config["num_classes"] or (names and classes and list(names) != list(classes)):
         raise UserError(f"--distill {name}: has other classes ({count}) than the student "
                         f"({model.config['num_classes']})")
+    check_finite(teacher, f"--distill {name}")
     return teacher.to(device, memory_format=torch.channels_last)
 
 
@@ -1519,6 +1520,12 @@ def check_args(args):
         args.int8 = True
 
 
+def check_finite(model, source):
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{source}: {name} holds values that are not finite")
+
+
 def open_model(args):
     """-> what load_some_model returns, of a float ResNet50 whose weights are finite"""
     model, checkpoint, source = load_some_model(args, DEFAULTS, trains=True)
@@ -1527,9 +1534,7 @@ def open_model(args):
     if model.config.get("adapter"):
         raise UserError(f"{source}: has adapters, which are neither pruned nor quantized; finetune.py --strategy lora "
                         "leaves a plain network")
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"{source}: {name} holds values that are not finite")
+    check_finite(model, source)
     size = argparse.Namespace(image_size=args.image_size, val_size=None, val_resize=None, interpolation=None)
     model.preprocess = train.preprocess_of(size, model.preprocess)
     return model, checkpoint, source
@@ -1628,6 +1633,8 @@ def cascade(args, world, stop):
         says = dict.fromkeys(("stride_on", "attention", "stem")) if foreign and path not in foreign else {}
         return load_model(argparse.Namespace(**{**vars(args), "checkpoint": path, **says}))
     (small, other, _), (big, checkpoint, _) = map(member, args.cascade)
+    for net, path in zip((small, big), args.cascade):
+        check_finite(net, f"--cascade: {path}")
     small, big = small.to(world.device), big.to(world.device)
     if other["classes"] != checkpoint["classes"]:
         raise UserError(f"--cascade: {args.cascade[0]} and {args.cascade[1]} have different classes")

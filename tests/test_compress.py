@@ -892,6 +892,11 @@ def test_checkpoints_that_cannot_be_compressed(call, tmp_path, trained):
     resnet50.save_checkpoint(str(tmp_path / "nan.pt"), model, classes=classes)
     with pytest.raises(UserError, match=r"nan.pt: layer3.0.conv2.weight holds values that are not finite"):
         call("--int8", checkpoint=str(tmp_path / "nan.pt"))
+    for flags in (["--distill", tmp_path / "nan.pt"], ["--cascade", trained, tmp_path / "nan.pt"],
+                  ["--cascade", tmp_path / "nan.pt", trained]):
+        with pytest.raises(UserError, match=rf"{flags[0]}.* .*nan.pt: layer3.0.conv2.weight holds") as caught:
+            call(*flags, "--out", tmp_path / "zero")
+        assert caught.value.code == 3 and not (tmp_path / "zero").exists()
     int8 = call("--int8", "--calib-images", 10)["checkpoint"]
     with pytest.raises(UserError, match="is int8, which cannot be trained"):
         call("--prune", 0.5, "--out", tmp_path / "second", checkpoint=int8)
