@@ -327,7 +327,14 @@ def step_times(model, size, int8, repeats=5):
     return {step.name: min(column) for step, column in zip(net.steps, zip(*times))}
 
 
-def uniform(model, importance, ratio, round_to, whole=None):
+class Unreachable(UserError):
+    """No channels that could go are left, and more were asked for"""
+
+    def __init__(self, message):
+        super().__init__(message, code=2)
+
+
+def uniform(model, importance, ratio, round_to, whole=None, flag="pruning"):
     """The same share of every space goes: the least important channels of each; of `whole`, {space: channels}, where
     some went before. -> keep"""
     keep, found = {}, spaces(model)
@@ -335,15 +342,15 @@ def uniform(model, importance, ratio, round_to, whole=None):
         size, step = found[name].size, max(1, round_to // found[name].width)
         left = (whole or {}).get(name, size) * (1 - ratio)
         if left < 0.5:
-            raise UserError(f"--prune {ratio}: leaves nothing of the {size} channels of {name}", code=2)
+            raise Unreachable(f"{flag}: leaves nothing of the {size} channels of {name}")
         count = min(size, max(step, round(left / step) * step)) if ratio else size
         keep[name] = score.topk(count).indices.sort().values
     return keep
 
 
-def greedy(model, importance, cost, ends, budget, round_to):
+def greedy(model, importance, cost, ends, budget, round_to, floor=0.1, flag="pruning"):
     """Takes `round_to` channels at a time where the importance lost per cost saved is least, until the sum of `cost`
-    is within the budget; `ends` says which spaces its keys read and make. No space loses more than nine tenths.
+    is within the budget; `ends` says which spaces its keys read and make. No space keeps less than the share `floor`.
     -> keep"""
     found = spaces(model)
     touching = {name: [key for key in cost if name in ends[key]] for name in importance}
@@ -360,7 +367,7 @@ def greedy(model, importance, cost, ends, budget, round_to):
         """-> (importance lost per cost saved, cost saved, name, channels left)"""
         step = max(1, round_to // found[name].width)
         count = left[name] - (left[name] % step or step)
-        if count < max(step, found[name].size / 10):
+        if count < max(step, found[name].size * floor):
             return math.inf, 0.0, name, left[name]
         before, now = sum(map(price, touching[name])), left[name]
         lost = (total_of[name][now] - total_of[name][count]).item()
@@ -369,12 +376,13 @@ def greedy(model, importance, cost, ends, budget, round_to):
         left[name] = now
         return lost / saved if saved > 0 else math.inf, saved, name, count
 
-    total = sum(map(price, cost))
+    total = whole = sum(map(price, cost))
     while total > budget:
         loss, saved, name, count = min(map(attempt, importance), key=lambda offer: offer[0])
         if loss == math.inf:
-            raise UserError(f"the target cannot be reached: with a tenth of every layer {total:.4g} are left, "
-                            f"{budget:.4g} were asked for", code=2)
+            raise Unreachable(f"{flag}: cannot be reached: with {100 * floor:.3g} % of every layer, in multiples of "
+                              f"--round-to {round_to}, {100 * total / whole:.3g} % of the network is left, "
+                              f"{100 * budget / whole:.3g} % was asked for")
         total -= saved
         left[name] = count
     return {name: order[name].indices[:left[name]].sort().values for name in importance}
@@ -1114,7 +1122,8 @@ class Pipeline(train.Plan):
             student = torchvision_model(self.args.student, config["num_classes"])
         else:
             full = ResNet50(**config)
-            keep = uniform(full, rank(full, "random", None, None), 1 - share, self.args.round_to)
+            keep = uniform(full, rank(full, "random", None, None), 1 - share, self.args.round_to,
+                           flag=f"--student {self.args.student}")
             student = ResNet50(**prune(full, keep).config)
         student.preprocess = dict(self.network.preprocess)
         return student
@@ -1134,11 +1143,13 @@ class Pipeline(train.Plan):
         pixels, labels = self.calibration() if args.importance in ("taylor", "activation") else (None, None)
         importance = rank(model, args.importance, pixels, labels, args.seed)
         if args.prune is not None and args.ranking == "layer":
-            keep = uniform(model, importance, 1 - (1 - args.prune) ** done, args.round_to, self.whole)
+            keep = uniform(model, importance, 1 - (1 - args.prune) ** done, args.round_to, self.whole,
+                           f"--prune {args.prune:g}")
         elif args.prune is not None:
             cost = {name: (0, 0, 0, len(score)) for name, score in importance.items()}
             keep = greedy(model, importance, cost, {name: (None, name) for name in cost},
-                          sum(map(self.whole.get, importance)) * (1 - args.prune) ** done, args.round_to)
+                          sum(map(self.whole.get, importance)) * (1 - args.prune) ** done, args.round_to,
+                          min(0.1, (1 - args.prune) / 2), f"--prune {args.prune:g} --ranking global")
         else:
             keep = self.reach_target(importance, 1 / self.rounds_left)
         # what the first process found: times, and a GPU's sums, are not the same in all
@@ -1182,7 +1193,8 @@ class Pipeline(train.Plan):
         target = now * (goal / now) ** part
         budget, tried = total * target / now, []
         for _ in range(6):  # what the table of latencies says is corrected by what the pruned network takes
-            keep = greedy(model, importance, cost, ends(model), budget, args.round_to)
+            keep = greedy(model, importance, cost, ends(model), budget, args.round_to,
+                          flag=f"--target-{kind} {goal:g}")
             if kind != "latency":
                 return keep
             self.report.poll()
@@ -1570,7 +1582,12 @@ def auto(args, report, model, teacher):
         run = argparse.Namespace(**{**vars(args), "prune": ratio or None, "int8": True, "max_drop": None,
                                     "out": os.path.join(args.out, f"prune-{ratio:g}")})
         first = len(report.rows)
-        Pipeline(run, report, copy.deepcopy(model), teacher).run(stage_list(run))
+        try:
+            Pipeline(run, report, copy.deepcopy(model), teacher).run(stage_list(run))
+        except Unreachable as error:  # before its first row
+            say(str(error))
+            tried[ratio] = False
+            return
         for row in report.rows[first:]:
             row["stage"] = f"{ratio:g} {row['stage']}"
         tried[ratio] = report.drop(report.rows[-1]) <= allowed

@@ -487,11 +487,11 @@ def test_pruning_flags(call, flags):
         assert "--prune" not in flags or after["params"] < 0.4 * before["params"]
 
 
-@pytest.mark.parametrize("ranking", ("layer", "global"))
-def test_rounds_end_where_one_round_does(ranking, monkeypatch):
+@pytest.mark.parametrize("ranking, ratio, step", [("layer", 0.5, 8), ("global", 0.5, 8), ("global", 0.9, 1)])
+def test_rounds_end_where_one_round_does(ranking, ratio, step, monkeypatch):
     """Rounding in one round is no start for the next: the widths of all are shares of those that the network had"""
-    model, flags = build("plain"), ["--prune", "0.5", "--rounds", "7", "--ranking", ranking, "--no-recalibrate"]
-    args = compress.get_args_parser().parse_args(flags)
+    model, flags = build("plain"), f"--prune {ratio} --rounds 7 --ranking {ranking} --no-recalibrate --round-to {step}"
+    args = compress.get_args_parser().parse_args(flags.split())
     report = SimpleNamespace(world=train.World("cpu"), sets=None, checkpoint={}, add=lambda *_: None)
     pipeline, made = compress.Pipeline(args, report, model), []
     monkeypatch.setattr(pipeline, "save", lambda path: made.append(pipeline.network))
@@ -503,7 +503,7 @@ def test_rounds_end_where_one_round_does(ranking, monkeypatch):
     if ranking == "layer":
         assert after == {name: min(n, max(8, round(n / 16) * 8)) for name, n in before.items()}
     else:
-        assert 0 <= sum(before.values()) / 2 - sum(after.values()) < 8
+        assert 0 <= sum(before.values()) * (1 - ratio) - sum(after.values()) < step
 
 
 def test_target_latency_at_both_ends(call):
@@ -689,6 +689,16 @@ def test_auto_says_where_no_network_gains_as_much_as_is_asked(call, monkeypatch)
     assert caught.value.code == 2
 
 
+def test_auto_takes_a_ratio_that_no_widths_reach_for_too_much(call, monkeypatch):
+    def run(self, stages):
+        if self.args.prune and self.args.prune > 0.3:
+            raise compress.Unreachable("no widths")
+        self.report.add("same", self.network, None)
+    monkeypatch.setattr(compress.Pipeline, "run", run)
+    stages = [row["stage"] for row in call("--auto", "--ranking", "global")["stages"]]
+    assert stages[:3] == ["original", "0 same", "0.25 same"] and "0.5 same" not in stages
+
+
 def test_auto(call, tmp_path):
     result = call("--auto", "--max-drop", 100, "--epochs", 1, "--calib-images", 20)
     stages = [r["stage"] for r in result["stages"]]
@@ -739,7 +749,9 @@ def test_images_without_labels(call, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("flags, code, text", [
-    (("--prune", "0.999", "--round-to", "1"), 2, "leaves nothing"),
+    (("--prune", "0.999", "--round-to", "1"), 2, "--prune 0.999: leaves nothing"),
+    (("--prune", "0.99", "--ranking", "global"), 2, "--prune 0.99 --ranking global: cannot be reached: with 0.5 % of"),
+    (("--student", "0.001", "--distill", "TRAINED", "--epochs", "1"), 2, "--student 0.001: leaves nothing"),
     (("--prune", "0.5", "--target-macs", "1e6"), 2, "exclude each other"),
     (("--int8", "--data", "EMPTY"), 3, "no images"),
     (("--int8", "--data", "nowhere"), 3, "nowhere: no such folder"),
