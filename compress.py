@@ -1069,8 +1069,9 @@ class Pipeline(train.Plan):
         return os.path.join(self.args.out, name if name == "best" else f"{self.at}-{name}")
 
     def save(self, path):
-        encode = self.encode or {key: "sparse" for key, value in self.network.state_dict().items()
-                                 if self.sparse and value.ndim > 1 and (value == 0).float().mean() > 0.3}
+        encode = self.encode or {key: "sparse" for key, value in self.network.state_dict().items()  # a bit each
+                                 if self.sparse and value.ndim > 1
+                                 and (value == 0).float().mean() > 1 / (8 * value.element_size())}
         self.report.save(path, self.network, encode)
 
     def calibration(self):
