@@ -1668,7 +1668,8 @@ def cascade(args, world, stop):
     gain = (guess == truth)[order].double() - (second.argmax(1) == truth)[order].double()
     lost = -100 * gain.cumsum(0) / len(gain)  # points below BIG if SMALL answers the surest so many
     whole = F.pad(sure[order].diff() != 0, (0, 1), value=True)  # no threshold parts images that are equally sure
-    allowed = (whole & (lost <= (0.5 if args.max_drop is None else args.max_drop))).nonzero()
+    most = 0.5 if args.max_drop is None else args.max_drop
+    allowed = (whole & (lost <= most)).nonzero()
     count = int(allowed[-1]) + 1 if len(allowed) else 0
     model.threshold = sure[order[count - 1]].item() if count else 1.0
     if not count and (sure == 1).any():  # which no threshold sends on
@@ -1680,6 +1681,9 @@ def cascade(args, world, stop):
     report.add("small", small, args.cascade[0])
     report.save(path, model)
     report.add("cascade", model, path)
+    if (drop := report.drop(report.rows[-1])) > most:
+        say(f"--max-drop {most:g} chose the threshold on {len(sure)} calibration images; of the "
+            f"{report.rows[-1]['images']} evaluated ones {drop:.2f} points are lost: more --calib-images know better")
     report.time()
     return finish(report, threshold=model.threshold)
 

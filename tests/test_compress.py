@@ -668,7 +668,7 @@ def test_cascade(call, tmp_path, trained, tiny):
         assert abs(both[key] ** power / (part[key] ** power + share * whole[key] ** power) - 1) < 0.02
 
 
-def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, trained, tiny):
+def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, trained, tiny, capsys):
     """A threshold sends all images of one probability the same way, and none those of exactly 1"""
     model = resnet50.build_model(resnet50.load_checkpoint(trained), trained)
     for name, weight, bias in (("constant", 0.0, torch.arange(10.0)), ("sure", 1e5, torch.zeros(10))):
@@ -679,6 +679,8 @@ def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, train
     flags = ("--data", tiny, "--calib-images", 50, "--max-drop", -1)  # first come the one class that it knows
     found = call("--cascade", tmp_path / "constant.pt", trained, *flags)
     assert found["threshold"] == 1 and found["after"]["agreement"] == 100
+    assert "--max-drop -1 chose the threshold on 50 calibration images; of the 29 evaluated ones 0.00 points are " \
+        "lost" in capsys.readouterr().err
     with pytest.raises(UserError, match="sure.pt: gives wrong answers a probability of 1"):
         call("--cascade", tmp_path / "sure.pt", trained, *flags[:-1], -90, "--overwrite")
 
