@@ -914,7 +914,8 @@ class Report:
 
     def __init__(self, args, sets, world, stop, checkpoint):
         self.args, self.sets, self.world, self.stop, self.checkpoint = args, sets, world, stop, checkpoint
-        self.rows, self.models, self.original, self.extra = [], [], None, {}
+        self.rows, self.models, self.original = [], [], None
+        self.tables, self.extra = {}, {}  # what stages found, which their checkpoints keep; networks beside the rows
 
     def poll(self, *_):
         """Ends the run where a signal has asked for it: to be called as often in every process"""
@@ -966,7 +967,7 @@ class Report:
         """The checkpoint of a network with the first one's classes and training, for all processes to read"""
         if self.world.rank == 0:
             save_checkpoint(path, model, classes=self.checkpoint["classes"], wnids=self.checkpoint["wnids"],
-                            args=self.checkpoint["args"], encode=encode)
+                            metrics=self.tables, args=self.checkpoint["args"], encode=encode)
         self.world.barrier()
 
     @torch.no_grad()
@@ -1059,7 +1060,9 @@ class Pipeline(train.Plan):
             if not (self.args.resume and os.path.exists(path)):
                 getattr(self, stage)()
                 self.save(path)
-            self.network = build_model(load_checkpoint(path), path).to(self.world.device)
+            saved = load_checkpoint(path)
+            self.network = build_model(saved, path).to(self.world.device)
+            self.report.tables.update(saved["metrics"])
             self.report.add(stage, self.network, path)
             if stage == "prune" and not {"finetune", "qat"}.intersection(stages):
                 say("pruned and not trained since, which costs most of the accuracy: next, --epochs 5 instead of 0, or "
@@ -1176,7 +1179,7 @@ class Pipeline(train.Plan):
         say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
         for name, (kl, same) in sorted(table.items(), key=lambda item: -item[1][0]):
             say(f"{name:24}{kl:>14.3e}{same:>10.1f}")
-        self.report.extra["sensitivity"] = table
+        self.report.tables["sensitivity"] = table
 
     def reach_target(self, importance, part):
         """-> what prune keeps to go `part` of the way, in logarithms, to --target-macs, --target-params or
@@ -1246,14 +1249,14 @@ class Pipeline(train.Plan):
         to_int8 = functools.partial(post_training, float_model, batches, args.observer, found=found,
                                     correction=args.correction, watch=self.report.poll, **self.grid())
         self.network = to_int8(float_layers=args.float_layers)
-        table = self.report.extra["signal_to_noise_db"] = signal_to_noise(float_model, self.network, batches[:2])
-        say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
         if args.max_drop is not None and self.report.drop(self.report.score(self.network)) > args.max_drop:
             before = self.report.rows[-1]
             if self.report.drop(before) > args.max_drop:
                 raise UserError(f"--max-drop {args.max_drop:g}: {self.report.drop(before):.2f} points were lost before "
                                 f"int8, which layers in float do not bring back: {before['checkpoint']}", code=2)
             self.back_to_float(float_model, to_int8)
+        table = self.report.tables["signal_to_noise_db"] = signal_to_noise(float_model, self.network.cpu(), batches[:2])
+        say("\n".join([f"{'layer':24}{'signal to noise, dB':>20}"] + [f"{k:24}{v:>20.1f}" for k, v in table.items()]))
 
     def back_to_float(self, float_model, to_int8):
         """Layers return to float, those first whose return brings the logits of the calibration images nearest to the
@@ -1488,8 +1491,7 @@ def check_args(args):
             (args.distill, "--distill", "kd_loss", "kd_temperature", "kd_alpha", "kd_features"),
             (args.qat, "--qat", "qat_epochs", "qat_ranges", "freeze_bn_epochs"),
             (int8 or args.qat, "--int8, --qat or --auto", "observer", "equalise", "weight_bits", "per_tensor"),
-            (int8, "--int8 or --auto", "correction"),
-            (int8 and not args.qat, "--int8 or --auto, and not with --qat", "float_layers"),
+            (int8 and not args.qat, "--int8 or --auto, and not with --qat", "correction", "float_layers"),
             ((int8 or args.cascade) and not args.qat, "--int8, --auto or --cascade, and not with --qat", "max_drop"),
             (channels and args.epochs, "--prune or a --target-..., and --epochs", "rounds"),
             (channels or share is not None or args.auto, "--prune, --target-..., --auto or a share as --student",
@@ -1582,7 +1584,7 @@ def auto(args, report, model, teacher):
     def attempt(ratio):
         run = argparse.Namespace(**{**vars(args), "prune": ratio or None, "int8": True, "max_drop": None,
                                     "out": os.path.join(args.out, f"prune-{ratio:g}")})
-        first = len(report.rows)
+        first, report.tables = len(report.rows), {}
         try:
             Pipeline(run, report, copy.deepcopy(model), teacher).run(stage_list(run))
         except Unreachable as error:  # before its first row
@@ -1602,8 +1604,9 @@ def auto(args, report, model, teacher):
     if not (within := [r for r in report.rows if report.drop(r) <= allowed]):
         raise UserError(f"--max-drop {allowed:g}: no network that was tried gains so much; they are in {args.out}", 2)
     chosen = min(within, key=lambda r: r["latency_ms_bs1"])
-    path = os.path.join(args.out, "best.pt")
-    report.save(path, report.models[report.rows.index(chosen)])
+    path, at = os.path.join(args.out, "best.pt"), report.rows.index(chosen)
+    report.tables = load_checkpoint(chosen["checkpoint"])["metrics"] if at else {}
+    report.save(path, report.models[at])
     if report.world.rank == 0:
         write_atomic(os.path.join(args.out, "pareto.svg"), pareto_svg(report.rows, chosen, report.accuracy).encode())
     report.rows.append({**chosen, "checkpoint": path, "bytes": os.path.getsize(path)})
@@ -1693,7 +1696,8 @@ def finish(report, **more):
     say(report.table())
     before, after = report.rows[0], report.rows[-1]
     result = dict(top1=after["top1"], top5=after["top5"], agreement=after["agreement"], before=before, after=after,
-                  stages=report.rows, checkpoint=after["checkpoint"], data=report.sets.root, **report.extra, **more)
+                  stages=report.rows, checkpoint=after["checkpoint"], data=report.sets.root, **report.tables,
+                  **report.extra, **more)
     if report.world.rank == 0:
         write_atomic(os.path.join(report.args.out, "report.json"), json.dumps(result, indent=1).encode())
     return result

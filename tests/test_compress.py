@@ -460,6 +460,7 @@ def test_prune_and_int8(call, tmp_path, trained, tiny, run):
     again = call("--prune", 0.5, "--int8", "--epochs", 1, "--calib-images", 20, "--resume")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.pt")} == written
     assert [r["top1"] for r in again["stages"]] == [r["top1"] for r in result["stages"]]
+    assert len(result["signal_to_noise_db"]) > 50 and again["signal_to_noise_db"] == result["signal_to_noise_db"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -607,7 +608,7 @@ def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call, tmp_
     chosen = [s.name for s in steps if s.kind == "conv"][12:]  # by hand, so that few are ranked
     flags = ("--int8", "--calib-images", 8, "--correction", "none", "--weight-bits", 2, "--float-layers", *chosen)
     result = call(*flags, "--max-drop", 30)
-    assert result["agreement"] >= 70
+    assert result["agreement"] >= 70 and result["signal_to_noise_db"]["fc"] > 0  # of the network that was kept
     config = resnet50.load_checkpoint(result["checkpoint"])["config"]
     assert set(chosen) < set(config["float_layers"])
     for more, text in (("--max-drop", -50), "-50: 0.00 points were lost before int8"), (
@@ -696,10 +697,16 @@ def test_auto_takes_a_ratio_that_no_widths_reach_for_too_much(call, monkeypatch)
     def run(self, stages):
         if self.args.prune and self.args.prune > 0.3:
             raise compress.Unreachable("no widths")
-        self.report.add("same", self.network, None)
+        self.report.tables["of"] = self.args.prune
+        self.report.save(path := f"{self.report.args.out}/{self.args.prune}.pt", self.network)
+        self.report.add("same", self.network, path)
     monkeypatch.setattr(compress.Pipeline, "run", run)
-    stages = [row["stage"] for row in call("--auto", "--ranking", "global")["stages"]]
+    clock = iter(range(100, 0, -1))  # the last is the fastest
+    monkeypatch.setattr(compress, "measure", lambda *_: next(clock))
+    result = call("--auto", "--ranking", "global")
+    stages = [row["stage"] for row in result["stages"]]
     assert stages[:3] == ["original", "0 same", "0.25 same"] and "0.5 same" not in stages
+    assert stages[-1] == f"{result['of']} same"  # tables are the chosen network's
 
 
 def test_auto(call, tmp_path):
@@ -790,7 +797,8 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--cascade", "TRAINED", "TRAINED", "--checkpoint", "TRAINED"), 2, "--checkpoint: --cascade"),
     (("--auto", "--prune", "0.5"), 2, "--auto decides by itself"),
     (("--sparsity", "0.5", "--rounds", "2"), 2, "--rounds goes with"),
-    (("--int8", "--correction", "biases", "--qat", "--round-to", "4"), 2, "--round-to goes with"),
+    (("--int8", "--observer", "mse", "--qat", "--round-to", "4"), 2, "--round-to goes with"),
+    (("--int8", "--qat", "--correction", "none"), 2, "--correction goes with --int8 or --auto, and not with --qat"),
     (("--qat", "--correction", "biases"), 2, "--correction goes with --int8 or --auto"),
     (("--int8", "--qat", "--float-layers", "fc"), 2, "--float-layers goes with --int8 or --auto, and not with --qat"),
     (("--int8", "--int4-weights", "32"), 2, "--int4-weights excludes"),
