@@ -1443,14 +1443,18 @@ RUN_FILES = r"(prune-[\d.]+/)?(best\.pt|\d+-\w+(/best|/last)?\.pt|(report|args)\
 
 
 def prepare_out(args, world, inputs):
-    """Refuses an --out that holds something, unless --overwrite or --resume says what shall become of it: the one not
-    where it would delete one of the files `inputs`, the other not with other flags than args.json there has. What an
-    attempt before this one has begun (torchrun --max-restarts) goes on by itself."""
+    """Refuses an --out that holds more than a run that made nothing, unless --overwrite or --resume says what shall
+    become of it: the one not where it would delete one of the files `inputs`, the other not without args.json there or
+    with other flags than it has. What an attempt before this one has begun (torchrun --max-restarts) goes on by
+    itself."""
     if world.restarted(args.out):
         args.resume, args.overwrite = "auto", False
-    if os.path.isdir(args.out) and os.listdir(args.out) and not (args.overwrite or args.resume):
+    holds = os.listdir(args.out) if os.path.isdir(args.out) else []
+    if set(holds) - {"args.json"} and not (args.overwrite or args.resume):
         raise UserError(f"{args.out} is not empty: --resume goes on, --overwrite starts anew, --out names another "
                         "folder", code=2)
+    if args.resume and holds and "args.json" not in holds:
+        raise UserError(f"--resume: {args.out} holds no args.json, and so no run of compress.py", code=2)
     flags, path = {k: v for k, v in vars(args).items() if k not in ANY_TIME}, os.path.join(args.out, "args.json")
     there = glob.glob(os.path.join(glob.escape(args.out), "**"), recursive=True) if args.overwrite else ()
     old = [name for name in there if re.fullmatch(RUN_FILES, os.path.relpath(name, args.out))]

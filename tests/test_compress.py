@@ -511,8 +511,9 @@ def test_target_latency_at_both_ends(call):
     """What is fast enough loses nothing; what no network reaches is said"""
     result = call("--target-latency", 1e6, "--int8", "--epochs", 0, "--calib-images", 8)
     assert result["stages"][1]["params"] == result["before"]["params"]
-    with pytest.raises(UserError, match="cannot be reached"):
-        call("--target-latency", 1e-6, "--int8", "--epochs", 0, "--overwrite")
+    for flags in ("--int8", "--overwrite"), ("--prune", 0.9, "--ranking", "global"):  # nothing came of the first
+        with pytest.raises(UserError, match="cannot be reached"):
+            call(*["--target-latency", 1e-6] * ("--prune" not in flags), *flags, "--epochs", 0)
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 2])
@@ -840,6 +841,9 @@ def test_other_flags_do_not_resume_and_inputs_are_not_overwritten(call, tmp_path
     only = tmp_path / "only"
     only.mkdir()
     os.link(trained, only / "best.pt")
+    with pytest.raises(UserError, match="--resume: .*only holds no args.json") as caught:
+        call("--int8", "--resume", "--out", only)
+    assert caught.value.code == 2
     for flags in (["--checkpoint", only / "best.pt"], ["--checkpoint", trained, "--distill", only / "best.pt"]):
         with pytest.raises(UserError, match="--overwrite would delete .*best.pt, which is read"):
             call("--prune", 0.5, "--overwrite", "--out", only, *flags, checkpoint=None)
