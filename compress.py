@@ -1,6 +1,6 @@
 """Make a trained network smaller and faster, and measure what that costs.
 
-  python compress.py --prune 0.5 --int8                       # runs/train/best.pt: half the channels, fine-tuned, int8
+  python compress.py --prune 0.5 --int8    # runs/{finetune,train}/best.pt: half the channels, fine-tuned, int8
   python compress.py --int8 --checkpoint FILE --data FOLDER   # post-training quantization, as without flags: minutes
   python compress.py --qat --checkpoint FILE --data FOLDER    # quantization-aware training
   python compress.py --target-latency 5 --int8                # milliseconds per image on this machine
@@ -472,10 +472,12 @@ def load_teacher(name, model, classes, device, stride_on=None):
     teacher, names = build_model(checkpoint, name, stride_on=stride_on if foreign else None), checkpoint["classes"]
     if teacher.precision != "float":
         raise UserError(f"--distill {name}: is not a float network but {teacher.precision}")
-    count = teacher.config["num_classes"]
-    if count != model.config["num_classes"] or (names and classes and list(names) != list(classes)):
-        raise UserError(f"--distill {name}: has other classes ({count}) than the student "
-                        f"({model.config['num_classes']})")
+    count, mine = teacher.config["num_classes"], model.config["num_classes"]
+    if count != mine:
+        raise UserError(f"--distill {name}: has other classes ({count}) than the student ({mine})")
+    for theirs, ours in zip(names or (), classes or ()):
+        if theirs != ours:
+            raise UserError(f"--distill {name}: has other classes than the student, {theirs!r} in place of {ours!r}")
     check_finite(teacher, f"--distill {name}")
     return teacher.to(device, memory_format=torch.channels_last)
 
@@ -1064,7 +1066,7 @@ class Pipeline(train.Plan):
             self.network = build_model(saved, path).to(self.world.device)
             self.report.tables.update(saved["metrics"])
             self.report.add(stage, self.network, path)
-            if stage == "prune" and not {"finetune", "qat"}.intersection(stages):
+            if stage == "prune" and not {"finetune", "qat"}.intersection(stages[self.at:]):
                 say("pruned and not trained since, which costs most of the accuracy: next, --epochs 5 instead of 0, or "
                     f"python finetune.py --strategy full --checkpoint {path} --data {self.sets.root}")
 
@@ -1158,6 +1160,9 @@ class Pipeline(train.Plan):
             keep = self.reach_target(importance, 1 / self.rounds_left)
         # what the first process found: times, and a GPU's sums, are not the same in all
         keep = self.world.gather(keep)[0]
+        if args.prune and self.rounds_left == 1 and all(len(keep[name]) == self.whole[name] for name in keep):
+            raise Unreachable(f"--prune {args.prune:g}: in multiples of --round-to {args.round_to} every layer stays "
+                              "as it is")
         self.network = prune(model, keep)
         if args.sensitivity:
             self.say_sensitivity(model, importance)
@@ -1169,13 +1174,14 @@ class Pipeline(train.Plan):
         say(widths_line(model, keep))
 
     def say_sensitivity(self, model, importance):
-        """Of the network as it came to this stage, each space alone pruned by half -> into the report, {space: (KL of
-        the outputs, share of arg-maxes kept, in percent)}"""
+        """Of the network as it came to this stage, each space alone pruned by half, where rounding lets some channels
+        go -> into the report, {space: (KL of the outputs, share of arg-maxes kept, in percent)}"""
         table = {}
         for name, score in importance.items():
             self.report.poll()
-            smaller = prune(model, uniform(model, {name: score}, 0.5, self.args.round_to))
-            table[name] = compare(model, smaller, self.calibration()[0][:64])
+            keep = uniform(model, {name: score}, 0.5, self.args.round_to)
+            if len(keep[name]) < len(score):
+                table[name] = compare(model, prune(model, keep), self.calibration()[0][:64])
         say(f"{'half of':24}{'KL of logits':>14}{'same, %':>10}")
         for name, (kl, same) in sorted(table.items(), key=lambda item: -item[1][0]):
             say(f"{name:24}{kl:>14.3e}{same:>10.1f}")
@@ -1346,7 +1352,7 @@ def get_args_parser():
     g.add_argument("--seed", type=between(0, 2 ** 63 - 1), default=0)
     g.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--dist-timeout", type=positive, default=600, metavar="S")
-    add_model_args(p)
+    add_model_args(p).description = f"without --checkpoint or --weights: the first there is of {', '.join(DEFAULTS)}"
     g = p.add_argument_group("pruning")
     g.add_argument("--prune", type=below_one, metavar="RATIO", help="share of the channels that goes")
     g.add_argument("--target-macs", type=above, metavar="N", help="multiply-accumulates per image to get down to")

@@ -475,7 +475,7 @@ def test_pruning_flags(call, flags):
         key = flags[0].rpartition("-")[2]
         assert 0.8 * flags[1] < after[key] <= flags[1]
     if "--sensitivity" in flags:
-        assert all(kl >= 0 and 0 <= same <= 100 for kl, same in result["sensitivity"].values())
+        assert all(kl > 0 and 0 <= same <= 100 for kl, same in result["sensitivity"].values())
     if "global" in flags:
         channels = [sum(s.size for n, s in compress.spaces(resnet50.build_model(
             resnet50.load_checkpoint(r["checkpoint"]), "x")).items() if not compress.follows(n))
@@ -489,15 +489,16 @@ def test_pruning_flags(call, flags):
 
 
 @pytest.mark.parametrize("ranking, ratio, step", [("layer", 0.5, 8), ("global", 0.5, 8), ("global", 0.9, 1)])
-def test_rounds_end_where_one_round_does(ranking, ratio, step, monkeypatch):
+def test_rounds_end_where_one_round_does(ranking, ratio, step, monkeypatch, capsys):
     """Rounding in one round is no start for the next: the widths of all are shares of those that the network had"""
     model, flags = build("plain"), f"--prune {ratio} --rounds 7 --ranking {ranking} --no-recalibrate --round-to {step}"
     args = compress.get_args_parser().parse_args(flags.split())
-    report = SimpleNamespace(world=train.World("cpu"), sets=None, checkpoint={}, add=lambda *_: None)
+    report = SimpleNamespace(world=train.World("cpu"), sets=SimpleNamespace(root="images"), checkpoint={}, tables={},
+                             add=lambda *_: None)
     pipeline, made = compress.Pipeline(args, report, model), []
     monkeypatch.setattr(pipeline, "save", lambda path: made.append(pipeline.network))
     monkeypatch.setattr(pipeline, "finetune", lambda: None)
-    monkeypatch.setattr(compress, "load_checkpoint", lambda path: None)
+    monkeypatch.setattr(compress, "load_checkpoint", lambda path: dict(metrics={}))
     monkeypatch.setattr(compress, "build_model", lambda *_: made[-1])
     pipeline.run(["prune", "finetune"] * 7)
     before, after = ({name: s.size for name, s in compress.spaces(net).items()} for net in (model, made[-1]))
@@ -505,6 +506,9 @@ def test_rounds_end_where_one_round_does(ranking, ratio, step, monkeypatch):
         assert after == {name: min(n, max(8, round(n / 16) * 8)) for name, n in before.items()}
     else:
         assert 0 <= sum(before.values()) * (1 - ratio) - sum(after.values()) < step
+    assert "not trained since" not in capsys.readouterr().err
+    pipeline.run(["finetune", "prune"])
+    assert "not trained since" in capsys.readouterr().err
 
 
 def test_target_latency_at_both_ends(call):
@@ -762,6 +766,7 @@ def test_images_without_labels(call, tmp_path, tiny):
 @pytest.mark.parametrize("flags, code, text", [
     (("--prune", "0.999", "--round-to", "1"), 2, "--prune 0.999: leaves nothing"),
     (("--prune", "0.99", "--ranking", "global"), 2, "--prune 0.99 --ranking global: cannot be reached: with 0.5 % of"),
+    (("--prune", "0.5", "--round-to", "4096"), 2, "--prune 0.5: in multiples of --round-to 4096 every layer stays"),
     (("--student", "0.001", "--distill", "TRAINED", "--epochs", "1"), 2, "--student 0.001: leaves nothing"),
     (("--prune", "0.5", "--target-macs", "1e6"), 2, "exclude each other"),
     (("--int8", "--data", "EMPTY"), 3, "no images"),
@@ -929,8 +934,12 @@ def test_checkpoints_that_cannot_be_compressed(call, tmp_path, trained):
         call("--prune", 0.5, "--out", tmp_path / "second", checkpoint=int8)
     other = ResNet50(num_classes=10, widths=WIDTHS)
     resnet50.save_checkpoint(str(tmp_path / "other.pt"), other, classes=[f"x{i}" for i in range(10)])
-    with pytest.raises(UserError, match="other.pt: has other classes"):
-        call("--distill", tmp_path / "other.pt", "--out", tmp_path / "third")
+    more = ResNet50(num_classes=11, widths=WIDTHS)
+    resnet50.save_checkpoint(str(tmp_path / "more.pt"), more, classes=[f"x{i}" for i in range(11)])
+    for path, text in (("other.pt", r"has other classes than the student, 'x0' in place of '\w+'"),
+                       ("more.pt", r"has other classes \(11\) than the student \(10\)")):
+        with pytest.raises(UserError, match=f"{path}: {text}"):
+            call("--distill", tmp_path / path, "--out", tmp_path / "third")
     assert not (tmp_path / "second").exists() and not (tmp_path / "third").exists()
 
 
