@@ -47,6 +47,8 @@ from resnet50 import (
     Int8Conv,
     Int8Linear,
     ResNet50,
+    SplitAttention,
+    SqueezeExcite,
     UserError,
     add_model_args,
     amount,
@@ -154,6 +156,12 @@ def spaces(model):
 def follows(name):
     """True for a space whose width the network's constructor derives from another's."""
     return name.endswith((".se", ".inner"))
+
+
+def leader(name):
+    """-> (space that a name follows, function from that one's width to this one's)"""
+    at, _, kind = name.rpartition(".")
+    return (at.split(".")[0], SqueezeExcite.inner) if kind == "se" else (at + ".conv1", SplitAttention.inner)
 
 
 def prune(model, keep):
@@ -353,13 +361,21 @@ def greedy(model, importance, cost, ends, budget, round_to, floor=0.1, flag="pru
     is within the budget; `ends` says which spaces its keys read and make. No space keeps less than the share `floor`.
     -> keep"""
     found = spaces(model)
-    touching = {name: [key for key in cost if name in ends[key]] for name in importance}
+    leaders = {name: leader(name) for name in found if follows(name)}
+    touching = {name: [key for key in cost if any(name == leaders.get(end, (end,))[0] for end in ends[key])]
+                for name in importance}
     left = {name: found[name].size for name in found}
     order = {name: score.sort(descending=True) for name, score in importance.items()}
     total_of = {name: torch.cat([s.values.new_zeros(1), s.values.cumsum(0)]) for name, s in order.items()}
 
+    def share(name):
+        if name in leaders:
+            first, width = leaders[name]
+            return width(left[first] * found[first].width) / found[name].size
+        return left[name] / found[name].size if name else 1.0
+
     def price(key):
-        i, o = (left[name] / found[name].size if name else 1.0 for name in ends[key])
+        i, o = map(share, ends[key])
         a, b, c, d = cost[key]
         return a + b * i * o + c * i + d * o
 

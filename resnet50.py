@@ -88,8 +88,12 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, max(channels // 16, 8), 1)
+        self.fc1 = nn.Conv2d(channels, self.inner(channels), 1)
         self.fc2 = nn.Conv2d(self.fc1.out_channels, channels, 1)
+
+    @staticmethod
+    def inner(channels):
+        return max(channels // 16, 8)
 
     def forward(self, x):  # (N, C, H, W) -> same
         return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
@@ -101,12 +105,16 @@ class SplitAttention(nn.Module):
 
     def __init__(self, cin, cout):
         super().__init__()
-        inner = max(cin * 2 // 4, 32)
+        inner = self.inner(cin)
         self.conv = nn.Conv2d(cin, 2 * cout, 3, padding=1, groups=2, bias=False)
         self.bn0 = nn.BatchNorm2d(2 * cout)
         self.fc1 = nn.Conv2d(cout, inner, 1)
         self.bn1 = nn.BatchNorm2d(inner)
         self.fc2 = nn.Conv2d(inner, 2 * cout, 1)
+
+    @staticmethod
+    def inner(cin):
+        return max(cin * 2 // 4, 32)
 
     def forward(self, x):  # (N, cin, H, W) -> (N, cout, H, W)
         return self.mix(F.relu(self.bn0(self.conv(x))))

@@ -151,6 +151,15 @@ def test_greedy_takes_the_cheapest_first_and_stops_at_the_budget():
         compress.greedy(model, importance, cost, ends, 1e-4 * total, 4)
 
 
+@pytest.mark.parametrize("attention", ("se", "split"))
+def test_greedy_counts_what_attention_loses_with_its_block(attention):
+    model = ResNet50(num_classes=10, attention=attention)
+    cost = compress.cost_of("params", model, 64)
+    budget = 0.3 * sum(map(sum, cost.values()))
+    keep = compress.greedy(model, compress.rank(model, "bn", None, None), cost, compress.ends(model), budget, 32)
+    assert 0.98 * budget < sum(p.numel() for p in compress.prune(model, keep).parameters()) <= budget
+
+
 def test_fit_finds_the_coefficients_and_none_below_zero():
     g = torch.Generator().manual_seed(0)
     i, o = torch.rand(2, 12, generator=g, dtype=torch.float64)
