@@ -10,8 +10,8 @@ The contenders alternate in one process, round by round, on the same bytes; a ra
 two rates in one round. Some machines change speed by a factor of two from one second to the next, so the multiply-add
 peak is timed right before and right after every sample: percent of peak uses that pair, and a ratio is also given for
 the rounds in the machine's good state and in its bad one alone. Percent of peak is of the multiply-adds that the
-network defines: engines that do not compute what nobody reads can pass 100 (--per-layer counts what is computed). The
-first run quantizes and exports the peers into runs/bench, which takes half a minute more.
+network defines: engines that do not compute what nobody reads, or do with fewer (Winograd), can pass 100 (--per-layer
+counts what is read). The first run quantizes and exports the peers into runs/bench, which takes half a minute more.
 """
 import argparse
 import copy
