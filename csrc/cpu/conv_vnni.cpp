@@ -129,7 +129,33 @@ const int8_t* multiply(const Conv& conv, Segment segment, int m, int end, int p,
   return line;
 }
 
-struct Vnni {  // for winograd.h
+// For winograd.h: R rows of 4 bytes, `lda` bytes apart, by one panel; a step of what is multiplied next is fetched from
+// `ahead` for each four. FLOATS: a float32, else two int16.
+template <bool FLOATS, int R>
+R50_INLINE void multiply_words(const uint8_t* a, int64_t lda, const uint8_t* b, int units, uint8_t* to,
+                               const uint8_t* ahead, int step) {
+  __m512i sum[R][4];
+  each<4 * R>([&](auto i) __attribute__((always_inline)) { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
+  for (int k = 0; k < units; k++, b += 4 * WIDTH, ahead += step) {
+    __builtin_prefetch(ahead, 0, 2);
+    const __m512i weights[] = {_mm512_load_si512(b), _mm512_load_si512(b + 64), _mm512_load_si512(b + 128),
+                               _mm512_load_si512(b + 192)};
+    each<R>([&](auto r) __attribute__((always_inline)) {
+      int32_t four;
+      std::memcpy(&four, a + r * lda + 4 * k, 4);
+      const __m512i words = _mm512_set1_epi32(four);
+      each<4>([&](auto v) __attribute__((always_inline)) {
+        if constexpr (FLOATS)
+          sum[r][v] = dot<4>(sum[r][v], words, weights[v]);
+        else
+          sum[r][v] = _mm512_dpwssd_epi32(sum[r][v], words, weights[v]);
+      });
+    });
+  }
+  each<4 * R>([&](auto i) __attribute__((always_inline)) { _mm512_store_si512(to + 64 * i, sum[i / 4][i % 4]); });
+}
+
+struct Vnni {
   static constexpr int BYTES = 64, ELEMENT = 1, WORD = 2, RESULTS = 4, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
   typedef uint16_t Words __attribute__((vector_size(BYTES)));
   typedef uint32_t Sums __attribute__((vector_size(BYTES)));
@@ -141,59 +167,18 @@ struct Vnni {  // for winograd.h
     const __m512i words = _mm512_cvtepu8_epi16(bytes);
     std::memcpy(&to, &words, sizeof to);
   }
-
-  // R rows of words, `lda` bytes apart, by one panel of pairs; a step of it is fetched from `ahead` for every pair
-  template <int R>
-  static void multiply(const uint8_t* a, int64_t lda, const uint8_t* b, int pairs, uint8_t* to, const uint8_t* ahead,
-                       int step) {
-    __m512i sum[R][4];
-    each<4 * R>([&](auto i) __attribute__((always_inline)) { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
-    for (int k = 0; k < pairs; k++, b += 4 * WIDTH, ahead += step) {
-      __builtin_prefetch(ahead, 0, 2);
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
-      const __m512i b2 = _mm512_load_si512(b + 128), b3 = _mm512_load_si512(b + 192);
-      each<R>([&](auto r) __attribute__((always_inline)) {
-        int32_t pair;
-        std::memcpy(&pair, a + r * lda + 4 * k, 4);
-        const __m512i words = _mm512_set1_epi32(pair);
-        sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], words, b0);
-        sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], words, b1);
-        sum[r][2] = _mm512_dpwssd_epi32(sum[r][2], words, b2);
-        sum[r][3] = _mm512_dpwssd_epi32(sum[r][3], words, b3);
-      });
-    }
-    each<4 * R>([&](auto i) __attribute__((always_inline)) { _mm512_store_si512(to + 64 * i, sum[i / 4][i % 4]); });
-  }
+  template <int R, class... Args>
+  static void multiply(Args... args) { multiply_words<false, R>(args...); }
 };
 
-struct VnniF32 {  // the same in float32
+struct VnniF32 {
   static constexpr int BYTES = 64, ELEMENT = 4, WORD = 4, RESULTS = 2, WIDTH = r50::WIDTH, ROWS = r50::ROWS;
   typedef float Words __attribute__((vector_size(BYTES)));
   typedef Words Sums;
 
   static R50_INLINE void widen(const uint8_t* from, Words& to) { std::memcpy(&to, from, sizeof to); }
-
-  template <int R>
-  static void multiply(const uint8_t* a, int64_t lda, const uint8_t* b, int units, uint8_t* to, const uint8_t* ahead,
-                       int step) {
-    __m512i sum[R][4];
-    each<4 * R>([&](auto i) __attribute__((always_inline)) { sum[i / 4][i % 4] = _mm512_setzero_si512(); });
-    for (int k = 0; k < units; k++, b += 4 * WIDTH, ahead += step) {
-      __builtin_prefetch(ahead, 0, 2);
-      const __m512i b0 = _mm512_load_si512(b), b1 = _mm512_load_si512(b + 64);
-      const __m512i b2 = _mm512_load_si512(b + 128), b3 = _mm512_load_si512(b + 192);
-      each<R>([&](auto r) __attribute__((always_inline)) {
-        int32_t bits;
-        std::memcpy(&bits, a + r * lda + 4 * k, 4);
-        const __m512i value = _mm512_set1_epi32(bits);
-        sum[r][0] = dot<4>(sum[r][0], value, b0);
-        sum[r][1] = dot<4>(sum[r][1], value, b1);
-        sum[r][2] = dot<4>(sum[r][2], value, b2);
-        sum[r][3] = dot<4>(sum[r][3], value, b3);
-      });
-    }
-    each<4 * R>([&](auto i) __attribute__((always_inline)) { _mm512_store_si512(to + 64 * i, sum[i / 4][i % 4]); });
-  }
+  template <int R, class... Args>
+  static void multiply(Args... args) { multiply_words<true, R>(args...); }
 };
 
 }  // namespace

@@ -115,23 +115,38 @@ static std::vector<int32_t> move_excess(int8_t* panel, int ktotal, std::vector<i
   return where;
 }
 
-// weight (o, 3, 3, c) -> G w G^T of each pair of channels; G is 24 times that of F(4, 3), its last row 12 times
-static void transform_weights(Isa isa, int o, int c, int width, const int8_t* weight, uint8_t* to) {
-  constexpr int N = 6, K = 3, G[N][K] = {{6, 0, 0}, {-4, -4, -4}, {-4, 4, -4}, {1, 2, 4}, {1, -2, 4}, {0, 0, 12}};
-  const int pairs = (c + 1) / 2;
+// weight (o, 3, 3, c) -> G w G^T, whose numbers are Words; at(n, point, i) says which of `to` is the one of output
+// channel n and input channel i
+template <class Word, class Sum, int N, int K, class Weight, class At>
+static void transform_weights(const Sum (&G)[N][K], int o, int c, const Weight* weight, uint8_t* to, At&& at) {
   for (int n = 0; n < o; n++)
     for (int i = 0; i < c; i++)
       for (int a = 0; a < N; a++) {
-        int column[K] = {};  // of G w
+        Sum column[K] = {};  // of G w
         for (int y = 0; y < K; y++)
           for (int x = 0; x < K; x++) column[x] += G[a][y] * weight[((int64_t(n) * K + y) * K + x) * c + i];
         for (int b = 0; b < N; b++) {
-          const auto word = int16_t(G[b][0] * column[0] + G[b][1] * column[1] + G[b][2] * column[2]);
-          const int64_t pair = (int64_t(n / width) * N * N + a * N + b) * pairs + i / 2;
-          std::memcpy(to + ((pair * width + panel_position(isa, n % width)) * 2 + i % 2) * sizeof word, &word,
-                      sizeof word);
+          const auto word = Word(G[b][0] * column[0] + G[b][1] * column[1] + G[b][2] * column[2]);
+          std::memcpy(to + at(n, a * N + b, i) * int64_t(sizeof word), &word, sizeof word);
         }
       }
+}
+
+// G is 24 times that of F(4, 3), its last row 12 times
+static void transform_int8(Isa isa, int o, int c, int width, const int8_t* weight, uint8_t* to) {
+  constexpr int G[6][3] = {{6, 0, 0}, {-4, -4, -4}, {-4, 4, -4}, {1, 2, 4}, {1, -2, 4}, {0, 0, 12}};
+  const int pairs = (c + 1) / 2;
+  transform_weights<int16_t>(G, o, c, weight, to, [&](int n, int point, int i) {
+    const int64_t pair = (int64_t(n / width) * 36 + point) * pairs + i / 2;
+    return (pair * width + panel_position(isa, n % width)) * 2 + i % 2;
+  });
+}
+
+static void transform_floats(int o, int c, int width, const float* weight, uint8_t* to) {  // F(2, 3)
+  constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  transform_weights<float>(G, o, c, weight, to, [&](int n, int point, int i) {
+    return ((int64_t(n / width) * 16 + point) * c + i) * width + n % width;
+  });
 }
 
 void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], const int32_t* mult, const int32_t* bias,
@@ -206,31 +221,13 @@ void pack_int8(Isa isa, const PackedShape& s, const int8_t* const weight[2], con
   std::memcpy(bytes, &h, sizeof h);
   uint8_t* out = allocate(h.bytes);
   std::memset(out + h.fixes, 0, h.bytes - h.fixes);
-  if (transform) transform_weights(isa, s.o, c, width, weight[0], out + h.winograd);
+  if (transform) transform_int8(isa, s.o, c, width, weight[0], out + h.winograd);
   std::memcpy(out, bytes, h.fixes);
   if (isa == Isa::avx2) {
     out = std::copy_n(reinterpret_cast<const uint8_t*>(begins.data()), begins.size() * 4, out + h.fixes);
     out = std::copy_n(reinterpret_cast<const uint8_t*>(where.data()), where.size() * 4, out);
     std::copy_n(reinterpret_cast<const uint8_t*>(fixes.data()), fixes.size(), out);
   }
-}
-
-// weight (o, 3, 3, c) -> G w G^T of each channel, for F(2, 3)
-static void transform_floats(int o, int c, int width, const float* weight, uint8_t* to) {
-  constexpr int N = 4, K = 3;
-  constexpr double G[N][K] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
-  for (int n = 0; n < o; n++)
-    for (int i = 0; i < c; i++)
-      for (int a = 0; a < N; a++) {
-        double column[K] = {};  // of G w
-        for (int y = 0; y < K; y++)
-          for (int x = 0; x < K; x++) column[x] += G[a][y] * weight[((int64_t(n) * K + y) * K + x) * c + i];
-        for (int b = 0; b < N; b++) {
-          const auto value = float(G[b][0] * column[0] + G[b][1] * column[1] + G[b][2] * column[2]);
-          const int64_t at = ((int64_t(n / width) * N * N + a * N + b) * c + i) * width + n % width;
-          std::memcpy(to + at * sizeof value, &value, sizeof value);
-        }
-      }
 }
 
 // The bytes of a bfloat16 or a float32 lie where two or four int8 weights would.
