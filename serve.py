@@ -52,6 +52,7 @@ from PIL import Image
 
 import data
 from resnet50 import (
+    Cascade,
     Flat,
     ResNet50,
     UserError,
@@ -183,6 +184,18 @@ class Network(NamedTuple):
     exif: bool  # whether photographs are turned as their tags say: as in the network's training
 
 
+def members(net):
+    """The networks that an answer may come from: of a cascade both, whatever its small one says of a blank image"""
+    return list(net.children()) if isinstance(net, Cascade) else [net]
+
+
+def fused(net, dtype):
+    """-> net with its float ResNet-50s on the fused kernels"""
+    if isinstance(net, Cascade):
+        net.small, net.big = (fused(member, dtype) for member in members(net))
+    return fuse(net, dtype) if isinstance(net, ResNet50) and not net.config.get("adapter") else net
+
+
 def enough_images(one, many, batch, unit):
     """Seconds of one image and of a batch, images that go side by side -> Network.enough: what a batch costs beside its
     images has to stay within DEAR of these"""
@@ -232,9 +245,8 @@ class Model:
         stamp = stamp_of(path)
         where = argparse.Namespace(**{**vars(self.args), "checkpoint": path})
         net, checkpoint, source = load_some_model(where, DEFAULTS)
-        fuses = isinstance(net, ResNet50) and not net.config.get("adapter")
-        net = fuse(net, getattr(torch, self.args.amp_dtype)) if fuses else net
-        net, size = spread(net, self.args.devices), net.preprocess["crop"]
+        net = spread(fused(net, getattr(torch, self.args.amp_dtype)), self.args.devices)
+        size = net.preprocess["crop"]
         device, batch = torch.device(self.args.devices[0]), self.args.max_batch
 
         def seconds(n, times):
@@ -244,7 +256,7 @@ class Model:
             for _ in range(times):
                 with self.device:
                     began = time.perf_counter()
-                    logits = predict(net, blank).cpu()
+                    logits = torch.cat([predict(member, blank) for member in members(net)]).cpu()
                     took.append(time.perf_counter() - began)
             if not logits.isfinite().all():
                 raise UserError(f"{source}: its outputs are not finite")
@@ -1429,7 +1441,8 @@ def open_models(args):
     device = Turns()  # all have the same --devices
     models = {name: Model(name, args, path, device)
               for name, path in (named or {"resnet50": args.checkpoint}).items()}
-    if args.amp_dtype != "float32" and not any(hasattr(model.network.net, "dtype") for model in models.values()):
+    if args.amp_dtype != "float32" and not any(
+            hasattr(net, "dtype") for model in models.values() for net in members(model.network.net)):
         raise UserError(f"--amp-dtype {args.amp_dtype}: no network here is a float ResNet-50", 2)
     return models
 

@@ -681,6 +681,25 @@ def test_a_network_whose_outputs_are_not_finite_does_not_serve(networks, tmp_pat
     assert process.wait(60) == 3 and "nan.pt: its outputs are not finite" in process.stderr.read()
 
 
+def test_both_networks_of_a_cascade_are_tried_before_they_serve(tmp_path):
+    """Also where the small one is sure of every image that they are tried with"""
+    small, big = build("plain"), build("plain", seed=9)
+    small.fc.weight.zero_()
+    small.fc.bias[:] = torch.tensor([50.0] + [0.0] * 6)
+    for net in (small, big):
+        net.preprocess.update(resize=40, crop=32)
+    path = str(tmp_path / "cascade.pt")
+    args = serve.get_args_parser().parse_args(["--device", "cpu", "--max-batch", "2", "--checkpoint", path])
+    resnet50.save_checkpoint(path, resnet50.Cascade(small, big, 0.5), classes=CLASSES)
+    args.amp_dtype = "bfloat16"
+    net = serve.open_models(args)["resnet50"].network.net
+    assert [member.dtype for member in net.children()] == [torch.bfloat16] * 2
+    big.fc.bias[3] = math.nan
+    resnet50.save_checkpoint(path, resnet50.Cascade(small, big, 0.5), classes=CLASSES)
+    with pytest.raises(resnet50.UserError, match="its outputs are not finite"):
+        serve.open_models(args)
+
+
 @pytest.mark.parametrize("closed", [True, False])
 def test_answers_do_not_depend_on_a_reader_of_the_log(slow, monkeypatch, closed):
     """Nor do the next batch, after one that failed, and what a signal asks for."""
