@@ -51,6 +51,7 @@ import torch
 from PIL import Image
 
 import data
+from csrc.graphs import KEPT, bucket
 from resnet50 import (
     Cascade,
     Flat,
@@ -263,6 +264,9 @@ class Model:
             return min(took)
         with torch.inference_mode():
             unit = torch.get_num_threads() if device.type == "cpu" else 1
+            if device.type != "cpu":  # a graph for each size, which takes longer to record than a request may
+                for n in sorted({bucket(n) for n in range(1, batch + 1)})[:KEPT]:
+                    seconds(n, 1)
             enough = enough_images(seconds(1, 9), seconds(batch, 3), batch, unit)
         number = str(getattr(net, "dtype", net.precision)).removeprefix("torch.")
         say(f"{self.name}: {source}, {number}, {size} pixels")

@@ -37,6 +37,7 @@ import compress
 import data
 import resnet50
 import serve
+from csrc import graphs
 from tests.bench.serve import free_port
 from tests.conftest import ROOT
 from tests.fuzz_serve import fuzz, resident
@@ -842,6 +843,18 @@ def slow(monkeypatch):
     net.batches.clear()
     yield model, net
     net.go.release(9)
+
+
+def test_every_graph_is_recorded_before_a_network_serves(monkeypatch, slow):
+    """On devices other than the CPU; meta stands in for CUDA."""
+    asked = []
+    monkeypatch.setattr(Slow, "__call__", lambda net, pixels: asked.append(len(pixels)) or torch.zeros(len(pixels), 3))
+    slow[0].args.devices = ["meta"]
+    for most, first in ((20, [1, 2, 4, 8, 16, 32]), (1024, [1, 2, 4, 8, 16, *range(32, 32 * 12, 32)])):
+        slow[0].args.max_batch = most
+        asked.clear()
+        slow[0].load(None)
+        assert asked == [*first, *[1] * 9, *[most] * 3] and len(first) <= graphs.KEPT
 
 
 def images(n, value):
