@@ -1298,24 +1298,21 @@ class Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request, client_address):
         with self.lock:
-            full = len(self.handlers) >= self.args.max_connections
-            self.refused += full
-            if not full:
+            room = len(self.handlers) < self.args.max_connections
+            if room:
                 self.handlers[request] = None
-        if full:
-            body = b'{"error": "too many connections"}'
-            with contextlib.suppress(OSError):
-                request.setblocking(False)
-                if not self.tls:  # whose clients would take plain text for damage
-                    request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-                                 b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-                                 % (len(body), body))
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no more threads
-            self.shutdown_request(request)
+        if room:
+            with contextlib.suppress(RuntimeError):  # no more threads
+                return super().process_request(request, client_address)
+        self.refused += 1
+        body = b'{"error": "too many connections"}'
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.tls:  # whose clients would take plain text for damage
+                request.send(b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+                             b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+                             % (len(body), body))
+        self.shutdown_request(request)
 
     def shutdown_request(self, request):
         super().shutdown_request(request)

@@ -1061,6 +1061,15 @@ def test_a_crowd_of_connections_is_refused(networks):
     stop(process)
 
 
+def test_who_gets_no_thread_is_told(bare, monkeypatch):
+    def refuse(thread):
+        monkeypatch.undo()
+        raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert status_of(raw(bare.server_address[1], b"")) == 503 and not bare.handlers
+    assert b"connections_refused_total 1\n" in ask(bare.server_address[1], "GET", "/metrics")[2]
+
+
 def test_sighup_reads_a_changed_file_and_keeps_the_old_network_if_it_is_bad(networks, tmp_path):
     path = tmp_path / "net.pt"
     good = open(networks["float"], "rb").read()
