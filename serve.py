@@ -373,9 +373,12 @@ class Model:
             return
         seconds = time.monotonic() - started
         self.learn(seconds, len(pixels))
-        self.statistics.batch(len(pixels), seconds, [ticket.waited for ticket in tickets])
+        waits = [ticket.waited for ticket in tickets]
+        for part in pixels.split(self.args.max_batch):  # a single request may hold more images
+            self.statistics.batch(len(part), seconds * len(part) / len(pixels), waits)
+            waits = []
         for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-            ticket.computed, ticket.batch = seconds, len(pixels)
+            ticket.computed, ticket.batch = seconds, min(len(pixels), self.args.max_batch)
             if part.isfinite().all():
                 ticket.set_result(part)
             else:  # JSON has no word for that

@@ -934,6 +934,16 @@ def test_what_began_with_a_network_ends_with_it(slow):
     assert net.batches == [1, 1, 1]
 
 
+def test_no_batch_is_larger_than_max_batch(slow):
+    model, net = slow
+    ticket = submit(model, images(6, 3))
+    net.go.release(2)
+    assert (ticket.result(10) == 3).all() and net.batches == [4, 2] and ticket.batch == 4
+    found = model.statistics.triton("slow")
+    assert [b["batch_size"] for b in found["batch_stats"]] == [2, 4] and found["execution_count"] == 2
+    assert model.statistics.batch_size.sum == 6 and sum(model.statistics.queue_seconds.counts) == 1
+
+
 def test_expired_and_gone_requests_cost_nothing(slow):
     model, net = slow
     first = begin(model)
