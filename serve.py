@@ -656,6 +656,7 @@ def parameter(item, name, default=None):
     """-> a parameter of the request or of one of its tensors; of the default's type, where there is one"""
     parameters = item.get("parameters", {})
     require(isinstance(parameters, dict), "parameters is no object")
+    require("shared_memory_region" not in parameters, "no shared memory is known here")
     value = parameters.get(name, default)
     require(default is None or type(value) is type(default),
             f"parameter {name} is no {'boolean' if isinstance(default, bool) else 'whole number'}")

@@ -411,6 +411,8 @@ def test_kserve_rest_client(server, networks, binary):
     (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits"}] * 5000), "outputs"),
     (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits", "parameters": {"classification": -1}}]), "numb"),
     (v2([1, 3, 32, 32], values=[0] * 3072, parameters=[]), "no object"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits", "parameters": {"shared_memory_region": "x"}}]),
+     "no shared memory"),
     (v2([1, 3, 32, 32], values=[0] * 3072, id=1), "id is no text"),
     (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"binary_data_output": 1}), "boolean")],
     ids=lambda v: repr(v[:40]) if isinstance(v, bytes) else "")
