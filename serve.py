@@ -1221,7 +1221,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                [(f'{{code="{code}"}}', n) for code, n in sorted(answers.items())])
         family("connections", "gauge", "Open connections.", [("", connections)])
         family("connections_refused_total", "counter", "Connections beyond --max-connections.", [("", refused)])
-        family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.time() - server.since:.3f}")])
+        family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.monotonic() - server.since:.3f}")])
         family("images_total", "counter", "Images answered.",
                [(f"{{{label}}}", m.statistics.images) for label, m in models])
         family("queue_images", "gauge", "Images that wait.", [(f"{{{label}}}", m.images) for label, m in models])
@@ -1286,7 +1286,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.gate = threading.BoundedSemaphore(os.cpu_count() or 1)  # decoders at once
         self.reading = threading.Lock()  # one large JSON at once: its objects take many times the bytes
         self.lock, self.handlers = threading.Condition(), {}
-        self.answers, self.refused, self.since = Counter(), 0, time.time()
+        self.answers, self.refused, self.since = Counter(), 0, time.monotonic()
         self.keys = read_keys(args.api_key_file)
         self.tls = read_tls(args)
         self.address_family = socket.AF_INET6 if ":" in args.host else socket.AF_INET

@@ -750,6 +750,12 @@ def test_a_connection_between_requests_holds_no_body(bare):
     connection.close()
 
 
+def test_uptime_does_not_follow_the_clock(bare, monkeypatch):
+    monkeypatch.setattr(serve.time, "time", lambda: 1e6)
+    text = ask(bare.server_address[1], "GET", "/metrics")[2].decode()
+    assert 0 <= float(re.search(r"^resnet50_uptime_seconds (.+)$", text, re.M)[1]) < 60
+
+
 def test_an_upload_that_ends_early_is_counted(bare):
     with socket.create_connection(bare.server_address) as client:
         client.sendall(b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nabc")
