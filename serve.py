@@ -905,7 +905,8 @@ async function classify(file) {
 function show(bars, timings, error) {
   $("bars").replaceChildren(...bars); $("timings").textContent = timings; $("error").textContent = error;
 }
-const take = list => { const file = [...list].find(f => f.type.startsWith("image/")); if (file) classify(file); };
+const take = ([...list]) => { const file = list.find(f => f.type.startsWith("image/")) ?? list[0];
+  if (file) classify(file); };
 $("drop").onclick = () => $("file").click();
 $("drop").onkeydown = e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); $("file").click(); } };
 $("file").onchange = () => { take($("file").files); $("file").value = ""; };

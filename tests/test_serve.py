@@ -1629,6 +1629,10 @@ def test_the_page_in_a_browser(server, net, tmp_path):
         wait_until(lambda: browser.value("$('error').textContent"))
         assert "not an image" in browser.value("$('error').textContent") and browser.value(
             "$('bars').children.length") == 0
+        browser.value("show([], '', '')")  # what is dropped says why it is no image, too
+        browser.value("""(() => { const dropped = new DataTransfer(); dropped.items.add(new File(["x"], "a.pdf"));
+            document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped})); })()""")
+        wait_until(lambda: "not an image" in browser.value("$('error').textContent"))
         browser.value("""window.ask = window.fetch; window.asked = []; window.fetch = (...a) => a[0] == "metrics" ?
             Promise.resolve(new Response("denied", {status: 403})) : new Promise(done => asked.push(done)); last = 0""")
         for file in (wrong, image, wrong):
