@@ -6,7 +6,8 @@
 
 Interfaces: /predict, the Open Inference Protocol v2 with Triton's extensions (/v2), /metrics (Prometheus), /healthz,
 /openapi.json, and a page at /. One thread reads, checks and decodes each connection's request; one thread per network
-runs batches of what has been decoded meanwhile. SIGTERM finishes what has begun, SIGHUP reads changed checkpoints.
+runs batches of what has been decoded meanwhile. SIGTERM finishes what has begun, SIGHUP reads changed checkpoints, keys
+and certificates.
 
 It speaks HTTP/1.1 strictly and bounds what a client can cost, but it is no firewall: put a proxy in front of it where
 strangers reach it (README.md says what for).
@@ -1065,7 +1066,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return route.answer, self.server.models.get(name)
 
     def authorised(self):
-        given = self.headers.get("x-api-key") or re.sub("^(?i:bearer) ", "", self.headers.get("authorization", ""))
+        given = self.headers.get("x-api-key") or re.sub("^(?i:bearer) +", "", self.headers.get("authorization", ""))
         return any([hmac.compare_digest(given.encode("latin-1"), key) for key in self.server.keys])
 
     def read_body(self):
@@ -1511,6 +1512,10 @@ def reload(server, hang_up):
     """Reads what has changed when hang_up is set, and once more where it is again meanwhile"""
     while hang_up.wait():
         hang_up.clear()
+        try:
+            server.keys, server.tls = read_keys(server.args.api_key_file), read_tls(server.args)
+        except UserError as error:
+            say(f"NOT reloaded: {error}")
         for model in server.models.values():
             if server.draining:
                 return

@@ -1327,9 +1327,12 @@ def test_every_end_over_tls_is_a_goodbye_and_no_answer_is_lost(networks, tls):
 
 def test_keys_and_tls(networks, tls, tmp_path):
     (tmp_path / "keys").write_text("first\nsecond\n")
-    process, port = start("--checkpoint", networks["float"], "--api-key-file", tmp_path / "keys", *tls[0],
-                          "--head-timeout", 1)
-    context = tls[1]
+    files = [tmp_path / "cert.pem", tmp_path / "key.pem"]
+    for file, source in zip(files, tls[0][1::2]):
+        shutil.copy(source, file)
+    process, port = start("--checkpoint", networks["float"], "--api-key-file", tmp_path / "keys", "--tls-cert",
+                          files[0], "--tls-key", files[1], "--head-timeout", 1)
+    context = ssl.create_default_context(cafile=str(files[0]))
 
     def secure(path, **headers):
         connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=10)
@@ -1346,11 +1349,24 @@ def test_keys_and_tls(networks, tls, tmp_path):
         if "{" not in path and "get" in documents[0]["paths"][path]:
             assert secure(path) == (200 if path in unlocked else 401), path
     assert secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
-    assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", Authorization="bearer second")
+    assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", Authorization="bearer  second")
     assert 200 == secure("/v2", X_API_Key="first") == secure("/healthz")
     with contextlib.suppress(ConnectionResetError):
         assert not raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1")
     assert secure("/healthz") == 200
+    # renewed, and then one file that is bad, which changes nothing
+    subprocess.run(["openssl", "req", "-x509", "-days", "1", "-subj", "/CN=other", "-key", files[1], "-out", files[0]],
+                   check=True, capture_output=True)
+    renewed = files[0].read_text()
+    for keys, cert, told in (("third", renewed, "unchanged"), ("first", "", "cert.pem"), ("", renewed, "no key")):
+        files[0].write_text(cert)
+        (tmp_path / "keys").write_text(keys)
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: any("unchanged" in line for line in process.log))
+        assert any(told in line for line in process.log) and ssl.get_server_certificate(("localhost", port)) == renewed
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        assert secure("/v2", X_API_Key="third") == 200 and secure("/v2", X_API_Key="first") == 401
+        process.log.clear()
     stop(process)
 
 
