@@ -1101,16 +1101,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                                 ms=round((time.monotonic() - self.started) * 1e3, 2))))
 
     def part(self):
-        """Ends this side, and reads on for a moment, up to a megabyte, what a refused client is still sending: a reset
-        would throw away what it has not read yet."""
+        """Ends this side, and reads on for a second what a refused client is still sending: a reset would throw away
+        what it has not read yet, and a proxy would make a 502 of it."""
         self.goodbye()
         self.connection.shutdown(socket.SHUT_WR)  # from here on TLS is read as it comes
         self.stream.within(1)
-        left = 1 << 20
-        while left > 0:
+        while True:
             self.stream.buffer.clear()
             self.stream.fill()
-            left -= len(self.stream.buffer)
 
     def alive(self):
         """False when the client has closed its end."""
@@ -1222,7 +1220,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         family("requests_total", "counter", "Answers by HTTP status.",
                [(f'{{code="{code}"}}', n) for code, n in sorted(answers.items())])
         family("connections", "gauge", "Open connections.", [("", connections)])
-        family("connections_refused_total", "counter", "Connections beyond --max-connections.", [("", refused)])
+        family("connections_refused_total", "counter", "Connections that found no room.", [("", refused)])
         family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.monotonic() - server.since:.3f}")])
         family("images_total", "counter", "Images answered.",
                [(f"{{{label}}}", m.statistics.images) for label, m in models])

@@ -481,6 +481,13 @@ def test_odd_requests_get_one_answer_and_a_close(server, text, status):
     assert status != 405 or b"Allow: " in answer
 
 
+def test_a_refusal_reaches_who_sends_all_before_it_reads(server):
+    """As http.client and nginx do"""
+    for path, status in ((b"/predictions/none", 404), (b"/", 405), (b"/predict", 413)):
+        first = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n" % path
+        assert status_of(raw(server, first, more=[bytes(50_000_000)])) == status
+
+
 def test_chunked_and_continue(server, net):
     encoded = picture()
     chunks = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(c), c) for c in (encoded[:7], encoded[7:]))
