@@ -927,14 +927,14 @@ const charts = [  // of what is between two polls: the one over the other
   return {title, over, under, scale, values: [], line: figure.querySelector("polyline"),
     caption: figure.querySelector("figcaption")};
 });
-let last;
+let lasts = {};  // by process, each of which counts its own requests
 async function poll() {
   try {
     const answer = await fetch("metrics"), text = await answer.text();
     if (!answer.ok) throw new Error(text);  // a proxy may keep them to itself: no charts, instead of zeros
     const sum = name => [...text.matchAll(new RegExp(`^resnet50_${name}(?:{.*})? (.*)$`, "gm"))]
       .reduce((s, m) => s + +m[1], 0);
-    const now = charts.map(chart => [sum(chart.over), sum(chart.under)]);
+    const now = charts.map(chart => [sum(chart.over), sum(chart.under)]), last = lasts[sum("process_id")];
     if (last) charts.forEach((chart, i) => {
       const [over, under] = [0, 1].map(k => now[i][k] - last[i][k]), value = under ? chart.scale * over / under : 0;
       const top = Math.max(1e-9, ...chart.values, value);
@@ -942,8 +942,8 @@ async function poll() {
       chart.line.setAttribute("points", chart.values.map((v, x) => `${x},${9.8 - 9.6 * v / top}`).join(" "));
       chart.caption.textContent = `${chart.title}: ${value.toFixed(1)} (a minute's most: ${top.toFixed(1)})`;
     });
-    last = now;
-  } catch (error) { last = undefined; }
+    lasts[sum("process_id")] = now;
+  } catch (error) { lasts = {}; }
   setTimeout(poll, 1000);
 }
 poll();
@@ -1221,6 +1221,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                [(f'{{code="{code}"}}', n) for code, n in sorted(answers.items())])
         family("connections", "gauge", "Open connections.", [("", connections)])
         family("connections_refused_total", "counter", "Connections that found no room.", [("", refused)])
+        family("process_id", "gauge", "Whose counts these are.", [("", os.getpid())])
         family("uptime_seconds", "gauge", "Since the start.", [("", f"{time.monotonic() - server.since:.3f}")])
         family("images_total", "counter", "Images answered.",
                [(f"{{{label}}}", m.statistics.images) for label, m in models])

@@ -1656,8 +1656,9 @@ def test_the_page_in_a_browser(server, net, tmp_path):
         browser.value("""(() => { const dropped = new DataTransfer(); dropped.items.add(new File(["x"], "a.pdf"));
             document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped})); })()""")
         wait_until(lambda: "not an image" in browser.value("$('error').textContent"))
-        browser.value("""window.ask = window.fetch; window.asked = []; window.fetch = (...a) => a[0] == "metrics" ?
-            Promise.resolve(new Response("denied", {status: 403})) : new Promise(done => asked.push(done)); last = 0""")
+        browser.value("""window.ask = window.fetch; window.asked = []; lasts = {}; window.fetch = (...a) =>
+            a[0] == "metrics" ? Promise.resolve(new Response("denied", {status: 403})) :
+            new Promise(done => asked.push(done)); 0""")
         for file in (wrong, image, wrong):
             choose(file)
         wait_until(lambda: browser.value("asked.length") == 3)
@@ -1678,6 +1679,13 @@ def test_the_page_in_a_browser(server, net, tmp_path):
                       "return metrics(...a); }; 0")
         wait_until(lambda: browser.value("polls") >= 2)
         assert browser.value("charts[0].values.length") == before
+        browser.value("""window.counts = [[1, 100, 10], [2, 0, 9], [1, 110, 12]]; window.fetch = () => {
+            const [process, images, seconds] = counts.shift() ?? [0, 0, 0];
+            return Promise.resolve(new Response(`resnet50_process_id ${process}\nresnet50_images_total{} ${images}\n` +
+                                                `resnet50_uptime_seconds ${seconds}\n`)); };
+            charts[0].values = []; poll(); poll(); poll(); 0""")  # two processes answer by turns
+        wait_until(lambda: browser.value("charts[0].values.length"))
+        assert browser.value("charts[0].values.slice(0, 1)") == [5]
         browser.value("window.fetch = window.ask; 0")
         browser("Page.setInterceptFileChooserDialog", enabled=True)  # the keyboard alone opens the dialogue
         for _ in range(2):
