@@ -881,7 +881,7 @@ Drop or paste an image, or press Enter to choose one</div>
 <div id="charts"></div>
 <script>
 const $ = id => document.getElementById(id);
-let latest;
+let latest, headers = {};
 async function classify(file) {
   latest = file; show([], "", "");
   $("picture").src = URL.createObjectURL(file); $("picture").alt = file.name || "pasted image";
@@ -889,9 +889,11 @@ async function classify(file) {
   const form = new FormData(); form.append("image", file);
   const began = performance.now();
   try {
-    const answer = await fetch("predict?topk=5", {method: "POST", body: form});
+    const answer = await fetch("predict?topk=5", {method: "POST", body: form, headers});
     const found = await answer.json().catch(() => ({error: `${answer.status} ${answer.statusText}`}));  // a proxy's own
     if (file !== latest) return;
+    const key = answer.status === 401 && prompt("API key");
+    if (key) { headers = {"X-API-Key": key}; return classify(file); }
     if (!answer.ok) throw new Error(found.error);
     const t = found.timings;
     show(found.top.map(({class: name, probability}) => {
@@ -930,7 +932,7 @@ const charts = [  // of what is between two polls: the one over the other
 let lasts = {};  // by process, each of which counts its own requests
 async function poll() {
   try {
-    const answer = await fetch("metrics"), text = await answer.text();
+    const answer = await fetch("metrics", {headers}), text = await answer.text();
     if (!answer.ok) throw new Error(text);  // a proxy may keep them to itself: no charts, instead of zeros
     const sum = name => [...text.matchAll(new RegExp(`^resnet50_${name}(?:{.*})? (.*)$`, "gm"))]
       .reduce((s, m) => s + +m[1], 0);
@@ -1276,7 +1278,7 @@ ROUTES = {re.compile(route.path.replace(".", r"\.").format(**PLACES)): route for
     Route(["POST"], "/v2/repository/index", lambda handler, model: as_json(
               [dict(name=name, version=VERSION, state="READY", reason="") for name in handler.server.models]),
           "The models", (413,), content=("application/json", {"type": "array", "items": {"type": "object"}})))}
-OPEN_PATHS = ("/healthz", "/v2/health/live", "/v2/health/ready")
+OPEN_PATHS = ("/", "/healthz", "/v2/health/live", "/v2/health/ready")
 
 
 class Server(socketserver.ThreadingTCPServer):

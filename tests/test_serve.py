@@ -1355,7 +1355,7 @@ def test_keys_and_tls(networks, tls, tmp_path):
     for path in documents[0]["paths"]:
         if "{" not in path and "get" in documents[0]["paths"][path]:
             assert secure(path) == (200 if path in unlocked else 401), path
-    assert secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
+    assert "/" in unlocked and secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
     assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", Authorization="bearer  second")
     assert 200 == secure("/v2", X_API_Key="first") == secure("/healthz")
     with contextlib.suppress(ConnectionResetError):
@@ -1674,6 +1674,12 @@ def test_the_page_in_a_browser(server, net, tmp_path):
         assert browser.value("$('error').textContent") == ""
         browser.value(f"asked[3](new Response({json.dumps(found)})); 0")
         wait_until(lambda: browser.value("$('bars').textContent") == "<b> 100.0 %")
+        keyed = json.dumps(found.replace("<b>", "<k>"))
+        browser.value(f"""window.prompt = text => text == "API key" && "k"; window.fetch = (path, {{headers}}) =>
+            Promise.resolve(new Response({keyed}, {{status: headers["X-API-Key"] != "k" ? 401 :
+            path == "metrics" ? 403 : 200}})); 0""")
+        choose(image)
+        wait_until(lambda: browser.value("$('bars').textContent") == "<k> 100.0 %")
         before = browser.value("charts[0].values.length")
         browser.value("window.polls = 0; window.metrics = window.fetch; window.fetch = (...a) => { polls += 1; "
                       "return metrics(...a); }; 0")
