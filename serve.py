@@ -6,8 +6,7 @@
 
 Interfaces: /predict, the Open Inference Protocol v2 with Triton's extensions (/v2), /metrics (Prometheus), /healthz,
 /openapi.json, and a page at /. One thread reads, checks and decodes each connection's request; one thread per network
-runs batches of what has been decoded meanwhile. SIGTERM finishes what has begun, SIGHUP reads changed checkpoints, keys
-and certificates.
+runs batches of what has been decoded meanwhile. SIGTERM finishes what has begun, SIGHUP reads changed files.
 
 It speaks HTTP/1.1 strictly and bounds what a client can cost, but it is no firewall: put a proxy in front of it where
 strangers reach it (README.md says what for).
@@ -374,10 +373,9 @@ class Model:
             return
         seconds = time.monotonic() - started
         self.learn(seconds, len(pixels))
-        waits = [ticket.waited for ticket in tickets]
-        for part in pixels.split(self.args.max_batch):  # a single request may hold more images
+        for i, part in enumerate(pixels.split(self.args.max_batch)):  # a single request may hold more images
+            waits = [] if i else [ticket.waited for ticket in tickets]
             self.statistics.batch(len(part), seconds * len(part) / len(pixels), waits)
-            waits = []
         for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
             ticket.computed, ticket.batch = seconds, min(len(pixels), self.args.max_batch)
             if part.isfinite().all():
@@ -1305,8 +1303,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request, client_address):
         with self.lock:
-            room = len(self.handlers) < self.args.max_connections
-            if room:
+            if room := len(self.handlers) < self.args.max_connections:
                 self.handlers[request] = None
         if room:
             with contextlib.suppress(RuntimeError):  # no more threads
