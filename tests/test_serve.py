@@ -1091,7 +1091,8 @@ def test_who_gets_no_thread_is_told(bare, monkeypatch):
         monkeypatch.undo()
         raise RuntimeError("can't start new thread")
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert status_of(raw(bare.server_address[1], b"")) == 503 and not bare.handlers
+    assert status_of(raw(bare.server_address[1], b"")) == 503
+    wait_until(lambda: not bare.handlers)
     assert b"connections_refused_total 1\n" in ask(bare.server_address[1], "GET", "/metrics")[2]
 
 
