@@ -42,6 +42,8 @@ STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # channels of the 
 EXPANSION = 4  # a stage's output has this many times the channels of its 3x3
 CHOICES = dict(stem=("standard", "deep", "small"), stride_on=("3x3", "1x1"), attention=("none", "se", "split"),
                classifier=("float", "int8"))
+# plain values beside the weights, where torchvision's and timm's scripts have trained; nothing of it is called
+torch.serialization.add_safe_globals([argparse.Namespace])
 PREPROCESS = dict(resize=256, crop=224, interpolation="bilinear", mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 

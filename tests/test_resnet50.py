@@ -1,4 +1,5 @@
 """The network against torchvision, timm and plain formulas; checkpoints of every origin; what each mistake says."""
+import argparse
 import json
 import os
 import signal
@@ -208,8 +209,10 @@ def test_ours_load_in_torchvision(tmp_path):
     lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3},
     lambda s: {"model": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "optimizer": {}},
     lambda s: {"model": {k: v * 0 for k, v in s.items()},
-               "model_ema": {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}}},
-    lambda s: {"state_dict": {k: v * 0 for k, v in s.items()}, "state_dict_ema": s, "arch": "resnet50"},
+               "model_ema": {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in s.items()}},
+               "args": argparse.Namespace(lr=0.1, model="resnet50")},
+    lambda s: {"state_dict": {k: v * 0 for k, v in s.items()}, "state_dict_ema": s, "arch": "resnet50",
+               "args": argparse.Namespace(aa=None)},
     lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
 ])
 def test_foreign_files(wrap, tmp_path):
