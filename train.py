@@ -15,6 +15,7 @@ import contextlib
 import copy
 import ctypes
 import datetime
+import functools
 import html
 import importlib
 import itertools
@@ -634,13 +635,23 @@ def evaluate(model, dataset, batch_size, world, *, workers=0, amp=None, tta=Fals
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), F.cross_entropy(logits, labels, reduction="sum"),
                              torch.tensor(len(labels), device=device)]).double()
-    top1, top5, loss, n, corrupt = world.sum(*sums.tolist(), len(complaints))
-    if n + corrupt != len(dataset.files):
-        raise RuntimeError(f"evaluation saw {n:.0f} + {corrupt:.0f} of {len(dataset.files)} images")
+    top1, top5, loss, n = world.sum(*sums.tolist())
+    damaged = sorted(itertools.chain(*world.gather(complaints)))
+    if n + len(damaged) != len(dataset.files):
+        raise RuntimeError(f"evaluation saw {n:.0f} + {len(damaged)} of {len(dataset.files)} images")
+    if world.rank == 0:
+        name_damaged("evaluation", *damaged)
     if not n:
         raise UserError("no image of the validation set could be decoded")
     return dict(top1=round(100 * top1 / n, 4), top5=round(100 * top5 / n, 4), loss=round(loss / n, 6),
-                images=int(n), corrupt=int(corrupt))
+                images=int(n), corrupt=len(damaged))
+
+
+@functools.cache
+def name_damaged(use, *complaints):
+    """Says what was left out, once where the same images are scored again"""
+    if complaints:
+        data.progress(f"{len(complaints)} damaged files skipped in {use}: " + "; ".join(complaints[:10]), last=True)
 
 
 def check_corrupt(complaints, policy):
@@ -665,14 +676,15 @@ class RunLog:
                             and (r["event"] != "epoch" or r["epoch"] <= resumed["epoch"])]
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         self.file = open(self.path, "a", encoding="utf-8")
-        self.add_sinks(args)
+        self.add_sinks(args, resumed["step"] + 1 if resumed else 0)
 
-    def add_sinks(self, args):
+    def add_sinks(self, args, step):
         def numbers(r, between="/"):
             return {f"{r['event']}{between}{k}": v for k, v in r.items() if isinstance(v, (int, float)) and k != "step"}
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(os.path.join(self.out, "tensorboard"))
+            # what a killed or overwritten run has logged from this step on is not shown
+            writer = SummaryWriter(os.path.join(self.out, "tensorboard"), purge_step=step)
             self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in numbers(r).items()]
                               + [writer.flush()])
         if args.mlflow:
@@ -1410,8 +1422,8 @@ def train(args, world, stop, plan=Plan()):
         raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on",
                         code=75)
     bad = sorted(set().union(*world.gather(corrupt)))
-    if bad:
-        log.say(f"{len(bad)} damaged training files skipped: " + "; ".join(bad[:10]))
+    if world.rank == 0:
+        name_damaged("training", *bad)
     rate = (progress["samples_seen"] - before) / worked if worked else None
     # the same in all processes: a search goes by it
     shown = world.gather(load_checkpoint(best)["metrics"] if world.rank == 0 else None)[0]

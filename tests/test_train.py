@@ -457,8 +457,9 @@ def test_corrupt_files_in_evaluation(scored, tiny, tmp_path, run):
              "--batch-size", 8, "--workers", 1]
     done = run(*flags)
     assert done.returncode == 3 and "disk/0001.jpg" in done.stderr and "Traceback" not in done.stderr
-    result = json.loads(run(*flags, "--on-corrupt", "skip").stdout.splitlines()[-1])
-    assert result["images"] == 28 and result["corrupt"] == 1
+    done = run(*flags, "--on-corrupt", "skip")
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["images"] == 28 and result["corrupt"] == 1 and "disk/0001.jpg" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------- what a person sees
@@ -502,6 +503,11 @@ def test_tensorboard_log(tiny, tmp_path, run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     assert len(events.Scalars("step/loss")) == 3 and len(events.Scalars("epoch/top1")) == 1
+    args = parse("--out", tmp_path / "r", "--tensorboard")
+    for resumed, steps in (dict(step=2, epoch=0), [2, 3]), (None, [1]):  # killed behind its checkpoint; overwritten
+        train.RunLog(args, train.World(), resumed).write("step", step=steps[-1], loss=0.5)
+        events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+        assert [e.step for e in events.Scalars("step/loss")] == steps
 
 
 @pytest.mark.parametrize("name", ["train", "data", "resnet50", "finetune", "compress", "export", "serve"])
