@@ -1018,7 +1018,10 @@ def data_root(root, world):
 
 def open_data(args, world, classes=None, wnids=None):
     """-> what data.open_folder returns"""
-    return data.open_folder(data_root(args.data, world), classes, wnids, args.val_split, args.eval_only)
+    found = data.open_folder(data_root(args.data, world), classes, wnids, args.val_split, args.eval_only)
+    if found[1].pack:
+        found[1].pack.turns(args.exif)  # which refuses what it cannot do, before anything is written
+    return found
 
 
 def learned_from(checkpoint, root):

@@ -333,6 +333,15 @@ def test_orientation_tags(tmp_path):
         assert data.load(str(tmp_path / (mode + "2") / "a" / "x.jpg"), exif=True).size == (20, 30)
 
 
+def test_tags_that_a_pack_does_not_keep_are_refused_before_a_run_begins(packs, tmp_path):
+    import train
+    (tmp_path / "best.pt").write_bytes(b"an earlier run's")
+    flags = "--data", packs["raw"], "--out", str(tmp_path), "--overwrite", "--exif", "--auto-augment", "ra"
+    with pytest.raises(UserError, match="^[^ ]*raw: --exif: was packed without, and keeps no orientation$") as caught:
+        train.main(train.get_args_parser().parse_args([*flags, "--device", "cpu"]))
+    assert caught.value.code == 2 and os.listdir(tmp_path) == ["best.pt"]
+
+
 # ---------------------------------------------------------------------------------------------------- what is wrong
 
 @pytest.mark.parametrize("mode", MODES)
