@@ -35,6 +35,7 @@ import struct
 import sys
 import tarfile
 import threading
+import time
 import warnings
 import zlib
 
@@ -1075,6 +1076,18 @@ class Threads:
             return torch.from_numpy(found[:count]).view(size)
 
 
+class Processes(torch.utils.data.DataLoader):
+    """A DataLoader that names a worker's death as such also where it first breaks the connection by which the worker
+    was handing over a batch: PyTorch's handler of SIGCHLD, which raises an error of its own, runs a moment later."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except (EOFError, ConnectionError):
+            time.sleep(9)  # which that ends
+            raise
+
+
 class Ahead:
     """The batches of a loader in a GPU's memory. Each is copied, by a stream of its own, while the network works on the
     one before."""
@@ -1124,7 +1137,7 @@ def make_loader(dataset, batches, workers, device="cpu"):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
 
-        loader = torch.utils.data.DataLoader(
+        loader = Processes(
             dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
             collate_fn=(lambda batch: batch) if whole else getattr(dataset, "collate", collate),
             persistent_workers=workers > 0, worker_init_fn=start_worker,

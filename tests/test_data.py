@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import tarfile
 import threading
 import types
@@ -642,6 +643,24 @@ def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny, flags):
     pixels = reference[0][0]
     assert (pixels.dtype == torch.uint8 and pixels.shape == (8, 3, 32, 32)
             and pixels.is_contiguous(memory_format=torch.channels_last))
+
+
+def test_a_worker_killed_while_it_hands_over_a_batch_is_named(tiny, monkeypatch):
+    def broken(loader):
+        yield from ()
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        raise EOFError
+
+    def told(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", broken)
+    previous = signal.signal(signal.SIGALRM, told)  # in the place of SIGCHLD
+    try:
+        with pytest.raises(RuntimeError, match="DataLoader worker"):
+            batches_of(tiny, 1, ("--auto-augment", "ta_wide"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
