@@ -724,6 +724,8 @@ def open_folder(root, classes=None, wnids=None, val_split=None, eval_only=False)
     else:
         train, val = hash_split(train, val_split)
         notes.append(f"{root}: no val/, {len(val)} of {len(train) + len(val)} images held out by a hash of their names")
+    if len(classes) > 1 and all(val.name(i).count("/") > 1 for i in range(len(val))):
+        notes.append(f"{root}: all images lie in folders below {some(classes)}: are those the classes?")
     for part, other, name in ((train, val, "training"), (val, train, "validation")) if train else ():
         if len(absent := np.setdiff1d(other.labels, part.labels)):
             notes.append(f"{part.root}: no {name} image of {some([classes[i] for i in absent], 5)}")

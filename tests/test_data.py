@@ -220,6 +220,10 @@ def test_the_folder_around_a_data_set_is_told_from_it(tmp_path):
     root = make(tmp_path / "around", {"set/train/a": 9, "set/train/b": 9, "set/val/a": 9})
     assert any("one class alone, set" in n for n in data.open_folder(root)[4])
     assert not any("one class" in n for n in data.open_folder(os.path.join(root, "set"))[4])
+    parts = make(tmp_path / "parts", {"Train/a": 9, "Train/b": 9, "Test/a": 9, "Test/b": 9})
+    assert any("in folders below Test, Train: are" in n for n in data.open_folder(parts)[4])
+    deep = make(tmp_path / "deep", {"train/a/more": 3, "train/b": 3, "val/a/more": 1, "val/b": 1})
+    assert not any("are those" in n for n in data.open_folder(deep)[4])
 
 
 def test_missing_folder():
