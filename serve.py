@@ -361,8 +361,9 @@ class Model:
         if not tickets:
             return
         try:
-            pixels = torch.cat([ticket.pixels for ticket in tickets]).to(self.args.devices[0])
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            pixels, device = torch.cat([ticket.pixels for ticket in tickets]), torch.device(self.args.devices[0])
+            pixels = pixels.pin_memory() if device.type == "cuda" else pixels  # which a GPU reads by itself
+            pixels = pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
                 net = tickets[0].network.net
                 logits = torch.cat([predict(net, part) for part in pixels.split(self.args.max_batch)]).cpu()

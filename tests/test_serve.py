@@ -872,6 +872,19 @@ def test_every_graph_is_recorded_before_a_network_serves(monkeypatch, slow):
         assert asked == [*first, *[1] * 9, *[most] * 3] and len(first) <= graphs.KEPT
 
 
+def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch, slow):
+    """As a GPU would be told; nothing is copied here"""
+    model, net = slow
+    pinned, sent = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *where, **how: sent.append((x, where, how)) or x)
+    model.args.devices = ["cuda"]
+    net.go.release()
+    assert submit(model, images(2, 5)).result(9).shape == (2, 3)
+    (batch, *how), = sent
+    assert batch is pinned[0] and len(batch) == 2 and how == [(torch.device("cuda"),), dict(non_blocking=True)]
+
+
 def images(n, value):
     return torch.full((n, 3, 8, 8), value, dtype=torch.uint8)
 
