@@ -1049,7 +1049,8 @@ class Pipeline(train.Plan):
     def __init__(self, args, report, network, teacher=None):
         self.args, self.report, self.teacher, self.network = args, report, teacher, network.to(report.world.device)
         self.world, self.sets, self.checkpoint = report.world, report.sets, report.checkpoint
-        self.sparse = args.sparsity or args.sparsity_2_4
+        # also what came sparse stays so
+        self.sparse = args.sparsity or args.sparsity_2_4 or "sparse" in self.checkpoint.get("encode", {}).values()
         self.pixels, self.encode, self.hooks, self.at, self.whole = None, {}, [], 0, None
 
     def open(self, args, world):
@@ -1152,7 +1153,7 @@ class Pipeline(train.Plan):
 
     def prune(self):
         args, model = self.args, self.network
-        if self.sparse:
+        if args.sparsity or args.sparsity_2_4:
             masks = masks_2_4(model) if args.sparsity_2_4 else masks_global(model, args.sparsity)
             with torch.no_grad():
                 for name, mask in masks.items():
@@ -1631,8 +1632,9 @@ def auto(args, report, model, teacher):
         raise UserError(f"--max-drop {allowed:g}: no network that was tried gains so much; they are in {args.out}", 2)
     chosen = min(within, key=lambda r: r["latency_ms_bs1"])
     path, at = os.path.join(args.out, "best.pt"), report.rows.index(chosen)
-    report.tables = load_checkpoint(chosen["checkpoint"])["metrics"] if at else {}
-    report.save(path, report.models[at])
+    made = load_checkpoint(chosen["checkpoint"]) if at else dict(report.checkpoint, metrics={})
+    report.tables = made["metrics"]
+    report.save(path, report.models[at], made.get("encode"))
     if report.world.rank == 0:
         write_atomic(os.path.join(args.out, "pareto.svg"), pareto_svg(report.rows, chosen, report.accuracy).encode())
     report.rows.append({**chosen, "checkpoint": path, "bytes": os.path.getsize(path)})
@@ -1704,11 +1706,12 @@ def cascade(args, world, stop):
     if not count and (sure == 1).any():  # which no threshold sends on
         raise UserError(f"{args.cascade[0]}: gives wrong answers a probability of 1, more than --max-drop allows")
     say(f"threshold {model.threshold:.4f}: {count} of {len(sure)} calibration images stop at {args.cascade[0]}")
-    saved = dict(checkpoint, classes=checkpoint["classes"] or sets.classes, args=dict(exif=sets.exif))
+    saved = dict(checkpoint, classes=checkpoint["classes"] or sets.classes)
     report, path = Report(args, sets, world, stop, saved), os.path.join(args.out, "best.pt")
     report.add("big", big, args.cascade[1])
     report.add("small", small, args.cascade[0])
-    report.save(path, model)
+    report.save(path, model, {f"{member}.{k}": v for member, its in (("small", other), ("big", checkpoint))
+                              for k, v in its.get("encode", {}).items()})
     report.add("cascade", model, path)
     if (drop := report.drop(report.rows[-1])) > most:
         say(f"--max-drop {most:g} chose the threshold on {len(sure)} calibration images; of the "

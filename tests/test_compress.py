@@ -566,6 +566,24 @@ def test_smaller_files(call, flags):
     assert result["after"]["bytes"] < limit * small["after"]["bytes"]
 
 
+def test_what_came_sparse_stays_sparse(call, tmp_path, trained, monkeypatch):
+    """In training, in other stages' files, and in the files of several networks"""
+    monkeypatch.setattr(compress, "measure", lambda *_: 1.0)
+    sparse = call("--sparsity", 0.9, "--epochs", 0, "--out", tmp_path / "sparse")["checkpoint"]
+    zero = {k: v == 0 for k, v in resnet50.load_checkpoint(sparse)["model"].items() if v.ndim > 1}
+    flags = "--calib-images", 8, "--correction", "none"
+    again = call("--distill", "self", "--epochs", 1, "--int8", *flags, checkpoint=sparse)
+    for row in again["stages"][1:]:
+        state = resnet50.load_checkpoint(row["checkpoint"])["model"]
+        assert all(not v[zero[k]].any() for k, v in state.items() if k in zero)
+        assert row["bytes"] < 1.05 * again["before"]["bytes"]
+    monkeypatch.setattr(compress.Pipeline, "run", lambda self, stages: None)
+    found = call("--auto", *flags, "--overwrite", checkpoint=sparse)
+    assert found["after"]["bytes"] < 1.05 * again["before"]["bytes"]
+    both = call("--cascade", sparse, trained, "--calib-images", 8, "--out", tmp_path / "both")
+    assert both["after"]["bytes"] < 1.05 * (again["before"]["bytes"] + both["before"]["bytes"])
+
+
 def test_dynamic_quantization_of_the_classifier(call, run, tiny, tmp_path, capsys):
     """Against float64, with the rounding of weights and inputs written anew; in a fresh process; not to be trained"""
     path = call("--dynamic", "--prune", 0.5, "--epochs", 0)["checkpoint"]
