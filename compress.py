@@ -1585,8 +1585,11 @@ def open_model(args):
 def compress(args, world, stop):
     model, checkpoint, source = open_model(args)
     stages = [] if args.auto else stage_list(args)
-    sets = open_sets(args, checkpoint, model, world, bool(args.auto or {"finetune", "qat", "distill"} & set(stages)))
+    trains = bool(args.auto or {"finetune", "qat", "distill"} & set(stages))
+    sets = open_sets(args, checkpoint, model, world, trains)
     checkpoint["classes"] = checkpoint["classes"] or sets.classes
+    if trains:  # what it has learned from by then
+        checkpoint["args"] = dict(checkpoint["args"], data=sets.root, val_split=args.val_split)
     known = {step.name for step in fold_downsample(flatten(model)) if step.kind in ("conv", "linear")}
     if unknown := sorted(set(args.float_layers) - known):
         raise UserError(f"--float-layers {' '.join(unknown)}: no such layer in this network's int8 program", code=2)

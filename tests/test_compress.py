@@ -780,6 +780,17 @@ def test_what_a_network_learned_from_is_not_evaluated(share, call, tmp_path, tra
     assert result["data"] == flat and result["after"]["images"] == len(data.open_folder(flat, val_split=share)[1])
 
 
+def test_what_a_network_learned_from_here_is_not_evaluated_later(call, tmp_path, trained, tiny):
+    flat = str(shutil.copytree(os.path.join(tiny, "train"), tmp_path / "flat"))
+    taught = call("--distill", "self", "--epochs", 1, "--data", flat, "--val-split", 0.3)
+    both = call("--cascade", taught["checkpoint"], taught["checkpoint"], "--out", tmp_path / "both")
+    assert taught["after"]["images"] == both["after"]["images"] < 25
+    for path in taught["checkpoint"], both["checkpoint"]:
+        scored = train.main(train.get_args_parser().parse_args(
+            ["--eval-only", "--checkpoint", path, "--data", flat, "--device", "cpu"]))
+        assert scored["images"] == taught["after"]["images"]
+
+
 def test_images_without_labels(call, tmp_path, tiny):
     folder = tmp_path / "flat"
     folder.mkdir()
