@@ -1283,7 +1283,7 @@ class Pipeline(train.Plan):
 
     def back_to_float(self, float_model, to_int8):
         """Layers return to float, those first whose return brings the logits of the calibration images nearest to the
-        float network's, until the drop is within --max-drop. Ranked without correction, which takes a minute each."""
+        float network's, as few as bring the drop within --max-drop. Ranked without correction, a minute each."""
         pixels, chosen, gains = self.calibration()[0][:64].cpu(), list(self.args.float_layers), {}
         names = [s.name for s in self.network.steps if s.kind in ("conv", "linear") and s.name not in chosen]
         for i, name in enumerate(["", *names]):
@@ -1295,17 +1295,19 @@ class Pipeline(train.Plan):
         names.sort(key=gains.get)
         say(f"{'layer back in float':24}{'KL of logits':>14} (all int8: {gains['']:.3e})")
         say("\n".join(f"{name:24}{gains[name]:>14.3e}" for name in names[:10]))
-        count = 1
-        while True:
-            self.network = to_int8(float_layers=chosen + names[:count])
-            drop = self.report.drop(self.report.score(self.network))
+        few, enough, count = 0, math.inf, 1  # doubled until they do, then halved between what does and what does not
+        while enough - few > 1:
+            net = to_int8(float_layers=chosen + names[:count])
+            drop = self.report.drop(self.report.score(net))
             say(f"{count} layers in float: {drop:.2f} points lost")
             if drop <= self.args.max_drop:
-                return
-            if count == len(names):
+                self.network, enough = net, count
+            elif count == len(names):
                 raise UserError(f"--max-drop {self.args.max_drop:g}: {drop:.2f} points are lost with every layer in "
                                 "float", code=2)
-            count = min(len(names), 2 * count)
+            else:
+                few = count
+            count = min(len(names), 2 * count) if enough == math.inf else (few + enough) // 2
 
 
 @torch.no_grad()

@@ -652,6 +652,17 @@ def test_mixed_precision_goes_back_to_float_until_the_drop_is_allowed(call, tmp_
     assert resnet50.load_checkpoint(chosen["checkpoint"])["config"]["float_layers"] == ["conv1", "fc"]
 
 
+@pytest.mark.parametrize("need", [1, 5, 6, 13])
+def test_no_more_layers_return_to_float_than_are_needed(need, monkeypatch):
+    monkeypatch.setattr(compress, "compare", lambda model, net, pixels: (int((net or [99])[-1]), 0.0))
+    report = SimpleNamespace(poll=lambda: None, score=len, drop=lambda layers: 2.0 * (layers < need))
+    steps = [resnet50.Step("conv", str(i), "") for i in reversed(range(13))]
+    pipeline = SimpleNamespace(args=SimpleNamespace(float_layers=[], max_drop=1.0), report=report,
+                               network=SimpleNamespace(steps=steps), calibration=lambda: [torch.zeros(1)])
+    compress.Pipeline.back_to_float(pipeline, None, lambda float_layers, **_: float_layers)
+    assert pipeline.network == [str(i) for i in range(need)]
+
+
 @pytest.mark.parametrize("work, flags", [
     ("covariance", ["--int8"]), ("step_times", ["--target-latency", 1e-3, "--epochs", 0]),
     ("compare", ["--prune", 0.5, "--sensitivity", "--epochs", 0]),
