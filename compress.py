@@ -1532,8 +1532,8 @@ def check_args(args):
         if not fits and (found := [flags[name] for name in names if name in flags]):
             refuse(f"{found[0]} goes with {partner}")
     for wrong, text in (
-            (args.auto and (goals or changed or args.student),
-             "--auto decides by itself: no --prune, --int8, --dynamic, --qat, --student, --int4-weights with it"),
+            (args.auto and (goals or changed or args.student or args.stages), "--auto decides by itself: no --prune, "
+             "--int8, --dynamic, --qat, --student, --int4-weights, --stages with it"),
             (args.dynamic and (args.int8 or args.qat or args.int4_weights),
              "--dynamic excludes --int8, --qat and --int4-weights"),
             (args.int4_weights and (args.int8 or args.qat or args.sparsity or args.sparsity_2_4),
@@ -1688,6 +1688,8 @@ def cascade(args, world, stop):
         return load_model(argparse.Namespace(**{**vars(args), "checkpoint": path, **says}))
     (small, other, _), (big, checkpoint, _) = map(member, args.cascade)
     for net, path in zip((small, big), args.cascade):
+        if isinstance(net, Cascade):
+            raise UserError(f"--cascade: {path}: is a cascade itself")
         check_finite(net, f"--cascade: {path}")
     small, big = small.to(world.device), big.to(world.device)
     if other["classes"] != checkpoint["classes"]:

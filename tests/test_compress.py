@@ -712,6 +712,15 @@ def test_cascade(call, tmp_path, trained, tiny):
         assert abs(both[key] ** power / (part[key] ** power + share * whole[key] ** power) - 1) < 0.02
 
 
+def test_a_cascade_is_no_cascade_s_member(call, tmp_path, trained):
+    model = resnet50.build_model(resnet50.load_checkpoint(trained), trained)
+    resnet50.save_checkpoint(path := str(tmp_path / "both.pt"), resnet50.Cascade(model, copy.deepcopy(model), 0.5),
+                             classes=sorted(data.DEMO_CLASSES))
+    for networks in (path, trained), (trained, path):
+        with pytest.raises(UserError, match="both.pt: is a cascade itself"):
+            call("--cascade", *networks)
+
+
 def test_cascade_whose_small_network_is_often_equally_sure(call, tmp_path, trained, tiny, capsys):
     """A threshold sends all images of one probability the same way, and none those of exactly 1"""
     model = resnet50.build_model(resnet50.load_checkpoint(trained), trained)
@@ -851,6 +860,7 @@ def test_images_without_labels(call, tmp_path, tiny):
     (("--cascade", "TRAINED", "TRAINED", "--epochs", "9"), 2, "--epochs: --cascade"),
     (("--cascade", "TRAINED", "TRAINED", "--checkpoint", "TRAINED"), 2, "--checkpoint: --cascade"),
     (("--auto", "--prune", "0.5"), 2, "--auto decides by itself"),
+    (("--auto", "--distill", "self", "--stages", "finetune"), 2, "--auto decides by itself"),
     (("--sparsity", "0.5", "--rounds", "2"), 2, "--rounds goes with"),
     (("--int8", "--observer", "mse", "--qat", "--round-to", "4"), 2, "--round-to goes with"),
     (("--int8", "--qat", "--correction", "none"), 2, "--correction goes with --int8 or --auto, and not with --qat"),
