@@ -571,14 +571,13 @@ def test_what_came_sparse_stays_sparse(call, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(compress, "measure", lambda *_: 1.0)
     sparse = call("--sparsity", 0.9, "--epochs", 0, "--out", tmp_path / "sparse")["checkpoint"]
     zero = {k: v == 0 for k, v in resnet50.load_checkpoint(sparse)["model"].items() if v.ndim > 1}
-    flags = "--calib-images", 8, "--correction", "none"
-    again = call("--distill", "self", "--epochs", 1, "--int8", *flags, checkpoint=sparse)
+    again = call("--distill", "self", "--epochs", 1, "--dynamic", checkpoint=sparse)
     for row in again["stages"][1:]:
         state = resnet50.load_checkpoint(row["checkpoint"])["model"]
         assert all(not v[zero[k]].any() for k, v in state.items() if k in zero)
         assert row["bytes"] < 1.05 * again["before"]["bytes"]
     monkeypatch.setattr(compress.Pipeline, "run", lambda self, stages: None)
-    found = call("--auto", *flags, "--overwrite", checkpoint=sparse)
+    found = call("--auto", "--overwrite", checkpoint=sparse)
     assert found["after"]["bytes"] < 1.05 * again["before"]["bytes"]
     both = call("--cascade", sparse, trained, "--calib-images", 8, "--out", tmp_path / "both")
     assert both["after"]["bytes"] < 1.05 * (again["before"]["bytes"] + both["before"]["bytes"])
