@@ -216,6 +216,10 @@ def beyond_head(args):
     return wrong[0] if wrong else None
 
 
+def other_views(args):
+    return args.views != get_args_parser().get_default("views")
+
+
 def head_alone(args, model):
     """-> whether a head on cached features can do what the flags ask; a convolution reads none of whole images"""
     return isinstance(model.get_submodule(head_of(model)), nn.Linear) and not beyond_head(args)
@@ -445,7 +449,7 @@ def resolve(args, model, images):
     why = ""
     if kind == "auto":
         kind = ("head" if images < FEW and head_alone(args, model) else
-                "gradual" if images < MANY or args.unfreeze_every > 1 else "full")
+                "gradual" if images < MANY or args.unfreeze_every > 1 or other_views(args) else "full")
         why = f", for {images} images " + {
             "head": "are too few to move a whole network (--strategy gradual does)",
             "gradual": "allow the stages to follow the head one by one", "full": "are enough to train everything"}[kind]
@@ -527,6 +531,13 @@ class FineTuning(train.Plan):
             model.get_submodule(self.stages[0][0]).register_forward_pre_hook(
                 lambda _, inputs: setattr(self, "seen", means(inputs[0])))  # no method: copies would copy the plan
         return model
+
+    def rehearse(self):
+        """Makes the network, and tries out a batch of one, which may be too few for a batch-norm of any stage"""
+        args, net = self.args, self.model(self.args, self.sets[2]).to(self.world.device)
+        if args.batch_size == 1:
+            self.begin(net.train(), args.epochs - 1)
+            train.wrap(net, args, self.world, self.amp)
 
     def depth(self, name):
         """Of a parameter: 0 in the head and in what LoRA and adapters add, then the stage's number from the top"""
@@ -767,8 +778,6 @@ def search(args, run, kinds):
     """Successive halving (arXiv 1502.07943) over strategies of these kinds and learning rate: all of N settings for one
     epoch, then the better half for two, and so on. run(args) is a run's result. -> (rows of a table, best setting)"""
     settings = [dict(strategy=kind, lr=args.lr * factor) for factor in SEARCHED for kind in kinds]
-    if len(settings) < args.search:
-        raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {len(settings)} settings", code=2)
     rows, alive, epochs = [], settings[:args.search], 1
     while True:
         for setting in alive:
@@ -805,9 +814,9 @@ def logits_of(model, files, args, world):
     return logits
 
 
-def accuracy(logits, labels):
-    """-> percent, of the rows that have logits; None where none has"""
-    right = logits.argmax(1).numpy() == labels
+def accuracy(logits, labels, k=1):
+    """-> percent whose label is among the k likeliest, of the rows that have logits; None where none has"""
+    right = (logits.topk(min(k, logits.shape[1])).indices.numpy() == labels[:, None]).any(1)
     right = right[~logits[:, 0].isnan().numpy()]
     return round(100 * float(right.mean()), 4) if len(right) else None
 
@@ -860,7 +869,7 @@ def contact_sheet(tiles, columns=4, side=220):
 
 def report(model, val, classes, args, world, most=24):
     """Scores the finished network on `val`; the first process writes confusion.csv, confusion.svg and, of up to `most`
-    mistakes, the worst first, mistakes.png. -> dict(top1, per_class, mistakes)"""
+    mistakes, the worst first, mistakes.png. -> dict(top1, top5, loss, per_class, mistakes)"""
     logits, labels, n = logits_of(model, val, args, world), torch.from_numpy(val.labels).long(), len(classes)
     predicted, seen = logits.argmax(1), ~logits[:, 0].isnan()
     matrix = (labels * n + predicted)[seen].bincount(minlength=n * n).view(n, n).numpy()
@@ -890,7 +899,8 @@ def report(model, val, classes, args, world, most=24):
             os.unlink(path)
         worst = sorted((a, c) for c, a in per_class.items() if a is not None)
         print("accuracy by class, worst first: " + some([f"{c} {a:.1f} %" for a, c in worst], 20), file=sys.stderr)
-    return dict(top1=accuracy(logits, val.labels), per_class=per_class, mistakes=len(wrong))
+    return dict(top1=accuracy(logits, val.labels), top5=accuracy(logits, val.labels, 5),
+                loss=round(loss[seen].mean().item(), 6), per_class=per_class, mistakes=len(wrong))
 
 
 # ---------------------------------------------------------------------------------------------------------- detection
@@ -1522,7 +1532,17 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
     notes += [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
               f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
-    resolve(changed(args), model, len(sets[0]))  # which refuses
+    kinds = ["head"] * head_alone(args, model) + ["gradual", "full"] if args.strategy == "auto" else [args.strategy]
+    if args.search and args.search > (most := len(SEARCHED) * len(kinds)):
+        raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {most} settings", code=2)
+    linear = isinstance(model.get_submodule(head_of(model)), nn.Linear)
+    # tried out, as far as something may be refused, before what --overwrite deletes is gone
+    tried = changed(args, strategy=kinds[-1] if args.search else args.strategy)
+    resolve(tried, model, len(sets[0]))
+    if other_views(args) and tried.strategy == "gradual" and (known or not linear) and not args.search and not asked:
+        raise UserError(f"--views {args.views}: no head is trained on features here, it is "
+                        f"{'kept' if linear else 'a convolution'}", code=2)
+    FineTuning(tried, world, stop, model, sets, notes, not known, None).rehearse()
     before()
     begin_run(args, world, resume)
 
@@ -1530,7 +1550,7 @@ def classify(args, world, stop, asked=None, before=lambda: None):
         """`most`: epochs of the head that gradual begins with"""
         note = resolve(args, model, len(sets[0]))
         begun, said, new_head, spent = model, notes + [note], not known, 0.0
-        leads = args.strategy == "gradual" and not known and isinstance(model.get_submodule(head_of(model)), nn.Linear)
+        leads = args.strategy == "gradual" and not known and linear
         last = os.path.join(args.out, "last.pt") if args.resume == "auto" else args.resume
         if leads and last and os.path.exists(last):  # which holds what the head has become
             begun, new_head = rebuilt(model, args.seed, True, num_classes=len(classes)), False
@@ -1562,9 +1582,7 @@ def classify(args, world, stop, asked=None, before=lambda: None):
             if (tried := sum(row["epochs"] == 1 for row in rows)) != args.search:
                 raise UserError(f"--search {args.search}: --resume found one of {tried} settings in {args.out}", 2)
         else:
-            kinds = ["head"] * head_alone(args, model) + ["gradual", "full"]
-            rows, best = search(args, lambda args: run(args, min(args.epochs, STRATEGIES["head"]["epochs"])),
-                                kinds if args.strategy == "auto" else [args.strategy])
+            rows, best = search(args, lambda args: run(args, min(args.epochs, STRATEGIES["head"]["epochs"])), kinds)
         extra["search"] = rows
         if world.rank == 0:
             write_atomic(found, json.dumps([rows, best], indent=1).encode())
@@ -1635,6 +1653,8 @@ def fine_tune(args, world, stop):
     final = changed(args, data=args.then, then=None, overwrite=True)
     # what is wrong with the second is better said before the first step
     classes, others = (list(train.Plan().open(part, world)[2]) for part in (final, args))
+    if args.num_classes not in (None, len(classes)):
+        raise UserError(f"--num-classes {args.num_classes}: {args.then} has {len(classes)} classes", code=2)
     if args.strategy == "head" and classes != others:
         raise UserError(f"--strategy head: {args.then} has other classes, so nothing would stay of a step that trains "
                         "the head alone; name another", code=2)

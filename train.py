@@ -1159,6 +1159,7 @@ def check_args(args, usual):
     most = args.image_size or math.inf
     refused = {
         "--swa-start and --model-ema-decay exclude each other": args.swa_start is not None and args.model_ema_decay,
+        "--momentum 0: --opt nesterov needs some, sgd does without": args.opt == "nesterov" and not args.momentum,
         "--compile and --grad-checkpointing exclude each other (the compiler plans recomputation itself)":
             args.compile and args.grad_checkpointing,
         "--resume auto and --overwrite exclude each other: one goes on, the other starts anew":

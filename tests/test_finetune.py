@@ -338,7 +338,7 @@ def test_strategy_by_the_number_of_images(source):
     for flags in (["--cutmix-alpha", 1], ["--l2-sp", 1], ["--progressive", 32, 0, 1], ["--layer-decay", 0.5],
                   ["--unfreeze-every", 2], ["--grad-checkpointing"]):
         assert chosen(10, *flags).strategy == "gradual"  # what a head on cached features cannot do, or without
-    assert chosen(20000, "--unfreeze-every", 2).strategy == "gradual"
+    assert chosen(20000, "--unfreeze-every", 2).strategy == chosen(20000, "--views", 2).strategy == "gradual"
     args = chosen(10, "--epochs", 3)
     assert args.epochs == 3 and args.lr == 1e-4 and args.image_size == 32
     assert train.preprocess_of(args)["resize"] == 32
@@ -590,7 +590,7 @@ def test_best_by_loss(tune, tmp_path):
     result = tune("--strategy", "full", "--epochs", 4, "--lr", 3e-3, "--best-by", "loss")
     epochs = [r for r in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")) if r["event"] == "epoch"]
     assert result["best_epoch"] == min(epochs, key=lambda r: r["loss"])["epoch"]
-    assert result["loss"] == min(r["loss"] for r in epochs)
+    assert result["loss"] == pytest.approx(min(r["loss"] for r in epochs), rel=1e-4)
 
 
 def test_cached_features_are_computed_once_and_again_where_the_images_differ(tune, tmp_path, monkeypatch):
@@ -924,6 +924,9 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--strategy", "layers:9"], "has 5 stages"), (["--data", "nowhere"], "nowhere: no such folder"),
+    (["--val-resize", 16], "--val-resize 16: is less than the 32"), (["--search", 16], "there are 15 settings"),
+    (["--batch-size", 1, "--strategy", "gradual"], "--batch-size: leaves a batch-norm a single value"),
+    (["--batch-size", 1, "--search", 2], "--batch-size: leaves a batch-norm a single value"),
     (["--checkpoint", "OUT/best.pt"], "--overwrite would delete .*best.pt, which is read"),
     (["--data", "DAMAGED"], "0001.jpg: not an image"),
     (["--data", "DAMAGED", "--then", "SHAPES"], "0001.jpg: not an image")])
@@ -1020,6 +1023,8 @@ def test_a_head_that_knows_the_classes_is_kept_and_said(tune, capsys):
     assert second["per_class"] == first["per_class"]
     said = capsys.readouterr().err
     assert all(text in said for text in ("its head is kept: it knows these 3 classes", "disk: 5 and 3", "a new head"))
+    with pytest.raises(UserError, match="--views 1: no head is trained on features here, it is kept"):
+        tune("--strategy", "gradual", "--views", 1, checkpoint=first["checkpoint"], out="third")
 
 
 @pytest.mark.parametrize("names, wnids, kept", [
@@ -1049,6 +1054,11 @@ def test_target_domain_is_scored(tune, shapes, tmp_path):
     logits = finetune.logits_of(model, val, parse("--workers", 0), train.World())
     right = (logits.argmax(1).numpy() == val.labels).mean() * 100
     assert result["target_top1"] == pytest.approx(right, abs=1e-3)
+    _, val, _, _, _ = data.open_folder(shapes)  # as it is: the epochs saw it recoloured
+    logits, labels = finetune.logits_of(model, val, parse("--workers", 0), train.World()), torch.tensor(val.labels)
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, labels.long()).item(), rel=1e-4)
+    assert result["top5"] == 100 and result["top1"] == pytest.approx(
+        100 * (logits.argmax(1) == labels).float().mean().item(), abs=1e-3)
     plain = tmp_path / "plain"
     plain.mkdir()
     shutil.copy(os.path.join(shapes, "val", "disk", "0000.jpg"), plain / "x.jpg")
@@ -1156,8 +1166,10 @@ def test_names_that_the_second_step_does_not_know_are_refused_before_the_first(t
                                                                                monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
     (tmp_path / "names.json").write_text(json.dumps(list(SHAPES)))
-    with pytest.raises(UserError, match="class folders"):
-        tune("--then", tiny, "--classes", tmp_path / "names.json")
+    for wrong, complaint in ((["--classes", tmp_path / "names.json"], "class folders"),
+                             (["--num-classes", 3], "--num-classes 3: .* has 10 classes")):
+        with pytest.raises(UserError, match=complaint):
+            tune("--then", tiny, *wrong)
 
 
 def test_list_models():

@@ -172,6 +172,7 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
     (["--device", "cuda:7"], "no CUDA device"), (["--progressive", 0, 0, 1], "--progressive 0 0 1: PX"),
     (["--progressive", 32, 0.5, 0.2], "in this order"), (["--progressive", 48, 0, 1], "at most --image-size"),
     (["--swa-start", 0, "--model-ema-decay", 0.9], "exclude"),
+    (["--opt", "nesterov", "--momentum", 0], "--opt nesterov needs some"),
     (["--num-classes", 7], "--num-classes 7: the data has 10"),
     (["--stride-on", "1x1", "--attention", "split"], "no meaning"),
     (["--wandb"], "pip install wandb"), (["--weights", "V9"], "IMAGENET1K_V1"),
