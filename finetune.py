@@ -179,6 +179,7 @@ def check_args(args):
         (kind not in ("lora", "adapter"), "a --strategy that trains the network's weights",
          "l2_sp", *["layer_decay"] * (args.layer_decay != 1)),
         (args.target_domain, "--target-domain", "align", "align_weight"),
+        (args.align != "none", "--align coral and mmd", "align_weight"),
         # --strategy stands in every args.json
         (not args.eval_only, "training, not with --eval-only", "target_domain", "search", "then", "lr_find", "views",
          "ohem", "head_lr_mult", "trainable_stages", "score_threshold"),
@@ -500,7 +501,8 @@ class FineTuning(train.Plan):
         self.source, self.notes, self.new_head = source, notes, new_head
         self.kind, _, self.number = args.strategy.partition(":")
         self.amp = train.amp_dtype(args, world.device)
-        self.target = data.scan_unlabelled(args.target_domain) if args.target_domain and args.align != "none" else None
+        target = data.scan_unlabelled(args.target_domain) if args.target_domain else None
+        self.target = target if args.align != "none" else None
         # what is not aligned yet does not compete, nor what has learned nothing that --then keeps
         self.knows = not new_head and self.target is None and not args.then
 
@@ -1537,12 +1539,12 @@ def classify(args, world, stop, asked=None, before=lambda: None):
         raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {most} settings", code=2)
     linear = isinstance(model.get_submodule(head_of(model)), nn.Linear)
     # tried out, as far as something may be refused, before what --overwrite deletes is gone
-    tried = changed(args, strategy=kinds[-1] if args.search else args.strategy)
-    resolve(tried, model, len(sets[0]))
-    if other_views(args) and tried.strategy == "gradual" and (known or not linear) and not args.search and not asked:
+    trial = changed(args, strategy=kinds[-1] if args.search else args.strategy)
+    resolve(trial, model, len(sets[0]))
+    if other_views(args) and trial.strategy == "gradual" and (known or not linear) and not args.search and not asked:
         raise UserError(f"--views {args.views}: no head is trained on features here, it is "
                         f"{'kept' if linear else 'a convolution'}", code=2)
-    FineTuning(tried, world, stop, model, sets, notes, not known, None).rehearse()
+    FineTuning(trial, world, stop, model, sets, notes, not known, None).rehearse()
     before()
     begin_run(args, world, resume)
 

@@ -1290,6 +1290,8 @@ def build_model(checkpoint, path, **config):
     supplies what a foreign file lacks; where the file says otherwise it is refused, not overridden."""
     if checkpoint["config"].get("task") == "detect":
         raise UserError(f"{path}: is a detector, which finetune.py --task detect --eval-only scores")
+    if checkpoint["config"] and any(".parametrizations." in name for name in checkpoint["model"]):
+        raise UserError(f"{path}: is a run of --strategy lora to be resumed, whose best.pt is the plain network")
     config = {k: v for k, v in config.items() if v is not None}
     for key, value in checkpoint["config"].items():
         if key in ("drop_path", "dropout"):  # regularisation is the run's choice, not the network's shape

@@ -1,5 +1,6 @@
 """finetune.py against naive loops, float64 and the network it started from: what is trained, at which rate, what is
 kept, the losses, alignment, the data check, the report; every strategy stopped and resumed."""
+import contextlib
 import csv
 import itertools
 import json
@@ -481,6 +482,8 @@ def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, m
     assert last_event(tmp_path / "stopped") == "epoch"
     model = build_model(best, "best")  # LoRA is merged, nothing else is special about the file
     assert ("adapter" in model.config) == (name == "adapter")
+    with pytest.raises(UserError, match="last.pt: is a run .* lora") if name == "lora" else contextlib.nullcontext():
+        build_model(load_checkpoint(str(tmp_path / "straight" / "last.pt")), "last.pt")
     assert not (tmp_path / "straight" / "features.pt").exists()
 
 
@@ -1048,7 +1051,7 @@ def test_target_domain_is_scored(tune, shapes, tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             with Image.open(os.path.join(dirpath, name)) as image:
                 image.point(lambda v: 255 - v).save(folder / name, quality=95)
-    result = tune("--strategy", "head", "--epochs", 2, "--views", 1, "--target-domain", target)
+    result = tune("--strategy", "head", "--epochs", 2, "--views", 1, "--lr", 0.1, "--target-domain", target)
     model = build_model(load_checkpoint(result["checkpoint"]), "best")
     _, val, _, _, _ = data.open_folder(str(target))
     logits = finetune.logits_of(model, val, parse("--workers", 0), train.World())
@@ -1139,6 +1142,8 @@ script.search = search
     (["--model", "resnet99"], "resnet99", 3), (["--model", "mobilenet_v2", "--attention", "se"], "ResNet-50's", 2),
     (["--model", "mobilenet_v2"], "holds ResNet-50, not mobilenet_v2", 3),
     (["--search", 2, "--lr-find"], "--search decides", 2), (["--target-domain", "nowhere"], "nowhere", 3),
+    (["--target-domain", "nowhere", "--align", "none"], "nowhere: no such folder", 3),
+    (["--target-domain", ".", "--align", "none", "--align-weight", 2], "--align-weight goes with --align coral", 2),
     (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file", 3), (["--swa-start", 1], "--swa-start: 1 must lie", 2),
     (["--l2-sp", 1, "--strategy", "lora"], "--l2-sp goes with", 2),
     (["--l2-sp", 1, "--strategy", "head"], "--l2-sp: --strategy head sees", 2),
