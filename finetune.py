@@ -183,7 +183,8 @@ def check_args(args):
         # --strategy stands in every args.json
         (not args.eval_only, "training, not with --eval-only", "target_domain", "search", "then", "lr_find", "views",
          "ohem", "head_lr_mult", "trainable_stages", "score_threshold"),
-        (not args.eval_only, "training; --eval-only scores what --checkpoint holds", "model"))
+        (not args.eval_only, "training; --eval-only scores what --checkpoint holds", "model",
+         *("weights", "stride_on", "attention", "stem") * (args.task == "detect")))
     train.check_args(args, usual)
     if args.task == "detect":
         if not args.data:
@@ -1466,6 +1467,7 @@ def detect(args, world, stop, most=16):
     if args.eval_only:
         path = args.checkpoint or os.path.join(args.out, "best.pt")
         model, checkpoint = load_detector(path)
+        model.amp = train.amp_dtype(args, world.device)
         model.roi_heads.nms_thresh = args.nms_threshold or model.config["nms"]
         model.roi_heads.detections_per_img = args.detections or model.config["detections"]
         args.image_size = args.image_size or model.config["image_size"]

@@ -718,17 +718,21 @@ def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, mo
     assert scored["map50"] == pytest.approx(result["map50"], abs=1e-6) and scored["images"] == 5
 
 
-def test_a_detector_is_scored_at_its_own_sizes_unless_flags_name_others(tune, folder, tmp_path):
-    path, scores = tune("--epochs", 1, "--max-size", 80)["checkpoint"], []
+def test_a_detector_is_scored_at_its_own_sizes_unless_flags_name_others(tune, folder, tmp_path, monkeypatch):
+    path, scores, amps, find = tune("--epochs", 1, "--max-size", 80)["checkpoint"], [], [], finetune.find_boxes
+    monkeypatch.setattr(finetune, "find_boxes", lambda model, *rest, **k: (amps.append(model.amp),
+                                                                           find(model, *rest, **k))[1])
     for sizes, flags in ((dict(), ()), (dict(), ("--image-size", 40)), (dict(image_size=40), ()),
-                         (dict(), ("--max-size", 48)), (dict(max_size=48), ())):
+                         (dict(), ("--max-size", 48)), (dict(max_size=48), ()),
+                         (dict(), ("--amp-dtype", "bfloat16"))):
         changed = torch.load(path, weights_only=True)
         changed["config"].update(sizes)
         torch.save(changed, tmp_path / "changed.pt")
         found = finetune.main(parse("--eval-only", "--checkpoint", tmp_path / "changed.pt", "--data", folder,
                                     "--workers", 0, "--batch-size", 3, *flags))
         scores.append([found[key] for key in ("map", "map50", "recall")])
-    assert scores[1] == scores[2] and scores[3] == scores[4] and scores[0] not in scores[1:]
+    assert scores[1] == scores[2] and scores[3] == scores[4] and scores[0] not in scores[1:5]
+    assert amps == [None] * 5 + [torch.bfloat16]
 
 
 def test_only_what_is_scored_is_read_to_score(tune, folder, tmp_path):
@@ -810,6 +814,7 @@ def test_a_detector_is_refused_elsewhere_by_name(tune):
 @pytest.mark.parametrize("flags, complaint", [
     (["--mixup-alpha", 1], "--mixup-alpha goes with --task classify"), (["--strategy", "head"], "--strategy goes with"),
     (["--eval-only", "--score-threshold", 0.1], "--score-threshold goes with training"),
+    (["--eval-only", "--weights", "IMAGENET1K_V2"], "--weights goes with training"),
     (["--ra-std", 1], "--ra-std goes with --task classify"), (["--batch-size", "auto"], "--batch-size auto"),
     (["--nms-threshold", 2], "must lie in (0, 1]")])
 def test_what_detection_cannot_honour_is_refused(flags, complaint, tune, capsys):
