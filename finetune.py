@@ -539,7 +539,7 @@ class FineTuning(train.Plan):
         """Makes the network, and tries out a batch of one, which may be too few for a batch-norm of any stage"""
         args, net = self.args, self.model(self.args, self.sets[2]).to(self.world.device)
         if args.batch_size == 1:
-            self.begin(net.train(), args.epochs - 1)
+            self.begin(net.train(), args.unfreeze_every * STAGES)
             train.wrap(net, args, self.world, self.amp)
 
     def depth(self, name):

@@ -928,7 +928,7 @@ def test_a_search_that_overwrites_another_takes_nothing_of_it(tune, tmp_path, mo
 @pytest.mark.parametrize("flags, complaint", [
     (["--strategy", "layers:9"], "has 5 stages"), (["--data", "nowhere"], "nowhere: no such folder"),
     (["--val-resize", 16], "--val-resize 16: is less than the 32"), (["--search", 16], "there are 15 settings"),
-    (["--batch-size", 1, "--strategy", "gradual"], "--batch-size: leaves a batch-norm a single value"),
+    (["--batch-size", 1, "--strategy", "gradual", "--epochs", 1], "--batch-size: leaves a batch-norm a single value"),
     (["--batch-size", 1, "--search", 2], "--batch-size: leaves a batch-norm a single value"),
     (["--checkpoint", "OUT/best.pt"], "--overwrite would delete .*best.pt, which is read"),
     (["--data", "DAMAGED"], "0001.jpg: not an image"),
