@@ -700,7 +700,8 @@ class Int8AvgPool(nn.Module):
         self.register_buffer("scale", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x):
-        return x.mean((2, 3)) if x.is_floating_point() else csrc.avg_pool_int8(x, self.mult.view(1))
+        # not view(1), of which PyTorch 2.11's Inductor cannot make code
+        return x.mean((2, 3)) if x.is_floating_point() else csrc.avg_pool_int8(x, self.mult.expand(1))
 
 
 class Int8Linear(nn.Module):
