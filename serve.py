@@ -29,6 +29,7 @@ import math
 import mmap
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import select
@@ -205,7 +206,7 @@ def enough_images(one, many, batch, unit):
 
 
 class Ticket(concurrent.futures.Future):
-    """One request's images on their way through the batcher. Its result: logits (n, classes)"""
+    """One request's images on their way through the batcher. Its result: float32 logits (n, classes), NumPy's"""
 
     def __init__(self, network, pixels, deadline, alive):
         super().__init__()
@@ -226,6 +227,10 @@ class Turns:
     def __exit__(self, *error):
         self.lock.release()
 
+    def wanted(self):
+        """Whether someone else waits, asked within"""
+        return self.next.locked()
+
 
 class Model:
     """A name, the network that answers to it, and the thread that runs it, a batch at a time. What waits while a batch
@@ -239,7 +244,9 @@ class Model:
         self.waiting, self.images, self.coming = deque(), 0, 0
         self.pace = 0.0  # seconds that an image takes, lately
         self.changed = threading.Condition()
+        self.last, self.done = None, queue.SimpleQueue()
         threading.Thread(target=self.work, name=f"batches of {name}", daemon=True).start()
+        threading.Thread(target=self.answer_all, name=f"answers of {name}", daemon=True).start()
 
     def load(self, path):
         """-> Network, warm"""
@@ -319,10 +326,12 @@ class Model:
         """Until there is a batch to take"""
         with self.changed:
             while not self.waiting:
+                self.hand_over()
                 self.changed.wait()
             enough = self.waiting[0].network.enough
             until = time.monotonic() + self.args.max_delay_ms / 1e3
             while self.coming and self.images < enough and (left := until - time.monotonic()) > 0:
+                self.hand_over()
                 self.changed.wait(left)
 
     def take(self):
@@ -346,41 +355,70 @@ class Model:
         while True:
             self.wait()
             with self.device:
-                self.run(self.take())
+                if tickets := self.due(self.take()):
+                    batch = self.run(tickets)
+                    self.hand_over()
+                    self.last = batch
+                if self.device.wanted():
+                    self.hand_over()
 
-    def run(self, tickets):
-        started = time.monotonic()
+    def due(self, tickets):
+        """-> those that someone waits for still; the others are refused"""
+        now = time.monotonic()
         for ticket in tickets:
-            ticket.waited = started - ticket.since
-            if started > ticket.deadline:
+            ticket.waited = now - ticket.since
+            if now > ticket.deadline:
                 late = f"waited {ticket.waited * 1e3:.0f} ms, longer than the request allows"
                 ticket.set_exception(Refusal(504, late))
             elif not ticket.alive():
                 ticket.set_exception(Refusal(499, "the client is gone"))
-        tickets = [ticket for ticket in tickets if not ticket.done()]
-        if not tickets:
-            return
+        return [ticket for ticket in tickets if not ticket.done()]
+
+    def run(self, tickets):
+        """-> arguments of answer()"""
+        started = time.monotonic()
         try:
             pixels, device = torch.cat([ticket.pixels for ticket in tickets]), torch.device(self.args.devices[0])
             pixels = pixels.pin_memory() if device.type == "cuda" else pixels  # which a GPU reads by itself
             pixels = pixels.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            parts = pixels.split(self.args.max_batch)
+            self.hand_over()
             with torch.inference_mode():
-                net = tickets[0].network.net
-                logits = torch.cat([predict(net, part) for part in pixels.split(self.args.max_batch)]).cpu()
+                logits = torch.cat([predict(tickets[0].network.net, part) for part in parts]).cpu().numpy()
         except Exception:  # whatever it is, the next batch shall have its chance
             say(traceback.format_exc())
+            return tickets, None, 0.0
+        seconds = time.monotonic() - started
+        self.learn(seconds, len(logits))
+        return tickets, logits, seconds
+
+    def hand_over(self):
+        """The last batch to the thread that answers it. Each answer wakes a thread that wants Python's lock, and a
+        next batch would wait for them all: so this comes right before it, or where there is none yet."""
+        if self.last:
+            self.done.put(self.last)
+            self.last = None
+
+    def answer_all(self):
+        while True:
+            self.answer(*self.done.get())
+
+    def answer(self, tickets, logits, seconds):
+        """logits float32 (n, classes), or None where the network failed. NumPy's, as in a connection's thread"""
+        if logits is None:
             for ticket in tickets:
                 ticket.set_exception(Refusal(500, "the network failed; the server's log says how"))
             return
-        seconds = time.monotonic() - started
-        self.learn(seconds, len(pixels))
-        for i, part in enumerate(pixels.split(self.args.max_batch)):  # a single request may hold more images
-            waits = [] if i else [ticket.waited for ticket in tickets]
-            self.statistics.batch(len(part), seconds * len(part) / len(pixels), waits)
-        for ticket, part in zip(tickets, logits.split([len(ticket.pixels) for ticket in tickets])):
-            ticket.computed, ticket.batch = seconds, min(len(pixels), self.args.max_batch)
-            if part.isfinite().all():
-                ticket.set_result(part)
+        count, most = len(logits), self.args.max_batch
+        for first in range(0, count, most):  # a single request may hold more images
+            size, waits = min(most, count - first), [] if first else [ticket.waited for ticket in tickets]
+            self.statistics.batch(size, seconds * size / count, waits)
+        finite, end = np.isfinite(logits).all(1), 0
+        for ticket in tickets:
+            rows = slice(end, end := end + len(ticket.pixels))
+            ticket.computed, ticket.batch = seconds, min(count, most)
+            if finite[rows].all():
+                ticket.set_result(logits[rows])
             else:  # JSON has no word for that
                 ticket.set_exception(Refusal(500, "the network's outputs are not finite"))
 
@@ -1140,7 +1178,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.decoded, self.images = time.monotonic() - begin, len(images)
             self.ticket = model.submit(network, images, deadline, self.alive)
         try:
-            logits = self.ticket.result(max(deadline - time.monotonic(), 0)).numpy()
+            logits = self.ticket.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
             raise Refusal(504, "no answer within the request's time") from None
         self.inferred = time.monotonic()

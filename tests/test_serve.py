@@ -987,11 +987,33 @@ def test_models_take_turns_on_their_device(slow):
     second = serve.Model("second", first.args, None, first.device)
     net.batches.clear()
     tickets = [begin(first), submit(first, images(3, 3)), submit(second, images(2, 2))]
-    wait_until(first.device.next.locked)
+    wait_until(first.device.wanted)
     net.go.release(3)
     for ticket, value in zip(tickets, (0, 3, 2)):
         assert (ticket.result(10) == value).all()
     assert net.batches == [1, 2, 3]
+
+
+def test_answers_do_not_wait_for_the_next_batch(slow):
+    """Neither where it follows at once, nor where it waits for another image, nor where it is another model's turn"""
+    model, net = slow
+    net.go.release(12)
+    other = serve.Model("other", model.args, None, model.device)
+    first, second = begin(model), submit(model, images(1, 1))
+    net.go.release()
+    assert (first.result(10) == 0).all() and not second.done()
+    model.args.max_delay_ms = 60_000
+    with model.expecting(1, time.monotonic() + 60):
+        third = submit(model, images(1, 2))
+        net.go.release()
+        assert (second.result(10) == 1).all() and not third.done()
+    wait_until(lambda: model.images == 0)
+    fourth, foreign = submit(model, images(1, 3)), submit(other, images(1, 4))
+    wait_until(model.device.wanted)
+    net.go.release()
+    assert (third.result(10) == 2).all() and not fourth.done() and not foreign.done()
+    net.go.release(2)
+    assert (fourth.result(10) == 3).all() and (foreign.result(10) == 4).all()
 
 
 def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):

@@ -15,7 +15,7 @@ Then, at half of ours' rate, an open loop: requests leave at random times (Poiss
 latency counts from when its request should have left. batch 1: decode and predict of one image, alone.
 ratio.p99_to_latency is the open loop's 99th percentile over that, ratio.p99_to_latency_even the same with requests that
 leave at even intervals, as wrk2 and perf_analyzer send them unless told otherwise; ratio.fastapi_at_equal_p99 the
-highest of some rates at which ours' 99th percentile is not above FastAPI's at half of its own rate, over that.
+highest rate found at which ours' 99th percentile is not above FastAPI's at half of its own rate, over that.
 """
 import argparse
 import io
@@ -194,11 +194,15 @@ def percentile(answers, share=0.99):
 
 
 def rate_within(client, limit, highest, seconds):
-    """-> the highest of ten rates up to `highest` at which the 99th percentile stays below `limit` seconds, or 0"""
-    for tenths in range(10, 0, -1):
-        if percentile(client.open(seconds, highest * tenths / 10)) <= limit:
-            return highest * tenths / 10
-    return 0.0
+    """-> a rate up to `highest` at which the 99th percentile stays below `limit` seconds, to 3 % of `highest`"""
+    low, high = 0.0, highest
+    for _ in range(5):
+        rate = (low + high) / 2
+        if percentile(client.open(seconds, rate)) <= limit:
+            low = rate
+        else:
+            high = rate
+    return low
 
 
 def run_threads(function, count):
@@ -314,7 +318,8 @@ def main():
         equal = 0.0
         if "fastapi" in clients:
             theirs = statistics.median(rates["fastapi"]) / 2
-            limit = percentile(clients["fastapi"].open(2 * args.seconds, theirs))
+            limit = statistics.median(percentile(clients["fastapi"].open(2 * args.seconds, theirs))
+                                      for _ in range(args.rounds))
             equal = rate_within(clients["ours"], limit, statistics.median(rates["ours"]), 2 * args.seconds) / theirs
         crowd = {}
         if args.overload:
