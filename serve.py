@@ -1165,11 +1165,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 "X-Request-Timeout-Ms is no number of milliseconds")
         return self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
 
-    def infer(self, model, network, images):
-        """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes); self.ticket, self.decoded and
-        self.inferred say what it took and when that was. Here as in all that a connection's thread does, arrays are
-        NumPy's: PyTorch's operations would give each thread a team of OpenMP's, as many threads again as cores."""
-        begin, deadline = time.monotonic(), self.deadline()
+    def infer(self, model, network, images, limit=math.inf):
+        """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes), within `limit` seconds at most;
+        self.ticket, self.decoded and self.inferred say what it took and when that was. Here as in all that a
+        connection's thread does, arrays are NumPy's: PyTorch's operations would give each thread a team of OpenMP's, as
+        many threads again as cores."""
+        begin, deadline = time.monotonic(), min(self.deadline(), self.arrived + limit)
         gate = functools.partial(turn, self.server.gate, deadline, self.alive)
         with model.expecting(len(images), deadline):
             if isinstance(images, list):
@@ -1218,7 +1219,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             request, images = None, [tail]
         outputs = wanted_outputs(request, len(network.classes))
-        logits = self.infer(model, network, images)
+        microseconds = parameter(request or {}, "timeout", 0)  # tritonclient's infer(timeout=), without one 0
+        require(0 <= microseconds < 1 << 63, "parameter timeout is no number of microseconds")
+        logits = self.infer(model, network, images, microseconds / 1e6 or math.inf)
         return 200, *infer_response(model.name, network.classes, request, outputs, logits)
 
     def ready(self, model):

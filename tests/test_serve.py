@@ -414,7 +414,10 @@ def test_kserve_rest_client(server, networks, binary):
     (v2([1, 3, 32, 32], values=[0] * 3072, outputs=[{"name": "logits", "parameters": {"shared_memory_region": "x"}}]),
      "no shared memory"),
     (v2([1, 3, 32, 32], values=[0] * 3072, id=1), "id is no text"),
-    (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"binary_data_output": 1}), "boolean")],
+    (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"binary_data_output": 1}), "boolean"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"timeout": "1"}), "whole number"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"timeout": -1}), "microseconds"),
+    (v2([1, 3, 32, 32], values=[0] * 3072, parameters={"timeout": 10 ** 400}), "microseconds")],
     ids=lambda v: repr(v[:40]) if isinstance(v, bytes) else "")
 def test_wrong_tensors_are_a_400_with_a_reason(server, body, text):
     before = failed(server)
@@ -1042,9 +1045,15 @@ def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
     assert net.batches == [1, 4]
 
 
-def test_an_answer_is_not_waited_for_beyond_the_request_s_time(bare, slow):
+@pytest.mark.parametrize("triton", [False, True])
+def test_an_answer_is_not_waited_for_beyond_the_request_s_time(bare, slow, triton):
     bare.models["slow"] = slow[0]
-    status, _, answer = ask(bare.server_address[1], "POST", "/predict", picture(), X_Request_Timeout_Ms="500")
+    if triton:  # in microseconds
+        done = ask(bare.server_address[1], "POST", "/v2/models/slow/infer", v2([1, 3, 8, 8], values=[0] * 192,
+                                                                               parameters={"timeout": 500_000}))
+    else:
+        done = ask(bare.server_address[1], "POST", "/predict", picture(), X_Request_Timeout_Ms="500")
+    status, _, answer = done
     assert status == 504 and b"no answer within" in answer and slow[0].statistics.count == {"fail": 1}
 
 
