@@ -359,6 +359,7 @@ class Model:
                     batch = self.run(tickets)
                     self.hand_over()
                     self.last = batch
+                    del batch, tickets  # whose network may have been replaced when the next ones come
                 if self.device.wanted():
                     self.hand_over()
 
@@ -1560,6 +1561,7 @@ def reload(server, hang_up):
             if server.draining:
                 return
             model.reload()
+        hang_up.wait(server.args.timeout_ms / 1e3)  # until what began with an old network has let it go
         settle()
 
 

@@ -965,6 +965,17 @@ def test_what_began_with_a_network_ends_with_it(slow):
     assert net.batches == [1, 1, 1]
 
 
+def test_a_network_that_was_replaced_is_let_go(slow):
+    """Though no batch came after its last"""
+    model, net = slow
+    ticket = submit(model, images(1, 1))
+    net.go.release()
+    assert (ticket.result(10) == 1).all()
+    gone, model.network = weakref.ref(ticket), None
+    del ticket
+    wait_until(lambda: gone() is None)
+
+
 def test_no_batch_is_larger_than_max_batch(slow):
     model, net = slow
     ticket = submit(model, images(6, 3))
@@ -1180,7 +1191,7 @@ def test_sighup_while_networks_are_read_is_answered_when_they_are(monkeypatch):
     before = signal.signal(signal.SIGHUP, too_early)
     monkeypatch.setattr(serve, "open_models", read)
     monkeypatch.setattr(serve, "settle", lambda: None)
-    serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+    serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0", "--timeout-ms", "1"]))
     assert told == ["reload"] and signal.signal(signal.SIGHUP, before) is too_early
 
 
@@ -1218,12 +1229,12 @@ def test_the_garbage_collector_has_little_to_look_through(monkeypatch):
 
     def reload():
         seen.append(gc.get_freeze_count())
-        old.clear()
+        threading.Timer(0.2, old.clear).start()  # a batch that had begun with it
         os.kill(os.getpid(), signal.SIGTERM)
     monkeypatch.setattr(serve, "open_models", read)
     monkeypatch.setattr(serve, "settle", lambda: (settle(), settled.release()))
     try:
-        serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0"]))
+        serve.serve(serve.get_args_parser().parse_args(["--device", "cpu", "--port", "0", "--timeout-ms", "500"]))
         assert settled.acquire(timeout=20) and settled.acquire(timeout=20)
         assert seen[0] > 100_000 < gc.get_freeze_count() and len(gc.get_objects()) < 10_000 and gone() is None
     finally:
