@@ -179,6 +179,7 @@ def test_predict_says_what_the_network_says(server, net, kind, options):
         assert [t["class_id"] for t in found["top"]] == wanted.topk(3).indices.tolist()
         assert all(abs(t["probability"] - wanted[t["class_id"]]) < 2e-5 for t in found["top"])
         assert found["class"] == CLASSES[found["class_id"]] and found["timings"]["batch"] >= 1
+    assert json.loads(ask(server, "POST", "/predictions/int8", encoded)[2])["model"] == "int8"
 
 
 def test_float_networks_in_bfloat16(networks, net):
@@ -219,6 +220,7 @@ def test_many_at_once_get_their_own_answers(server, net):
         assert all(abs(t["probability"] - logits[t["class_id"]]) < 2e-5 for t in answer["top"])
     assert max(answer["timings"]["batch"] for answer in found) > 1
     stats = json.loads(ask(server, "GET", "/v2/models/float/stats")[2])["model_stats"][0]
+    assert abs(stats["last_inference"] / 1e3 - time.time()) < 600
     assert stats["inference_count"] >= 24 and stats["execution_count"] < stats["inference_count"]
     assert sum(b["batch_size"] * b["compute_infer"]["count"] for b in stats["batch_stats"]) == stats["inference_count"]
 
@@ -231,6 +233,12 @@ def test_pages_and_descriptions(server):
         assert status == 200 and headers["Content-Type"].startswith(kind) and body, path
         status, headers, nothing = ask(server, "HEAD", path)
         assert status == 200 and nothing == b"" and int(headers["Content-Length"]) > 0
+    assert raw(server, b"HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").endswith(b"\r\n\r\n")
+    stats = json.loads(ask(server, "GET", "/v2/models/stats")[2])["model_stats"]
+    assert [m["name"] for m in stats] == ["float", "int8"]
+    assert [m["name"] for m in json.loads(ask(server, "GET", "/v2/models/int8/stats")[2])["model_stats"]] == ["int8"]
+    config = json.loads(ask(server, "GET", "/v2/models/int8/config")[2])
+    assert config["max_batch_size"] == 8 and config["dynamic_batching"] == {"max_queue_delay_microseconds": 2000}
     document = json.loads(ask(server, "GET", "/openapi.json")[2])
     described = document["paths"]
     assert len(described) == 16 and "/v2/models/{name}/infer" in described and "security" not in document
@@ -292,6 +300,13 @@ def test_json_tensors(server, net):
         best = logits.softmax(1).topk(2, 1)
         assert second["data"] == [f"{v:f}:{i}:{CLASSES[i]}" for v, i in
                                   zip(best.values.flatten().tolist(), best.indices.flatten().tolist())]
+    every = [{"name": "logits", "parameters": {"classification": 99}}]  # of 7
+    assert infer(server, v2([1, 3, 32, 32], values=[0] * 3072, outputs=every))[1]["outputs"][0]["shape"] == [1, 7]
+    for beyond, value in ((1e6, 255), (-1e6, 0)):
+        found = [infer(server, v2([1, 3, 32, 32], kind, values=[v] * 3072))[1] for kind, v in (
+            ("FP32", beyond), ("UINT8", value))]
+        assert found[0] == found[1]
+    assert serve.softmax(np.float32([[1000, 0]])).tolist() == [[1, 0]]
     floats = resnet50.normalize(pixels, net.preprocess)
     status, answer, _ = infer(server, v2([2, 3, 32, 32], "FP32", values=floats.flatten().tolist()))
     np.testing.assert_allclose(np.reshape(answer["outputs"][0]["data"], (2, 7)), logits.softmax(1), atol=1e-5)
@@ -321,7 +336,7 @@ def test_compressed_both_ways(server, net):
     for name, pack in (("gzip", gzip.compress), ("deflate", zlib.compress)):
         assert infer(server, pack(body), Content_Encoding=name)[1] == plain
         status, headers, answer = ask(server, "GET", "/metrics", Accept_Encoding=name)
-        assert headers["Content-Encoding"] == name
+        assert headers["Content-Encoding"] == name and headers["Vary"] == "Accept-Encoding"
         assert b"resnet50_connections" in zlib.decompress(answer, 47)
     assert "Content-Encoding" not in ask(server, "GET", "/metrics", Accept_Encoding="gzip;q=0")[1]
     for packed in (gzip.compress(body[:99]) + gzip.compress(body[99:]), gzip.compress(body)):
@@ -435,6 +450,8 @@ def test_wrong_lengths_of_the_json_part(server, length):
 @pytest.mark.parametrize("tensor, size, tail", [
     *((dict(name="pixels", shape=[1, 3, 32, 32], datatype="UINT8"), size, tail) for size, tail in
       ((5, b"1234"), (3072, bytes(3071)), (-1, b"1"), (True, b"1"), (12, bytes(12)))),
+    *((dict(name="pixels", shape=[1, 3, 32, 32], datatype="UINT8", data=[0] * 3072), *more) for more in
+      ((3072, bytes(3072)), (None, b"x"))),
     (dict(name="image", shape=[1], datatype="BYTES"), 8, b"\xff\xff\xff\xffabcd")])
 def test_wrong_binary_sizes(server, tensor, size, tail):
     text = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": size}}]}).encode()
@@ -456,6 +473,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400), (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n", 414),
     (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 1 + b"".join(b"A%d: b\r\n" % i for i in range(200)), 431),
     (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 70_000, 431),
+    (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"A%d: %s\r\n" % (i, b"b" * 7000) for i in range(12)), 431),
     (HEAD + b"Content-Length: -1\r\n\r\n", 400), (HEAD + b"Content-Length: +12\r\n\r\n", 400),
     (HEAD + b"Content-Length: 1_2\r\n\r\n", 400), (HEAD + "Content-Length: ١\r\n\r\n".encode(), 400),
     (HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
@@ -469,6 +487,7 @@ HEAD = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
     (b"POST /predict HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
     (HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n", 413),
+    (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + (b"30d40\r\n" + bytes(200_000) + b"\r\n") * 2, 413),
     (HEAD + b"Content-Length: 10\r\n\r\nabc", 408),
     (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
     (b"PUT /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", 405),
@@ -518,7 +537,10 @@ def test_a_connection_is_kept_and_nothing_runs_into_the_next_request(server):
     both = raw(server, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 3 + b"GET /x HTTP/1.1\r\nHost: x\r\n"
                b"Connection: close\r\n\r\n")  # pipelined
     assert re.findall(rb"HTTP/1.1 (\d+)", both) == [b"200", b"200", b"200", b"404"]
-    assert raw(server, b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+    old = b"GET /healthz HTTP/1.0\r\n%s\r\n"
+    kept = raw(server, old % b"Connection: Keep-Alive\r\n" + old % b"" * 2)
+    assert re.findall(rb"HTTP/1.1 200 |Connection: (?:keep|close)", kept) == [
+        b"HTTP/1.1 200 ", b"Connection: keep", b"HTTP/1.1 200 ", b"Connection: close"]
 
 
 @pytest.mark.parametrize("body, status, text", [
@@ -760,6 +782,17 @@ def test_a_connection_between_requests_holds_no_body(bare):
     connection.close()
 
 
+def test_a_body_that_is_refused_unread_is_no_request(bare):
+    """And whoever stays after the connection's last answer is left"""
+    bare.keys = [b"key"]
+    body = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    with socket.create_connection(bare.server_address, timeout=10) as client:
+        client.sendall(HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert answer.count(b"HTTP/1.1 ") == 1 and status_of(answer) == 401 and b"Connection: close" in answer
+        wait_until(lambda: not bare.handlers)
+
+
 def test_uptime_does_not_follow_the_clock(bare, monkeypatch):
     monkeypatch.setattr(serve.time, "time", lambda: 1e6)
     text = ask(bare.server_address[1], "GET", "/metrics")[2].decode()
@@ -799,6 +832,8 @@ def test_more_images_than_the_queue_holds_need_not_come_again(slow):
         with slow[0].expecting(7, time.monotonic() + 20):
             pass
     assert caught.value.status == 413
+    with slow[0].expecting(6, time.monotonic() + 20):  # just as many as it holds
+        assert slow[0].coming == 6
 
 
 def test_requests_as_rfc_9112_and_9110_have_them(server):
@@ -873,6 +908,20 @@ def test_every_graph_is_recorded_before_a_network_serves(monkeypatch, slow):
         asked.clear()
         slow[0].load(None)
         assert asked == [*first, *[1] * 9, *[most] * 3] and len(first) <= graphs.KEPT
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(monkeypatch, slow, tmp_path):
+    def stamp(name, text, seconds):
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, (seconds, seconds))
+        return serve.stamp_of(tmp_path / name)
+    stamps = [stamp(*how) for how in (("a", "x", 1), ("a", "xy", 1), ("a", "xy", 2), ("b", "xy", 2))]
+    assert len(set(stamps)) == 4  # by size, time and file
+    model, net = slow
+    monkeypatch.setattr(serve, "load_some_model", lambda *a: stamp("b", "new", 3) and (
+        net, dict(classes=None, args={}), str(tmp_path / "b")))
+    net.go.release(12)
+    assert model.load(str(tmp_path / "b")).stamp == stamps[-1]
 
 
 def test_batches_go_to_a_gpu_from_pinned_memory(monkeypatch, slow):
@@ -983,6 +1032,7 @@ def test_no_batch_is_larger_than_max_batch(slow):
     assert (ticket.result(10) == 3).all() and net.batches == [4, 2] and ticket.batch == 4
     found = model.statistics.triton("slow")
     assert [b["batch_size"] for b in found["batch_stats"]] == [2, 4] and found["execution_count"] == 2
+    assert sum(b["compute_infer"]["ns"] for b in found["batch_stats"]) == pytest.approx(ticket.computed * 1e9, rel=1e-3)
     assert model.statistics.batch_size.sum == 6 and sum(model.statistics.queue_seconds.counts) == 1
 
 
@@ -1030,6 +1080,16 @@ def test_answers_do_not_wait_for_the_next_batch(slow):
     assert (fourth.result(10) == 3).all() and (foreign.result(10) == 4).all()
 
 
+def test_outputs_that_are_not_finite_fail_their_own_request_alone(slow, monkeypatch):
+    model, net = slow
+    inner = Slow.__call__
+    monkeypatch.setattr(Slow, "__call__", lambda net, pixels: 1 / inner(net, pixels))
+    tickets = [begin(model), *(submit(model, images(1, n)) for n in (2, 0, 4))]
+    net.go.release(2)
+    assert [t.exception(10) and t.exception().status for t in tickets] == [500, None, 500, None]
+    assert (tickets[1].result() == 0.5).all() and (tickets[3].result() == 0.25).all() and net.batches == [1, 3]
+
+
 def test_a_failing_batch_is_told_and_the_next_one_runs(slow, capsys):
     model, net = slow
     works, model.network = model.network, model.network._replace(net=None)
@@ -1053,7 +1113,10 @@ def test_a_batch_waits_for_what_is_being_decoded_and_for_nothing_else(slow):
             first.result(0.05)
         second = submit(model, images(3, 2))  # enough: the third is not waited for
         assert first.exception(2) is second.exception(2) is None
-    assert net.batches == [1, 4]
+        model.args.max_delay_ms = 20
+        net.go.release()
+        assert (submit(model, images(1, 3)).result(5) == 3).all()  # no longer than that
+    assert net.batches == [1, 4, 1]
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -1066,6 +1129,22 @@ def test_an_answer_is_not_waited_for_beyond_the_request_s_time(bare, slow, trito
         done = ask(bare.server_address[1], "POST", "/predict", picture(), X_Request_Timeout_Ms="500")
     status, _, answer = done
     assert status == 504 and b"no answer within" in answer and slow[0].statistics.count == {"fail": 1}
+
+
+@pytest.mark.parametrize("given, until", [(None, 105), ("250", 100.25), ("9000", 105)])
+def test_a_request_s_time_begins_when_it_has_arrived(given, until):
+    """And is no longer than the server's"""
+    handler = types.SimpleNamespace(started=0.0, arrived=100.0, args=types.SimpleNamespace(timeout_ms=5000),
+                                    headers={"x-request-timeout-ms": given} if given else {})
+    assert serve.Handler.deadline(handler) == until
+
+
+def test_one_large_json_is_read_at_once(bare, slow):
+    bare.models["slow"], large = slow[0], b'{"a": "%s"}' % (b"x" * serve.LARGE)
+    with bare.reading:
+        for body, wanted in ((large, 504), (b"{}", 400)):
+            assert infer(bare.server_address[1], body, "slow", X_Request_Timeout_Ms="50")[0] == wanted
+    assert infer(bare.server_address[1], large, "slow")[0] == 400
 
 
 def test_nothing_is_decoded_that_nobody_waits_for(bare, slow, monkeypatch):
@@ -1113,10 +1192,10 @@ def threads(pid):
 
 def test_a_connection_is_one_thread(networks):
     """Whatever it decodes, normalises or sorts, however many threads a batch has"""
-    process, port = start("--checkpoint", networks["float"], "--threads", 8, "--max-images", 64, "--no-access-log")
+    process, port = start("--checkpoint", networks["float"], "--threads", 8, "--max-images", 66, "--no-access-log")
     tensor = dict(name="pixels", shape=[64, 3, 32, 32], datatype="FP32", parameters={"binary_data_size": 64 * 12288})
     text = json.dumps({"inputs": [tensor]}).encode()
-    asked = [("/predict", *form(*[picture("JPEG", size=(300, 300))] * 40)),
+    asked = [("/predict", *form(*[picture("JPEG", size=(300, 300))] * 66)),
              ("/v2/models/resnet50/infer", text + bytes(64 * 12288), dict(Inference_Header_Content_Length=len(text)))]
     kept, counts = [], []
     for path, body, headers in asked * 2:
@@ -1389,7 +1468,7 @@ def test_every_end_over_tls_is_a_goodbye_and_no_answer_is_lost(networks, tls):
 
 
 def test_keys_and_tls(networks, tls, tmp_path):
-    (tmp_path / "keys").write_text("first\nsecond\n")
+    (tmp_path / "keys").write_bytes(b"first \r\n\r\nsecond")
     files = [tmp_path / "cert.pem", tmp_path / "key.pem"]
     for file, source in zip(files, tls[0][1::2]):
         shutil.copy(source, file)
@@ -1411,11 +1490,14 @@ def test_keys_and_tls(networks, tls, tmp_path):
     for path in documents[0]["paths"]:
         if "{" not in path and "get" in documents[0]["paths"][path]:
             assert secure(path) == (200 if path in unlocked else 401), path
-    assert "/" in unlocked and secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
+    assert unlocked == ["/", "/healthz", "/v2/health/live", "/v2/health/ready"]
+    assert secure("/v2") == 401 and secure("/v2", Authorization="Bearer third") == 401
     assert secure("/v2", Authorization="Bearer second") == 200 == secure("/v2", Authorization="bearer  second")
     assert 200 == secure("/v2", X_API_Key="first") == secure("/healthz")
     with contextlib.suppress(ConnectionResetError):
         assert not raw(port, b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1")
+    with socket.create_connection(("localhost", port), timeout=10) as silent:  # has no more than --head-timeout
+        assert silent.recv(1) == b""
     assert secure("/healthz") == 200
     # renewed, and then one file that is bad, which changes nothing
     subprocess.run(["openssl", "req", "-x509", "-days", "1", "-subj", "/CN=other", "-key", files[1], "-out", files[0]],
@@ -1616,6 +1698,7 @@ def test_large_jpegs_are_decoded_at_reduced_size(networks):
     (("--device", "cuda:9", "--checkpoint", "FLOAT"), 2, "--device cuda:9"),
     (("--checkpoint", "nowhere.pt"), 3, "nowhere.pt: No such file"),
     (("--model", "a"), 2, "--model a: expected NAME=FILE"),
+    (("--model", "stats=x"), 2, "expected NAME=FILE"),
     (("--model", "a=x", "--model", "a=y"), 2, "each name once"), (("--model", "../a=x"), 2, "expected NAME=FILE"),
     (("--tls-cert", "x"), 2, "go together"),
     (("--api-key-file", "nowhere", "--checkpoint", "FLOAT"), 3, "nowhere: No such"),
