@@ -334,6 +334,13 @@ def test_network_int8(native, shape, block):
         torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
 
 
+def test_networks_that_differ_in_values_alone_do_not_meet(native):
+    pixels, other = u8(1, 3, 33, 18), [SMALL[0] | dict(pad_value=255 - SMALL[0]["pad_value"]), *SMALL[1:]]
+    for steps in (SMALL, other, SMALL):
+        found = csrc.network_int8(pixels, build_plan(steps), 7)
+        np.testing.assert_array_equal(found.numpy(), naive_network(steps, pixels))
+
+
 def blocks(plan):
     """-> int64 (convolutions, 2): what tune() has chosen"""
     table = steps_of(plan)
@@ -362,6 +369,20 @@ def test_blocks_are_measured_once_and_kept(native, monkeypatch, tmp_path):
         assert blocks(tune(build_plan(SMALL), 32)).equal(blocks(plan)) and list(tmp_path.iterdir()) == [path]
     monkeypatch.setattr(csrc.plan, "cache_folders", lambda: [str(tmp_path / "gone")])
     np.testing.assert_array_equal(csrc.network_int8(pixels, tune(build_plan(SMALL), 32), 7).numpy(), expected)
+
+
+def test_blocks_are_measured_for_each_machine_size_and_network(native, monkeypatch, tmp_path):
+    monkeypatch.setitem(BLOCKS, csrc.isa(), (0, 48))
+    monkeypatch.setattr(csrc.plan, "cache_folders", lambda: [str(tmp_path)])
+    monkeypatch.setattr(torch.ops.resnet50, "network_profile", lambda _, plan, classes: torch.ones(len(steps_of(plan))))
+    tune(build_plan(SMALL), 32)
+    tune(build_plan(SMALL), 33)
+    tune(build_plan([step("pixels", "stem", 3, 12, 7, 1, 3, pad_value=True), *SMALL[1:]]), 33)
+    for where, name, value in ((torch, "get_num_threads", 99), (csrc.plan, "cpuinfo", "another"),
+                               (csrc.plan, "build_key", "another"), (csrc.plan, "METHOD", 99)):
+        monkeypatch.setattr(where, name, value if name == "METHOD" else lambda *_, value=value: value)
+        tune(build_plan(SMALL), 33)
+    assert len(list(tmp_path.iterdir())) == 7
 
 
 def test_what_loses_does_not_spoil_what_another_layer_gains(native, monkeypatch, tmp_path):
@@ -917,7 +938,13 @@ def test_build_once_and_again_when_anything_changes(package, monkeypatch, capfd)
     assert os.path.exists(path) and package.build() == path
     assert capfd.readouterr().err.count("compiling") == 1
     keys = [package.build_key()]
-    for change in (lambda: monkeypatch.setenv("RESNET50_EXT_CFLAGS", "-DMORE=1"),
+    with monkeypatch.context() as patch:  # headers that were installed since
+        compiler = package.compilers()[0]
+        patch.setattr(package, "libjpeg", lambda: ["-DMORE"])
+        assert package.compilers()[0] != compiler
+    for change in (lambda: monkeypatch.setattr(package.platform, "machine", lambda: "another"),
+                   lambda: monkeypatch.setattr(package.platform, "libc_ver", lambda: ("another", "1")),
+                   lambda: monkeypatch.setenv("RESNET50_EXT_CFLAGS", "-DMORE=1"),
                    lambda: open(os.path.join(package.FOLDER, "cpu", "answer.h"), "a").write("\n"),
                    lambda: open(os.path.join(package.FOLDER, "cpu", "new.cpp"), "w").close(),
                    lambda: os.rename(os.path.join(package.FOLDER, "cpu", "new.cpp"),
@@ -940,12 +967,12 @@ def test_a_build_without_its_library_is_made_anew(package):
 
 def test_a_build_that_was_killed_is_no_build(package, tmp_path):
     """Also where any compiler's will do, and by the name that older versions gave it"""
-    name = package.build_name(("a" * 8, "cpu"))
+    name, builds = package.build_name(("a" * 8, "cpu")), tmp_path / "[builds]"
     for folder in (f"{name}.5.tmp", f".{name}.5.tmp", name):
-        assert package.find_build([str(tmp_path)], ("a" * 8, None)) is None
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "resnet50.so").write_bytes(b"half")
-    assert package.find_build([str(tmp_path)], ("a" * 8, None)) == str(tmp_path / name / "resnet50.so")
+        assert package.find_build([str(builds)], ("a" * 8, None)) is None
+        (builds / folder).mkdir(parents=True)
+        (builds / folder / "resnet50.so").write_bytes(b"half")
+    assert package.find_build([str(builds)], ("a" * 8, None)) == str(builds / name / "resnet50.so")
 
 
 def test_folders_with_a_space(package, tmp_path):
@@ -987,6 +1014,12 @@ def test_errors_are_the_compilers_first_lines(package):
     assert os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]) == ["resnet50.lock"]
 
 
+def test_more_flags_are_the_linker_s_too(package, monkeypatch):
+    monkeypatch.setenv("RESNET50_EXT_CFLAGS", "-Wl,--no-such-flag")
+    with pytest.raises(package.BuildError, match="error: ld returned"):
+        package.build()
+
+
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch with CUDA")
 def test_kernels_for_cuda_that_do_not_compile_leave_those_for_the_cpu(package, monkeypatch, tmp_path, capfd):
     """A toolkit whose compiler fails: one line says so, once, and the next process is not made to try again."""
@@ -998,12 +1031,16 @@ def test_kernels_for_cuda_that_do_not_compile_leave_those_for_the_cpu(package, m
         (toolkit / path).chmod(0o755)
     (tmp_path / "csrc" / "cuda").mkdir()
     (tmp_path / "csrc" / "cuda" / "kernel.cu").write_text("")
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setenv("RESNET50_EXT", "auto")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     plain = package.build()
-    assert capfd.readouterr().err.count("compiling") == 1
+    monkeypatch.setenv("RESNET50_EXT", "cpu")
+    assert package.build() == plain and capfd.readouterr().err.count("compiling") == 1
     monkeypatch.setenv("RESNET50_EXT", "auto")
     monkeypatch.setenv("CUDA_HOME", str(toolkit))
     path = package.build()
-    assert os.path.exists(path) and path != plain
+    assert os.path.exists(path) and path != plain and "TORCH_CUDA_ARCH_LIST" not in os.environ
     said = capfd.readouterr().err
     assert said.count("once more without") == 1 and "error: no" in said, said
     assert package.build() == path and not capfd.readouterr().err
@@ -1054,14 +1091,20 @@ def test_a_killed_build_neither_hangs_nor_poisons_the_next(package, tmp_path):
 
 
 def test_waiting_for_another_build_ends(package, monkeypatch):
-    monkeypatch.setenv("RESNET50_BUILD_TIMEOUT", "0.2")
     folder = os.environ["TORCH_EXTENSIONS_DIR"]
     os.makedirs(folder)
     with open(os.path.join(folder, "resnet50.lock"), "w") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match=r"over 0\.2 s and holds .*resnet50\.lock; .*RESNET50_BUILD_TIMEOUT"):
-            package.build()
+        for seconds in ("0.2", "nan"):
+            monkeypatch.setenv("RESNET50_BUILD_TIMEOUT", seconds)
+            with pytest.raises(RuntimeError, match=rf"over {seconds} s and holds .*resnet50\.lock; .*_BUILD_TIMEOUT"):
+                package.build()
     assert os.path.exists(package.build())
+    with package.locked(folder):
+        fd, = (fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}").endswith(".lock"))
+        child = os.dup(int(fd))  # as one that was forked meanwhile holds it
+    with package.locked(folder):
+        os.close(child)
 
 
 def test_a_cache_that_cannot_be_written(package, monkeypatch, tmp_path, capfd):
@@ -1072,9 +1115,11 @@ def test_a_cache_that_cannot_be_written(package, monkeypatch, tmp_path, capfd):
     path = package.build()
     assert path.startswith(str(own)) and own.stat().st_mode & 0o777 == 0o700 and package.build() == path
     assert capfd.readouterr().err.count("cannot be written") == 1
-    own.chmod(0o777)  # anyone could have put a library there
-    with pytest.raises(package.BuildError, match="not a folder of this user alone"):
-        package.build()
+    for change in (lambda: own.chmod(0o777), lambda: own.chmod(0o770),  # others could have put a library there
+                   lambda: own.rename(tmp_path / "moved").chmod(0o700) or own.symlink_to(tmp_path / "moved")):
+        change()
+        with pytest.raises(package.BuildError, match="not a folder of this user alone"):
+            package.build()
 
 
 def test_threads_that_load_at_once_build_once(package, capfd):
