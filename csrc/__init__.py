@@ -134,16 +134,19 @@ def build_key():
 
 
 def cache_folders():
-    """Where builds are looked for; the last one can be written. A temporary one must be this user's alone, because what
-    lies there is loaded and run."""
+    """Where builds are looked for; the last one can be written, unless nothing can: what has been built will do then. A
+    temporary one must be this user's alone, because what lies there is loaded and run."""
     root = os.path.abspath(os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/resnet50"))
     with contextlib.suppress(OSError):
         os.makedirs(root, exist_ok=True)
     if os.access(root, os.W_OK | os.X_OK):
         return [root]
-    own = os.path.join(tempfile.gettempdir(), f"resnet50-{os.getuid()}")
-    os.makedirs(own, mode=0o700, exist_ok=True)
-    status = os.lstat(own)
+    try:
+        own = os.path.join(tempfile.gettempdir(), f"resnet50-{os.getuid()}")
+        os.makedirs(own, mode=0o700, exist_ok=True)
+        status = os.lstat(own)
+    except OSError:
+        return [root]
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise BuildError(f"{root} cannot be written, and {own} is not a folder of this user alone")
     return [root, own]

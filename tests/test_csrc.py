@@ -1122,6 +1122,14 @@ def test_a_cache_that_cannot_be_written(package, monkeypatch, tmp_path, capfd):
             package.build()
 
 
+def test_what_is_built_is_found_where_nothing_can_be_written(package, monkeypatch):
+    """As in a container whose files are all read-only"""
+    path = package.build()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(package.tempfile, "gettempdir", Mock(side_effect=FileNotFoundError("no temporary folder")))
+    assert package.build() == path
+
+
 def test_threads_that_load_at_once_build_once(package, capfd):
     paths = []
     threads = [threading.Thread(target=lambda: paths.append(package.build())) for _ in range(4)]
