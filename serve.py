@@ -227,9 +227,9 @@ class Turns:
     def __exit__(self, *error):
         self.lock.release()
 
-    def wanted(self):
-        """Whether someone else waits, asked within"""
-        return self.next.locked()
+    def taken(self):
+        """Whether someone has it or waits for it"""
+        return self.next.locked() or self.lock.locked()
 
 
 class Model:
@@ -354,14 +354,14 @@ class Model:
     def work(self):
         while True:
             self.wait()
+            if self.device.taken():
+                self.hand_over()
             with self.device:
                 if tickets := self.due(self.take()):
                     batch = self.run(tickets)
                     self.hand_over()
                     self.last = batch
                     del batch, tickets  # whose network may have been replaced when the next ones come
-                if self.device.wanted():
-                    self.hand_over()
 
     def due(self, tickets):
         """-> those that someone waits for still; the others are refused"""

@@ -1051,7 +1051,7 @@ def test_models_take_turns_on_their_device(slow):
     second = serve.Model("second", first.args, None, first.device)
     net.batches.clear()
     tickets = [begin(first), submit(first, images(3, 3)), submit(second, images(2, 2))]
-    wait_until(first.device.wanted)
+    wait_until(first.device.next.locked)
     net.go.release(3)
     for ticket, value in zip(tickets, (0, 3, 2)):
         assert (ticket.result(10) == value).all()
@@ -1059,7 +1059,8 @@ def test_models_take_turns_on_their_device(slow):
 
 
 def test_answers_do_not_wait_for_the_next_batch(slow):
-    """Neither where it follows at once, nor where it waits for another image, nor where it is another model's turn"""
+    """Neither where it follows at once, nor where it waits for another image, nor where it is another model's turn, or
+    becomes that just then"""
     model, net = slow
     net.go.release(12)
     other = serve.Model("other", model.args, None, model.device)
@@ -1073,11 +1074,18 @@ def test_answers_do_not_wait_for_the_next_batch(slow):
         assert (second.result(10) == 1).all() and not third.done()
     wait_until(lambda: model.images == 0)
     fourth, foreign = submit(model, images(1, 3)), submit(other, images(1, 4))
-    wait_until(model.device.wanted)
+    wait_until(model.device.next.locked)
     net.go.release()
     assert (third.result(10) == 2).all() and not fourth.done() and not foreign.done()
     net.go.release(2)
     assert (fourth.result(10) == 3).all() and (foreign.result(10) == 4).all()
+    wait, fifth = model.wait, begin(model)
+    model.wait, sixth = lambda: wait() or model.device.lock.acquire(), submit(model, images(1, 6))
+    net.go.release(2)
+    assert (fifth.result(10) == 0).all() and not sixth.done()
+    model.wait = wait
+    model.device.lock.release()
+    assert (sixth.result(10) == 6).all()
 
 
 def test_outputs_that_are_not_finite_fail_their_own_request_alone(slow, monkeypatch):
