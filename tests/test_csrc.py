@@ -531,6 +531,8 @@ def test_bn_relu_follows_batchnorm2d():
         torch.testing.assert_close(y, theirs(x).relu(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
+    statistics = operation("bn_relu")(x, ours.weight, ours.bias, None, ours.eps, True)[1:]
+    assert not any(t.requires_grad for t in statistics)  # nothing passes through these
     assert y.requires_grad and not ours.running_mean.requires_grad and not ours.running_var.requires_grad
     with pytest.raises(ValueError, match="more than one value per channel"):
         csrc.bn_relu(x[:1, :, :1, :1].contiguous(memory_format=NHWC), ours.weight, ours.bias, None, ours.running_mean,
@@ -1138,6 +1140,14 @@ def test_threads_that_load_at_once_build_once(package, capfd):
     for t in threads:
         t.join()
     assert len(paths) == 4 and len(set(paths)) == 1 and capfd.readouterr().err.count("compiling") == 1
+
+
+def test_threads_that_load_at_once_register_once(native, monkeypatch):
+    loads = []
+    monkeypatch.setattr(csrc, "_state", None)
+    monkeypatch.setattr(csrc, "_load", lambda: loads.append(time.sleep(0.05)) or (True, None))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda _: csrc.load(), range(4))) and len(loads) == 1
 
 
 def test_clean_removes_our_other_builds_only(tmp_path):

@@ -6,6 +6,7 @@ be recorded: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m pytest
 """
 import argparse
 import concurrent.futures
+import contextlib
 import copy
 import itertools
 import os
@@ -15,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import threading
-from unittest.mock import MagicMock
+import time
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -629,6 +631,34 @@ def test_nothing_is_recorded_on_the_stream_of_another_thread(record):
         network(torch.ones(1, 3, 4, size + 1))
     streams = [call.kwargs["stream"] for call in torch.cuda.graph.call_args_list]
     assert len(streams) == 40 and theirs not in streams
+
+
+def test_calls_of_threads_follow_each_other(record, monkeypatch):
+    """Also on the device; each gets its own result, of its own type, and one graph is recorded at a time."""
+    recording, most = [], []
+
+    @contextlib.contextmanager
+    def graph(*_, **more):
+        recording.append(more)
+        most.append(len(recording))
+        time.sleep(0.01)
+        yield
+        recording.pop()
+
+    def function(x):
+        time.sleep(0.001)
+        return x.float() * 2
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    network = record(function)
+    networks = [network, *(graphs.Graphs(network.function) for _ in range(3))]
+
+    def ask(i):
+        x = torch.full((2, 3, 4, 4), i / 2).to(torch.uint8 if i % 8 < 4 else torch.float32)
+        return torch.equal(networks[i % 4](x), x.float() * 2)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(80))) and most == [1] * 8
+    stream, done = torch.cuda.current_stream(), torch.cuda.Event()
+    assert stream.wait_event.call_args_list == [call(done)] * 80 and done.record.call_args_list == [call(stream)] * 80
 
 
 def test_graphs_serve_inference_mode_and_others(record):
