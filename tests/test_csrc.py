@@ -334,6 +334,12 @@ def test_network_int8(native, shape, block):
         torch.library.opcheck(operation(name).default, (pixels, plan, 7), test_utils=tests)  # times never repeat
 
 
+def test_a_residual_that_is_read_again_stays(native):
+    steps = [*SMALL[:5], step("d", "f", 12, 12, residual="a"), SMALL[5] | dict(x="f"), SMALL[6]]
+    pixels = u8(2, 3, 33, 18)
+    np.testing.assert_array_equal(csrc.network_int8(pixels, build_plan(steps), 7).numpy(), naive_network(steps, pixels))
+
+
 def test_networks_that_differ_in_values_alone_do_not_meet(native):
     pixels, other = u8(1, 3, 33, 18), [SMALL[0] | dict(pad_value=255 - SMALL[0]["pad_value"]), *SMALL[1:]]
     for steps in (SMALL, other, SMALL):
