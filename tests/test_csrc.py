@@ -752,6 +752,17 @@ def test_wrong_combinations_are_named(native, change, message):
             run(*wrong.values())
 
 
+def test_groups_pools_and_devices_that_no_kernel_takes_are_named(native):
+    grouped, right = case(1, 4, 3, 3, 4, 1, groups=2, second=(4, 1)), arguments_of("conv_int8")
+    for run in (operation, plain):
+        with pytest.raises(RuntimeError, match="x2 .*groups (must be )?1"):
+            run("conv_int8")(**grouped)
+        with pytest.raises(RuntimeError, match="half the kernel|max_pool_int8: .*padding"):
+            run("max_pool_int8")(u8(1, 3, 5, 5), 3, 2, 2)
+    with pytest.raises(RuntimeError, match=r"mult must be int32 \(8,\) on cpu and not empty, got .* on meta"):
+        plain("conv_int8")(**right | dict(mult=right["mult"].to("meta")))
+
+
 def test_strides_and_paddings_beyond_int32_are_refused(native):
     arguments = case(1, 4, 1, 1, 4, 1, second=(4, 1))
     long = dict(arguments, stride=(2 ** 31 - 1, 2 ** 31 - 1), stride2=(2 ** 31 - 1, 1))
