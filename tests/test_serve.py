@@ -1088,6 +1088,13 @@ def test_answers_do_not_wait_for_the_next_batch(slow):
     assert (sixth.result(10) == 6).all()
 
 
+def test_a_batch_that_cannot_begin_takes_no_answers_with_it(slow):
+    model, net = slow
+    first, *odd = begin(model), submit(model, images(1, 1)), submit(model, torch.zeros(1, 3, 9, 9, dtype=torch.uint8))
+    net.go.release()
+    assert (first.result(10) == 0).all() and [t.exception(10).status for t in odd] == [500, 500]
+
+
 def test_outputs_that_are_not_finite_fail_their_own_request_alone(slow, monkeypatch):
     model, net = slow
     inner = Slow.__call__
