@@ -1242,7 +1242,7 @@ class Pipeline(train.Plan):
         args, (float_model, batches) = self.args, self.equalised()
         run = self.training_args("qat", args.qat_epochs, 1.0)
         images = len(data.open_folder(self.sets.root, val_split=args.val_split)[0])
-        steps = args.freeze_bn_epochs * (images // (run.batch_size * self.world.size))
+        steps = args.freeze_bn_epochs * max(1, images // (run.batch_size * self.world.size))
         fake = self.network = FakeQuantResNet50(float_model, ranges_of(gather(float_model, batches), args.observer),
                                               args.qat_ranges == "learned", steps, **self.grid())
         self.fit("qat", args.qat_epochs, 0.1)

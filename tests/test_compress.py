@@ -245,6 +245,71 @@ def test_training_takes_over_the_recipe_and_flags_win():
         assert run.resume == ("auto" if args.resume else None) and run.out == os.path.join("there", "0-finetune")
 
 
+class Reached(Exception):
+    pass
+
+
+def reached(stage, function, flags, root, *inputs):
+    """-> the arguments with which a stage of the pipeline calls a function, which is as far as it goes"""
+    def stop(*given, **more):
+        raise Reached(given, more)
+    args = compress.get_args_parser().parse_args([*flags.split(), "--workers", "0", "--device", "cpu"])
+    model, saved = build("plain"), dict(recipe="demo", batch_size=16, image_size=64, lr=0.5)
+    report = SimpleNamespace(world=train.World("cpu"), sets=SimpleNamespace(root=root), tables={}, poll=None, stop=None,
+                             checkpoint=dict(args=saved))
+    pipeline = compress.Pipeline(args, report, model, model)
+    pipeline.pixels, pipeline.rounds_left = [photographs(2, 32, 32), None], 1
+    pipeline.whole = {name: space.size for name, space in compress.spaces(model).items()}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Reached) as caught:
+        for name, value in (("gather", {}), ("equalise", "equal"), ("FakeQuantResNet50", model)):
+            patch.setattr(compress, name, lambda *a, value=value, **k: value)
+        patch.setattr(compress, "ranges_of", lambda found, observer: observer)
+        patch.setattr(function, stop)
+        getattr(pipeline, stage)(*inputs)
+    return caught.value.args
+
+
+def test_flags_reach_what_they_speak_of(tiny):
+    for kind in ("bn", "taylor"):
+        given, _ = reached("prune", "compress.rank", f"--prune 0.5 --importance {kind}", tiny)
+        assert given[1] == kind and (given[2] is None) == (kind == "bn")
+    given, _ = reached("prune", "train.recalibrate", "--prune 0.5", tiny)
+    assert len(given[0].bn1.weight) < 16 and [len(part) for part in given[1]] == [2]
+    given, more = reached("quantize", "compress.post_training",
+                          "--int8 --observer entropy --correction biases --weight-bits 7 --per-tensor", tiny)
+    assert (given[0], given[2]) == ("equal", "entropy")
+    assert (more["correction"], more["bits"], more["per_tensor"]) == ("biases", 7, True)
+    given, more = reached("quantize", "compress.post_training", "--int8 --no-equalise", tiny)
+    assert isinstance(given[0], ResNet50) and (more["bits"], more["per_tensor"]) == (8, False)
+    for flags, expected in (  # the set has 50 images; an epoch of fewer than a batch is a step as well
+            ("--observer minmax --qat-ranges observed --freeze-bn-epochs 2", ("minmax", False, 6)),
+            ("--observer mse --freeze-bn-epochs 2 --batch-size 64", ("mse", True, 2))):
+        given, _ = reached("qat", "compress.FakeQuantResNet50", "--qat " + flags, tiny)
+        assert given == ("equal", *expected)
+    given, _ = reached("finetune", "train.train", "--prune 0.5 --rounds 2 --epochs 5", tiny)
+    assert (given[0].epochs, given[0].lr) == (3, 0.25)  # a round's
+    given, _ = reached("qat", "train.train", "--qat --qat-epochs 7", tiny)
+    assert (given[0].epochs, given[0].lr) == (7, pytest.approx(0.05))
+    given, _ = reached("teach", "compress.taught", "--distill self --kd-loss dist --kd-temperature 3 --kd-alpha 0.9 "
+                       "--kd-features 0.1", tiny, "loss")
+    assert given[0] == "loss" and given[3:] == ("dist", 3.0, 0.9, 0.1)
+
+
+def test_the_report_says_how_many_times_less_and_faster():
+    row = dict(stage="original", top1=90.0, top5=None, agreement=100.0, params=8e6, macs=5e9, bytes=32e6,
+               latency_ms_bs1=30.0, images_per_second_bs32=10.0)
+    after = dict(row, stage="quantize", params=2e6, macs=1e9, bytes=2e6, latency_ms_bs1=10.0, images_per_second_bs32=25)
+    table = compress.Report.table(SimpleNamespace(rows=[row, row, after]))
+    assert table.endswith("original -> quantize: 4.0x fewer parameters, 5.0x fewer MACs, 16.0x smaller, 3.0x faster at "
+                          "batch 1, 2.5x faster at batch 32")
+
+
+def test_the_front_is_what_no_other_network_beats():
+    points = [(5, 90), (1, 50), (3, 80), (4, 70), (3, 60), (6, 90)]
+    rows = [dict(latency_ms_bs1=ms, top1=top1) for ms, top1 in points]
+    assert compress.front(rows, lambda row: row["top1"]) == [rows[1], rows[2], rows[0]]
+
+
 def test_masks():
     model = build("plain")
     masks = compress.masks_global(model, 0.8)
@@ -301,6 +366,18 @@ def test_fake_quantize_has_lsq_s_gradient():
     assert torch.equal(x.grad, inside.double())
     expected = torch.where(inside, ints - x.detach() / 0.0101, ints).sum()
     assert torch.allclose(scale.grad, expected)
+
+
+def test_a_learned_scale_s_gradient_is_divided_as_lsq_does():
+    model = build("plain")
+    fake = compress.FakeQuantResNet50(model, resnet50.observe(model, [photographs(2, 64, 64)]))
+    step, x = next(s for s in fake.steps if s.kind == "avgpool"), 3 * torch.rand(2, 24, 3, 3)
+    fake.scale_of, fake.zero_of, fake.range_of = {step.x: 0.01}, {step.x: 0.0}, fake.ranges()
+    fake.call(step, x).sum().backward()
+    scale = fake.log_scale.detach()[fake.at[step.name]].exp().requires_grad_()
+    compress.fake_quantize(x.mean((2, 3)), scale, 0.0).sum().backward()
+    expected = scale.grad * scale / (24 * 9 * 255) ** 0.5  # of the logarithm
+    assert torch.allclose(fake.log_scale.grad[fake.at[step.name]], expected, rtol=1e-3) and expected != 0
 
 
 @pytest.mark.parametrize("variant, norm", [("plain", "layer2.0.bn2"), ("split", "layer2.0.conv2.bn0"),
@@ -746,15 +823,18 @@ def test_auto_says_where_no_network_gains_as_much_as_is_asked(call, monkeypatch)
 
 def test_auto_takes_a_ratio_that_no_widths_reach_for_too_much(call, monkeypatch):
     def run(self, stages):
+        tried.append(self.args.prune)
         if self.args.prune and self.args.prune > 0.3:
             raise compress.Unreachable("no widths")
         self.report.tables["of"] = self.args.prune
         self.report.save(path := f"{self.report.args.out}/{self.args.prune}.pt", self.network)
         self.report.add("same", self.network, path)
     monkeypatch.setattr(compress.Pipeline, "run", run)
-    clock = iter(range(100, 0, -1))  # the last is the fastest
+    clock, tried = iter(range(100, 0, -1)), []  # the last is the fastest
     monkeypatch.setattr(compress, "measure", lambda *_: next(clock))
     result = call("--auto", "--ranking", "global")
+    assert tried == [None, 0.25, 0.5, 0.75, 0.375, 0.312]  # between what does and the least that does not
+    assert result["max_drop"] == 1
     stages = [row["stage"] for row in result["stages"]]
     assert stages[:3] == ["original", "0 same", "0.25 same"] and "0.5 same" not in stages
     assert stages[-1] == f"{result['of']} same"  # tables are the chosen network's
