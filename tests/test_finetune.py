@@ -5,6 +5,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -158,6 +159,13 @@ def test_a_new_head_and_nothing_else_changes(config):
     assert not torch.equal(weight, other.get_submodule(head).weight)
 
 
+def test_images_are_normalised_as_the_network_was_trained(source, shapes):
+    plan, _, args = plan_of(source, shapes, "--strategy", "full", "--image-size", 48)
+    plan.source.preprocess["mean"] = [0.5, 0.4, 0.3]
+    made = plan.model(args, SHAPES).preprocess
+    assert made["mean"] == [0.5, 0.4, 0.3] and made["crop"] == 48
+
+
 def test_lora_is_a_low_rank_sum_and_merges_into_plain_weights(source, shapes):
     plan, model, _ = plan_of(source, shapes, "--strategy", "lora", "--lora-rank", 3, "--lora-alpha", 6)
     before = build_model(load_checkpoint(source), source).state_dict()
@@ -228,6 +236,38 @@ def test_features_are_what_the_head_reads(name):
         assert torch.equal(predict(model, pixels), logits)
 
 
+def test_a_head_learns_from_every_view_and_from_features_that_are_aligned(source, shapes, tmp_path):
+    flags = ("--strategy", "head", "--views", 3, "--target-domain", shapes, "--align-weight", 0.25)
+    plan, model, args = plan_of(source, shapes, *flags)
+    plan.cache, (files, val) = str(tmp_path / "features.pt"), plan.sets[:2]
+    read, crops = finetune.reader(model, None), lambda epoch: data.train_transform(32, model.preprocess, args)
+
+    def features(part, transform_at, epoch):
+        images = data.Images(part, transform_at, args.seed)
+        return read(images.batch([(epoch, i, 0) for i in range(len(part))])[0])
+    plain = lambda epoch: data.eval_transform(model.preprocess)  # noqa: E731
+    with torch.no_grad():
+        views = torch.stack([features(files, crops, epoch) for epoch in range(3)])
+        turn = finetune.recolouring(views.flatten(0, 1), features(plan.target, plain, 0))
+        wanted = views.lerp(turn(views), 0.25)
+        seen = features(val, plain, 0)
+    got, _ = plan.images(files, crops, args, True)
+    for epoch, index, repeat in itertools.product(range(4), range(len(files)), range(2)):
+        value, label, _ = got[(epoch, index, repeat)]
+        assert torch.allclose(value.flatten(), wanted[(epoch + repeat) % 3, index], atol=1e-4)
+        assert label == files.labels[index]
+    got, _ = plan.images(val, plain, args, False)  # scored as it learns, not as the source's are
+    assert all(torch.allclose(got[(5, i, 0)][0].flatten(), row, atol=1e-4)
+               for i, row in enumerate(seen.lerp(turn(seen), 0.25)))
+    assert (views[0] - views[1]).abs().max() > 0.01 and (wanted - views).abs().max() > 0.01
+
+
+def test_dropout_is_in_front_of_a_head_on_features():
+    model = finetune.on_features(new_network(dropout=0.5)).train()
+    x = torch.ones(1, 2048, 1, 1)
+    assert not torch.equal(model(x), model(x)) and torch.equal(model.eval()(x), model(x))
+
+
 def test_copies_of_a_feature_network_use_their_own_head():
     import copy
     model = finetune.on_features(new_network())
@@ -290,6 +330,15 @@ def test_what_an_epoch_trains(flags, by_epoch, source, shapes):
     plan, model, _ = plan_of(source, shapes, *flags, new_head=False)  # a head that has learned needs no epoch alone
     plan.begin(model, 0)
     assert trained_stages(plan, model) == ([0, 1] if plan.kind == "gradual" else by_epoch[0])
+
+
+@pytest.mark.parametrize("flags, competes", [
+    ([], True), (["--target-domain", "SHAPES"], False), (["--target-domain", "SHAPES", "--align", "none"], True),
+    (["--then", "SHAPES"], False)])
+def test_what_is_not_aligned_or_has_learned_nothing_that_stays_does_not_compete(flags, competes, source, shapes):
+    flags = ["--strategy", "layers:1", *(shapes if f == "SHAPES" else f for f in flags)]
+    assert plan_of(source, shapes, *flags, new_head=False)[0].knows == competes
+    assert not plan_of(source, shapes, *flags)[0].knows
 
 
 def test_frozen_stages_keep_weights_and_statistics_and_others_move(source, tune):
@@ -715,6 +764,17 @@ def test_no_mistakes_leave_no_picture_of_an_earlier_run_s(shapes, tmp_path, monk
     assert seen == [True, False]
 
 
+def test_the_worst_mistakes_come_first(shapes, tmp_path, monkeypatch):
+    val, shown = data.open_folder(shapes)[1], []
+    right = F.one_hot(torch.from_numpy(val.labels).long(), 3).float()
+    monkeypatch.setattr(finetune, "logits_of", lambda *a: right.flip(1) * torch.arange(1, 10)[:, None])
+    monkeypatch.setattr(finetune, "contact_sheet", lambda tiles: shown.extend(text for _, text in tiles) or b"")
+    finetune.report(new_network(3), val, list(SHAPES), parse("--workers", 0, "--out", tmp_path), train.World(), most=4)
+    assert [text.splitlines()[:2] for text in shown] == [[os.path.basename(val.path(i)), f"is {SHAPES[val.labels[i]]}"]
+                                                         for i in (8, 7, 6, 2)]
+    assert shown[3].endswith("taken for square, 91 %")  # e^3 / (e^3 + 2)
+
+
 def test_the_report_of_a_class_whose_name_is_no_text(shapes, tmp_path):
     """A folder as it comes out of an old archive, with bytes that are no UTF-8"""
     root = shutil.copytree(shapes, tmp_path / "set")
@@ -743,6 +803,8 @@ def test_confusion_picture_with_odd_and_many_names():
     for n in (1, 2, 61, 100):
         matrix = np.arange(n * n).reshape(n, n) % 7
         xml.dom.minidom.parseString(finetune.confusion_svg(matrix, names[:n]))
+    drawn = finetune.confusion_svg(np.array([[8, 2], [0, 5]]), ["a", "b"])  # shares of what it is
+    assert [float(v) for v in re.findall('fill-opacity="(.*?)"', drawn)] == pytest.approx([0.816, 0.264, 1.0])
 
 
 def test_contact_sheet_places_every_tile():
@@ -807,6 +869,7 @@ def falling(monkeypatch, loss_at):
     count = itertools.count()
 
     def step(net, model, batches, optimizer, *_, **__):
+        assert np.ptp([g["lr"] / g["lr_share"] for g in optimizer.param_groups]) < 1e-9  # each part learns at its own
         loss = torch.tensor(loss_at(next(count), optimizer.param_groups[0]["lr"]))
         return loss, torch.zeros(()), bool(loss.isfinite())
     monkeypatch.setattr(train, "train_step", step)
@@ -1069,17 +1132,23 @@ def test_target_domain_is_scored(tune, shapes, tmp_path):
     assert result["target_top1"] is None
 
 
-def test_a_step_draws_target_images_anew_in_crops_of_their_own(source, shapes, tmp_path):
+@pytest.mark.parametrize("match, flags", [(finetune.coral, ["--align-weight", 3]), (finetune.mmd, ["--align", "mmd"])])
+def test_a_step_draws_target_images_anew_in_crops_of_their_own(match, flags, source, shapes, tmp_path):
     for name, shape in (("a.jpg", "disk"), ("b.jpg", "square")):
         shutil.copy(os.path.join(shapes, "val", shape, "0000.jpg"), tmp_path / name)
-    plan, model, _ = plan_of(source, shapes, "--strategy", "layers:1", "--target-domain", tmp_path)
-    loss, passed = plan.teach(train.make_loss("ce")), []
+    plan, model, _ = plan_of(source, shapes, "--strategy", "layers:1", "--target-domain", tmp_path, *flags)
+    loss, passed, read = plan.teach(train.make_loss("ce")), [], []
     model.register_forward_pre_hook(lambda _, inputs: passed.append(inputs[0].clone()))
+    model.fc.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
 
     def target_of(seed):
         torch.manual_seed(seed)
-        assert loss(model(torch.zeros(8, 3, 32, 32)), torch.zeros(8, dtype=torch.int64)).isfinite()
+        logits, labels = model(images), torch.zeros(8, dtype=torch.int64)
+        total = loss(logits, labels)
+        wanted = F.cross_entropy(logits, labels) + (3 if match is finetune.coral else 1) * match(*read[-2:])
+        assert torch.allclose(total, wanted, rtol=1e-4) and match(*read[-2:]) > 0
         return passed.pop()
+    images = torch.randn(8, 3, 32, 32)
     first, again, other = (target_of(seed) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert len({row.numpy().tobytes() for row in first}) > 2  # than there are images
