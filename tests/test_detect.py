@@ -484,6 +484,55 @@ def test_boxes_follow_the_image(folder):
     assert batch.shape[2] % 32 == batch.shape[3] % 32 == 0 and rows.shape[0] == 3
 
 
+def test_training_goes_without_the_boxes_that_are_neither_right_nor_wrong(folder):
+    files, _, _, known, _ = opened(folder)
+    i = next(i for i in range(len(files)) if len(known[files.path(i)].boxes) == 3)
+    boxes = known[files.path(i)]
+    known[files.path(i)] = boxes._replace(crowd=np.array([True, False, False]), ignored=np.array([False, True, False]))
+    for training, labels in ((True, boxes.labels[2:]), (False, boxes.labels)):
+        images = finetune.BoxImages(files, known, parse("--data", folder, "--image-size", 64), training)
+        assert images[(0, i, 0)][1][1:, 4].tolist() == labels.tolist()
+
+
+def test_boxes_are_found_in_the_original_image(folder):
+    _, val, _, known, _ = opened(folder)
+    images = finetune.BoxImages(val, known, parse("--data", folder, "--image-size", 40), replace=False)
+
+    class Knows(torch.nn.Module):
+        preprocess, config = dict(mean=[0.5] * 3, std=[0.5] * 3), dict(num_classes=2)
+
+        def forward(self, x, rows):
+            height, width, h, w, index = rows[0, 0].tolist()
+            truth = known[val.path(int(index))]
+            return [dict(boxes=torch.tensor(truth.boxes * np.array([width / w, height / h] * 2)),
+                         labels=torch.tensor(truth.labels), scores=torch.linspace(0.2, 0.9, len(truth.labels)))]
+    score, found = finetune.find_boxes(Knows(), images, 2, train.World())
+    assert score["map"] == 100 and all(np.allclose(found[i][0], known[val.path(i)].boxes) for i in range(len(val)))
+
+
+def test_drawn_boxes_are_those_of_the_threshold_with_their_classes():
+    none, image = np.zeros((0, 4)), Image.new("RGB", (200, 100))
+    truth = finetune.Boxes(np.array([[10.0, 20, 60, 80]]), *[np.zeros(1, int)] * 4)
+    found = np.array([[100.0, 20, 150, 80], [160.0, 20, 190, 80]]), np.array([1, 2]), np.array([0.6, 0.4])
+    bar, other = (np.asarray(finetune.draw_boxes(image, found, truth, names, 0.5))
+                  for names in (["bar", "x"], ["disk", "x"]))
+    assert bar[40, 10].tolist() == [40, 200, 60] and bar[40, 100].tolist() == [230, 40, 40] and not bar[:, 160:].any()
+    assert (bar != other).any()
+    empty = finetune.draw_boxes(image, (none, none, none), truth, [], 0.5)
+    assert not np.asarray(empty)[:, 70:].any() and not np.asarray(image).any()
+
+
+def test_new_parts_of_a_detector_learn_faster(source, folder):
+    args = parse("--data", folder, "--checkpoint", source, "--image-size", 64, "--head-lr-mult", 7)
+    model = finetune.load_source(args)[0]
+    model.preprocess["mean"] = [0.1, 0.2, 0.3]
+    plan = finetune.Detection(args, train.World(), model, opened(folder))
+    detector = plan.model(args, CLASSES)
+    for name, _ in detector.named_parameters():
+        assert plan.share(name) == (1 if name.startswith("backbone.body") else 7), name
+    assert detector.preprocess["mean"] == [0.1, 0.2, 0.3]  # as the backbone was trained
+
+
 def test_the_backbone_carries_the_weights_over_and_sees_what_it_did(source, folder):
     args = parse("--data", folder, "--checkpoint", source, "--image-size", 64)
     model, _, _ = finetune.load_source(args)
@@ -719,12 +768,15 @@ def test_a_run_resumes_to_the_same_bits_and_is_scored(tune, folder, tmp_path, mo
 
 
 def test_a_detector_is_scored_at_its_own_sizes_unless_flags_name_others(tune, folder, tmp_path, monkeypatch):
-    path, scores, amps, find = tune("--epochs", 1, "--max-size", 80)["checkpoint"], [], [], finetune.find_boxes
-    monkeypatch.setattr(finetune, "find_boxes", lambda model, *rest, **k: (amps.append(model.amp),
-                                                                           find(model, *rest, **k))[1])
+    own = ("--max-size", 80, "--nms-threshold", 0.3, "--detections", 7)
+    path, scores, amps, find = tune("--epochs", 1, *own)["checkpoint"], [], [], finetune.find_boxes
+    limits = []
+    monkeypatch.setattr(finetune, "find_boxes", lambda model, *rest, **k: (
+        amps.append(model.amp), limits.append((model.roi_heads.nms_thresh, model.roi_heads.detections_per_img)),
+        find(model, *rest, **k))[2])
     for sizes, flags in ((dict(), ()), (dict(), ("--image-size", 40)), (dict(image_size=40), ()),
                          (dict(), ("--max-size", 48)), (dict(max_size=48), ()),
-                         (dict(), ("--amp-dtype", "bfloat16"))):
+                         (dict(), ("--amp-dtype", "bfloat16", "--nms-threshold", 0.6, "--detections", 9))):
         changed = torch.load(path, weights_only=True)
         changed["config"].update(sizes)
         torch.save(changed, tmp_path / "changed.pt")
@@ -732,7 +784,7 @@ def test_a_detector_is_scored_at_its_own_sizes_unless_flags_name_others(tune, fo
                                     "--workers", 0, "--batch-size", 3, *flags))
         scores.append([found[key] for key in ("map", "map50", "recall")])
     assert scores[1] == scores[2] and scores[3] == scores[4] and scores[0] not in scores[1:5]
-    assert amps == [None] * 5 + [torch.bfloat16]
+    assert amps == [None] * 5 + [torch.bfloat16] and limits == [(0.3, 7)] * 5 + [(0.6, 9)]
 
 
 def test_only_what_is_scored_is_read_to_score(tune, folder, tmp_path):
