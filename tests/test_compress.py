@@ -233,12 +233,15 @@ def test_a_pipeline_s_network_goes_to_its_device_and_stays_there(monkeypatch):
 
 def test_training_takes_over_the_recipe_and_flags_win():
     saved = dict(recipe="v1", lr=0.8, mixup_alpha=0.3, batch_size="auto", opt="lars", image_size=48, workers=3)
+    same = dict(lr_base_size=64, label_smoothing=0.3, loss="focal", class_weights="balanced", hflip=0.0, exif=True)
+    saved.update(same, epochs=90, swa_start=0.5)  # what a training was, and what only its length meant
     report = SimpleNamespace(world=SimpleNamespace(device="cpu"), checkpoint=dict(args=saved),
                              sets=SimpleNamespace(root="images"))
     flags = "--seed 7 --workers 0 --amp-dtype float32 --image-size 64 --weight-decay 0.25 --out there".split()
     for more, peak in (["--resume"], 0.4), (["--lr", "0.1"], 0.1):
         args = compress.get_args_parser().parse_args(flags + more)
         run = compress.Pipeline(args, report, build("plain")).training_args("finetune", 2, 0.5)
+        assert same.items() <= vars(run).items() and run.swa_start is None
         assert (run.recipe, run.mixup_alpha, run.batch_size, run.opt) == ("v1", 0.3, 32, "lars")
         assert (run.seed, run.workers, run.amp_dtype, run.image_size, run.weight_decay) == (7, 0, "float32", 64, 0.25)
         assert (run.lr, run.epochs, run.lr_warmup_epochs, run.lr_scheduler) == (peak, 2, 0.5, "cosine")
@@ -302,6 +305,17 @@ def test_the_report_says_how_many_times_less_and_faster():
     table = compress.Report.table(SimpleNamespace(rows=[row, row, after]))
     assert table.endswith("original -> quantize: 4.0x fewer parameters, 5.0x fewer MACs, 16.0x smaller, 3.0x faster at "
                           "batch 1, 2.5x faster at batch 32")
+
+
+def test_the_report_times_networks_and_compares_outputs(monkeypatch):
+    report = SimpleNamespace(rows=[{}], models=[build("plain")], extra={}, world=train.World("cpu"))
+    monkeypatch.setattr(compress, "measure", lambda *_: 50.0)
+    compress.Report.time(report)
+    assert report.rows == [dict(latency_ms_bs1=50.0, images_per_second_bs32=640.0)]
+    monkeypatch.setattr(compress, "logits_of", lambda model, pixels: model)
+    a, b = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    (p, q), same = (F.softmax(v, 1) for v in (a, b)), [x.argmax() == y.argmax() for x, y in zip(a, b)]
+    assert np.allclose(compress.compare(a, b, None), ((p * (p / q).log()).sum() / 6, 100 * np.mean(same)), rtol=1e-5)
 
 
 def test_the_front_is_what_no_other_network_beats():

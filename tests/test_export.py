@@ -317,7 +317,7 @@ def test_torch_files_need_nothing_of_this_repository(kind, variant, precision, c
 
 @pytest.mark.parametrize("kind", ["torchscript", "script", "torch-export"])
 def test_torch_files_with_the_largest_classes(kind, checkpoint, call):
-    path, shown = checkpoint("pruned", "float"), photographs(3, SIDE, SIDE, seed=5)
+    path, shown = checkpoint("pruned", "float"), photographs(9, SIDE, SIDE, seed=5)  # more than the checks have
     flags = ["--format", "torchscript", "--script"] if kind == "script" else ["--format", kind]
     file = call(path, *flags, "--dynamic-batch", "--softmax", "--top-k", 3)["file"]
     model = torch.export.load(file).module() if kind == "torch-export" else torch.jit.load(file)
@@ -380,7 +380,7 @@ def trtexec(tmp_path, monkeypatch):
     return install
 
 
-def test_engines_are_built_and_compared(trtexec, checkpoint, call):
+def test_engines_are_built_and_compared(trtexec, checkpoint, call, monkeypatch):
     log = trtexec()
     found = call(checkpoint("plain", "int8"), "--format", "tensorrt", "--signed", "--dynamic-batch", "--max-batch", 16,
                  "--top-k", 2)
@@ -390,6 +390,11 @@ def test_engines_are_built_and_compared(trtexec, checkpoint, call):
     assert first["optShapes"] == f"input:8x3x{SIDE}x{SIDE}" and first["maxShapes"] == f"input:16x3x{SIDE}x{SIDE}"
     found = call(checkpoint("plain", "float"), "--format", "tensorrt", "--pixels", "--overwrite")
     assert found["runtimes"]["tensorrt"]["max_difference"] < 1e-4 and found["precision"] == "float32"
+    monkeypatch.setattr(export, "tensorrt_call", lambda path: lambda x: [np.ones((len(x), 7), np.float32)])
+    before = os.path.getmtime(found["file"])
+    with pytest.raises(UserError, match="the engine computes something else"):
+        call(checkpoint("plain", "float"), "--format", "tensorrt", "--pixels", "--overwrite")
+    assert os.path.getmtime(found["file"]) == before
 
 
 def test_what_tensorrt_refuses_is_said(trtexec, checkpoint, call, monkeypatch, tmp_path):
@@ -535,6 +540,9 @@ def test_preprocessing_beside_the_file_is_that_of_its_size(checkpoint, call):
     with open(found["file"] + ".json") as f:
         about = json.load(f)["preprocess"]
     assert (about["crop"], about["resize"]) == (2 * kept["crop"], 2 * kept["resize"])
+    with open(found["file"] + ".json") as f:
+        assert json.load(f)["input"] == dict(name="input", dtype="float32", layout="NCHW", normalized=True,
+                                             shape=[1, 3, about["crop"], about["crop"]])
 
 
 @pytest.mark.parametrize("precision, flags, complaint", [
@@ -613,13 +621,26 @@ def test_images_are_turned_where_training_turned_them(tmp_path):
     tag[0x0112] = 6
     picture = Image.fromarray(photographs(1, 40, 60)[0].permute(1, 2, 0).numpy())
     picture.save(tmp_path / "a.png", exif=tag)
-    save_checkpoint(str(tmp_path / "c.pt"), model, classes=CLASSES, args=dict(exif=True))
+    save_checkpoint(str(tmp_path / "c.pt"), model, classes=CLASSES, wnids=CLASSES[::-1], args=dict(exif=True))
     args = export.get_args_parser().parse_args(["--data", str(tmp_path), "--image-size", "32", "--dynamic-batch"])
     case, = export.real_images(args, model, resnet50.load_checkpoint(tmp_path / "c.pt"), export.Exported(model))
-    assert export.describe(model, resnet50.load_checkpoint(tmp_path / "c.pt"), args, export.Exported(model),
-                           None)["preprocess"]["exif"] is True
+    about = export.describe(model, resnet50.load_checkpoint(tmp_path / "c.pt"), args, export.Exported(model), None)
+    assert about["preprocess"]["exif"] is True and about["wnids"] == CLASSES[::-1]
     transform = data.eval_transform(export.geometry(model, 32))
     assert torch.equal(case.pixels[0].permute(1, 2, 0), transform(picture.transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_benchmark_says_how_much_faster_than_pytorch(checkpoint, monkeypatch):
+    model, clock = load(checkpoint("pruned", "float")), {"pytorch": 8.0, "rival": 2.0, "slow": 16.0}
+    monkeypatch.setattr(export, "BENCH_SECONDS", 0.0)
+    monkeypatch.setattr(export, "contenders", lambda *_: {name: lambda batch, ms=ms: lambda x: ms * len(x)
+                                                          for name, ms in clock.items()})
+    monkeypatch.setattr(export, "measure", lambda call, *_: call())
+    args = export.get_args_parser().parse_args(["--image-size", "32"])
+    for name, row in export.bench(model, args, export.Exported(model), "").items():
+        ratio = 8 / clock[name]
+        assert row == dict(latency_ms_bs1=clock[name], images_per_second_bs32=1000 / clock[name],
+                           over_pytorch_bs1=ratio, over_pytorch_bs32=ratio)
 
 
 QUICK = "import copy, torch\nexport.BENCH_SECONDS = 0.0\ntorch.compile = lambda module, **k: copy.copy(module)\n"

@@ -67,6 +67,7 @@ def test_percentile_is_the_quantile(kind, share):
     expected = np.quantile(x.double().numpy(), [1 - share, share], method="inverted_cdf")
     width = found.reach / compress.BINS
     assert abs(high - max(expected[1], 0)) <= 2 * width and abs(low - min(expected[0], 0)) <= 2 * width
+    assert (compress.OBSERVERS["percentile"](found) == (low, high)) == (share == 0.9999)
 
 
 def quantized(x, low, high):
@@ -110,6 +111,7 @@ def test_entropy_is_tensorrts():
         got = compress.clipped_divergence(found.counts[compress.BINS:], centres, ints, 0, scale)
         assert abs(got - prices[fraction]) < 1e-9 * abs(prices[fraction])
     assert len(set(prices.values())) == 3
+    assert compress.OBSERVERS["entropy"](found) == compress.search(found, compress.clipped_divergence)
 
 
 def test_every_observer_gives_a_network(case):
