@@ -1,5 +1,7 @@
 """The parts of train.py against torch, float64 and plain loops: schedules, losses, optimizers, averages, evaluation,
 recipes."""
+import contextlib
+import functools
 import importlib
 import json
 import math
@@ -8,8 +10,10 @@ import re
 import shlex
 import shutil
 import sys
+import types
 import xml.dom.minidom
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +25,7 @@ import finetune
 import train
 from resnet50 import PREPROCESS, ResNet50, UserError, predict, save_checkpoint
 from tests.conftest import ROOT
+from tests.test_int8 import WIDTHS
 
 
 def parse(*flags):
@@ -338,6 +343,103 @@ def test_loss_scaling_skips_and_recovers():
     applied = [small_step(model, optimizer, pixels, labels, scaler=scaler)[2] for _ in range(16)]
     assert (not applied[0] and applied[-1] and not torch.equal(before, model.fc.weight)
             and bool(torch.isfinite(model.fc.weight).all()))
+
+
+def test_the_loss_is_what_the_flags_ask_for():
+    files = types.SimpleNamespace(labels=np.array([0, 0, 0, 1, 1, 2]))
+    logits, y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1, 0])
+    weights = torch.tensor([6 / 3 / 3, 6 / 2 / 3, 6 / 1 / 3])  # every class counts as much
+    for flags, expected in ((("--loss", "ce", "--class-weights", "balanced", "--label-smoothing", 0.2),
+                             F.cross_entropy(logits, y, weights, label_smoothing=0.2)),
+                            (("--loss", "focal", "--focal-gamma", 3, "--label-smoothing", 0),
+                             train.make_loss("focal", gamma=3)(logits, y)),
+                            (("--loss", "bce", "--label-smoothing", 0.2), train.make_loss("bce", 0.2)(logits, y))):
+        assert torch.allclose(train.loss_of(parse(*flags), files, "abc", "cpu")(logits, y), expected), flags
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.fixture
+def given(tiny, tmp_path, monkeypatch):
+    """given(flags..., steps=N, rank=R, size=S) -> what each of the first N steps of a run has been given, as the R-th
+    of S processes, and its result where it ends before. Nothing is trained or evaluated; the third step fails."""
+    def call(*flags, steps=math.inf, rank=0, size=1):
+        taken, keys, batch, world = [], [], data.Images.batch, train.World()
+        world.rank, world.size, world.barrier = rank, size, lambda: None
+        world.sum, world.gather = lambda *numbers: list(map(float, numbers)), lambda value: [value] * size
+
+        def train_step(net, model, batches, optimizer, loss_fn, **options):
+            if len(taken) == steps:
+                raise Enough
+            taken.append(types.SimpleNamespace(
+                model=model, keys=[*keys], sizes={p.shape[2] for p, _ in batches}, fc=model.fc.weight.clone(),
+                draw=torch.rand(1).item(), groups=[dict(g) for g in optimizer.param_groups], **options))
+            keys.clear()
+            return torch.tensor(2.0), torch.tensor(4), len(taken) != 3
+
+        def evaluate(model, *args, tta, **options):
+            taken[-1].scored, taken[-1].tta = model, tta
+            return dict(top1=50.0, top5=90.0, loss=1.0, images=29, corrupt=0)
+        for name, stub in dict(train_step=train_step, evaluate=evaluate, wrap=lambda model, *a: model,
+                               ResNet50=functools.partial(ResNet50, widths=WIDTHS)).items():
+            monkeypatch.setattr(train, name, stub)
+        monkeypatch.setattr(data.Images, "batch", lambda self, k, **o: keys.extend(k) or batch(self, k, **o))
+        result, stop = None, types.SimpleNamespace(poll=lambda: False, requested=None)
+        with contextlib.suppress(Enough):
+            result = train.train(parse("--data", tiny, "--recipe", "demo", "--out", tmp_path / "run", "--overwrite",
+                                       "--device", "cpu", "--workers", 0, "--image-size", 32, "--batch-size", 5,
+                                       "--mixup-alpha", 0, *flags), world, stop)
+        monkeypatch.undo()
+        return taken, result
+    return call
+
+
+def test_a_step_is_given_what_the_flags_ask_for(given, tmp_path):
+    taken, result = given(
+        "--epochs", 4, "--accumulate", 2, "--lr", 0.1, "--lr-base-size", 20, "--lr-warmup-epochs", 1,
+        "--lr-warmup-decay", 0.1, "--opt", "sgd", "--momentum", 0.5, "--weight-decay", 0.07, "--clip-grad-norm", 3,
+        "--model-ema-decay", 0.9, "--model-ema-steps", 3, "--image-size", 64, "--progressive", 32, 0.25, 0.75, "--tta",
+        "--dropout", 0.3, "--drop-path", 0.2, "--grad-checkpointing", "--fused-bn")
+    peak, at = 0.1 * 10 / 20, [step / 5 for step in range(20)]
+    rates = [peak * (0.1 + 0.9 * t if t < 1 else (1 + math.cos(math.pi * (t - 1) / 3)) / 2) for t in at]
+    for t, rate, step in zip(at, rates, taken, strict=True):
+        assert [(g["lr"], g["weight_decay"], g["momentum"]) for g in step.groups] == [
+            (pytest.approx(rate), decay, 0.5) for decay in (0.07, 0)]
+        assert step.clip == 3 and step.mixer is None and step.sizes == {(32, 32, 48, 64)[int(t)]}
+        assert [key[0] for key in step.keys[:10]] == [int(t)] * 10
+    model = taken[0].model
+    assert (model.grad_checkpointing and model.config["dropout"] == 0.3 and model.layer4[2].drop_rate == 0.2
+            and all(m.fused for m in model.modules() if isinstance(m, nn.BatchNorm2d)))
+    assert all(step.tta and step.scored is not model for step in taken[4::5])
+    last = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert last["ema_updates"] == 5 and result["skipped_steps"] == 1 and result["samples_seen"] == 200
+    for record in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")):
+        assert record["event"] == "step" or (record["train_loss"], record["train_top1"]) == (2.0, 40.0)
+
+
+def test_processes_share_an_epoch_and_seeds_change_all_that_is_drawn(given):
+    def indices(taken):
+        return [key[1:] for step in taken for key in step.keys]
+    one, two = (given("--hflip", 0, steps=4, rank=rank, size=2)[0] for rank in (0, 1))
+    assert len(set(indices(one) + indices(two))) == 40  # of 50, in four of five steps
+    other = given("--hflip", 0, "--seed", 1, steps=4, size=2)[0]
+    assert indices(other) != indices(one) and not torch.equal(other[0].fc, one[0].fc)
+    assert torch.equal(one[0].fc, two[0].fc) and len({step.draw for step in one + two + other}) == 12
+    twice = indices(given("--repeated-aug", 2, steps=10)[0])
+    assert {i for i, _ in twice} == {i for i, repeat in twice if repeat} and len({i for i, _ in twice}) == 25
+    assert len({i for i, _ in indices(given("--balanced", steps=10)[0])}) < 50  # drawn one by one
+
+
+def test_statistics_that_are_equal_already_are_averaged_to_the_same_bits(monkeypatch):
+    model = nn.BatchNorm2d(99)
+    nn.init.normal_(model.running_mean)
+    before = model.running_mean.clone()
+    for size in (2, 3, 7):
+        monkeypatch.setattr(train.dist, "all_reduce", lambda values: values.mul_(size))
+        train.average_statistics(types.SimpleNamespace(size=size), [model])
+        assert torch.equal(model.running_mean, before) and (model.running_var == 1).all()
 
 
 # ------------------------------------------------------------------------------------------------- evaluation
