@@ -65,6 +65,12 @@ def test_float_and_integer_tiff():
     assert other[0, 3] == 0 and (other == got).sum() == 63
 
 
+def test_a_jpeg_is_decoded_no_smaller_than_is_asked_for():
+    encoded = encode(picture(size=(400, 300)), "JPEG")
+    sizes = [data.decode(encoded, short_side=side).size for side in (None, 300, 151, 150, 76, 40, 1)]
+    assert sizes == [(400, 300)] * 3 + [(200, 150)] * 2 + [(100, 75), (50, 38)]
+
+
 def test_formats_are_limited_by_content_not_name():
     for kind in ("BMP", "GIF", "PPM", "TIFF"):
         data.decode(encode(picture(), kind))
@@ -195,7 +201,7 @@ def make(root, layout, extension=".jpg"):
 
 
 def test_classes_come_from_train_alone(tmp_path):
-    root = make(tmp_path, {"train/b": 2, "train/a10": 2, "train/a9": 1, "val/b": 1, "val/a9": 2,
+    root = make(tmp_path, {"train/b": 2, "train/a10": 2, "train/a9": 1, "val/b": 1, "val/a9": 2, "val/a10": 0,
                            "train/.ipynb_checkpoints": 1})
     train, val, classes, _, notes = data.open_folder(root)
     assert classes == ["a10", "a9", "b"] and sorted(train.labels) == [0, 0, 1, 2, 2] and sorted(val.labels) == [1, 1, 2]
@@ -365,15 +371,22 @@ def test_train_transforms_give_uint8_and_follow_the_seed(flags):
     assert a.shape == (32, 32, 3) and a.dtype == torch.uint8 and torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_the_strength_of_randaugment_is_drawn_anew(monkeypatch):
+def test_augmentations_are_as_strong_as_the_flags_say(monkeypatch):
     from torchvision.transforms import v2
-    seen = []
-    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, image: seen.append(self.magnitude))
-    augment = data.rand_augment(25, 4.0)
-    torch.manual_seed(0)
-    for _ in range(500):
-        augment(None)
+    seen, made = [], []
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda self, image: seen.append(self.magnitude) or image)
+    randomly = data.train_transform(8, PREPROCESS, arguments("--auto-augment", "ra", "--ra-magnitude", "25",
+                                                             "--ra-std", "4"))
+    for seed in range(500):  # drawn anew for each image
+        randomly(picture(size=(9, 9)), seed)
     assert max(seen) == 30 and 24 < np.mean(seen) < 25.5 and 3 < np.std(seen) < 4.2
+    for name in ("RandomRotation", "ElasticTransform", "ColorJitter"):
+        monkeypatch.setattr(v2, name, lambda *a, fill=None, **_: made.append((*a, fill)))
+    flags = "--rotation", "9", "--elastic", "40", "--color-jitter", "0.4", "--crop-scale", "0.9", "--hflip", "1"
+    transform, grey = data.train_transform(8, PREPROCESS, arguments(*flags)), [124, 116, 104]
+    assert made == [(9, grey), (40, grey), (0.4, 0.4, 0.4, None)]
+    boxes = transform.crops(np.full(99, 100), np.full(99, 100), np.arange(99, dtype=np.uint64))
+    assert (boxes[:, 8] == 1).all() and (boxes[:, 2] * boxes[:, 3]).min() > 8800
 
 
 def distance(a, b):
@@ -470,12 +483,13 @@ def test_rectangles_are_erased_as_torchvision_does_it():
 @pytest.mark.parametrize("size", [(91, 63), (63, 91), (40, 40), (33, 2000), (4, 3)])
 @pytest.mark.parametrize("resize, crop", [(40, 32), (35, 35), (41, 32)])
 def test_eval_transform_is_resize_and_centre_crop(size, resize, crop):
-    from torchvision.transforms import v2
+    from torchvision.transforms import InterpolationMode, v2
     image = picture(size=size)
-    got = data.eval_transform(dict(PREPROCESS, resize=resize, crop=crop))(image)
-    theirs = v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(crop)])
-    assert torch.equal(got.permute(2, 0, 1), theirs(v2.functional.pil_to_tensor(image)))
-    assert np.abs(got.numpy().astype(int) - np.asarray(theirs(image))).max() <= 2
+    for mode in ("bilinear", "bicubic"):
+        got = data.eval_transform(dict(PREPROCESS, resize=resize, crop=crop, interpolation=mode))(image)
+        theirs = v2.Compose([v2.Resize(resize, InterpolationMode(mode), antialias=True), v2.CenterCrop(crop)])
+        assert torch.equal(got.permute(2, 0, 1), theirs(v2.functional.pil_to_tensor(image)))
+        assert np.abs(got.numpy().astype(int) - np.asarray(theirs(image))).max() <= 2
     with pytest.raises(UserError, match="resized to 31 pixels, and 32"):
         data.eval_transform(dict(PREPROCESS, resize=31, crop=32))
 
@@ -525,6 +539,7 @@ def test_an_order_of_chunks_uses_neighbours_near_one_another(n, world):
         # the shortest way around the epoch's end that has all of them
         spread.append(n - np.diff(np.append(places, places[0] + n)).max())
     assert max(spread) < 1.1 * stretch and np.mean(spread) > 0.7 * stretch * (chunk - 1) / (chunk + 1)
+    assert abs(np.corrcoef(used, np.arange(len(used)))[0, 1]) < 0.15  # of a folder's classes, too, none comes first
     # any 256 in a row are of many chunks, at the beginning too
     assert min(len(np.unique(used[k:k + 256] // chunk)) for k in range(0, len(used) - 256, 256)) > 140
 
@@ -649,6 +664,19 @@ def test_batches_do_not_depend_on_workers_nor_touch_the_generator(tiny, flags):
             and pixels.is_contiguous(memory_format=torch.channels_last))
 
 
+@pytest.mark.parametrize("flags", [(), ("--color-jitter", "0.4", "--hflip", "0", "--crop-scale", "1")])
+def test_an_augmentation_is_of_one_seed_epoch_image_and_use(tiny, flags):
+    files, made = data.open_folder(tiny)[0], {}
+    for seed in (0, 1):
+        images = data.Images(files, lambda _: data.train_transform(32, PREPROCESS, arguments(*flags)), seed)
+        for epoch in (0, 1):
+            keys = [(epoch, 3, 0), (epoch, 3, 1), (epoch, 4, 0)]
+            for key, pixels in zip(keys, images.batch(keys)[0].permute(0, 2, 3, 1)):
+                assert torch.equal(pixels, images[key][0])
+                made[seed, *key] = pixels.numpy().tobytes()
+    assert len(set(made.values())) == len(made) == 12
+
+
 def test_a_worker_killed_while_it_hands_over_a_batch_is_named(tiny, monkeypatch):
     def broken(loader):
         yield from ()
@@ -686,13 +714,19 @@ def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
 
 
 def test_mixing():
+    """Of each image with the one before it, in the shares that its probabilities say: blended, or a rectangle of it"""
     x, y = torch.rand(8, 3, 16, 16), torch.arange(8)
     assert data.make_mixer(0, 0, 10) is None
-    for alphas in ((0.5, 0), (0, 1.0), (0.2, 1.0)):
-        torch.manual_seed(1)
+    torch.manual_seed(1)
+    kinds = []
+    for alphas in ((1e6, 0), (0, 1e6), *[(0.2, 1.0)] * 20):
         mixed, target = data.make_mixer(*alphas, 10)(x, y)
-        assert (mixed.shape == x.shape and target.shape == (8, 10) and torch.allclose(target.sum(1), torch.ones(8))
-                and not torch.equal(mixed, x))
+        share, other = target[0, 0], x.roll(1, 0)
+        assert torch.allclose(target, share * torch.eye(8, 10) + (1 - share) * torch.eye(8, 10).roll(1, 0))
+        kinds.append(torch.allclose(mixed, share * x + (1 - share) * other, atol=1e-6))
+        assert kinds[-1] or ((mixed == x) | (mixed == other)).all() and (mixed == x).float().mean() == share
+        assert max(alphas) < 2 or (abs(share - 0.5) < 0.01 if kinds[-1] else 0.45 < share < 0.9)  # cut off at the edge
+    assert kinds[:2] == [True, False] and set(kinds[2:]) == {True, False}
 
 
 # ---------------------------------------------------------------------------------------- demo data, archives
@@ -769,6 +803,22 @@ def test_imagenet_with_the_devkit(archives, compressed):
     for _ in range(2):  # the second run finds everything there
         assert data.import_imagenet(str(archives), str(archives / "out")) == {"train": 4, "val": 3}
         assert below(archives / "out") == EXPECTED
+
+
+def test_an_import_that_was_killed_leaves_no_half_image(archives, monkeypatch):
+    (archives / "labels").write_text("".join(
+        f"ILSVRC2012_val_{i:08d}.JPEG {wnid}\n" for i, wnid in ((1, "n01440764"), (2, "n02119789"), (3, "n01440764"))))
+    flags = str(archives), str(archives / "out"), str(archives / "labels")
+
+    def killed(source, target):
+        target.write(source.read(100))
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.shutil, "copyfileobj", killed)
+        data.import_imagenet(*flags)
+    data.import_imagenet(*flags)
+    assert below(archives / "out") == EXPECTED
+    assert {(archives / "out" / name).read_bytes() for name in EXPECTED} == {encode(picture(), "JPEG")}
 
 
 @pytest.mark.parametrize("text", [
