@@ -1262,7 +1262,7 @@ def train(args, world, stop, plan=Plan()):
     if resume:
         result = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
         if not os.path.exists(os.path.join(os.path.dirname(resume), "best.pt")):  # moved away: the next one is best
-            progress["best"] = -math.inf
+            progress.update(best=-math.inf, best_epoch=progress["epoch"])
     plan.begin(model, progress["epoch"])
     net = wrap(model, args, world, amp)
     begin_run(args, world, resume)
@@ -1405,7 +1405,7 @@ def train(args, world, stop, plan=Plan()):
         if args.swa_start is not None:
             if progress["averaged"] == epoch:  # not again by a run that was stopped while it evaluated
                 # the mean of the epochs since then; before that the network itself
-                ema.updates = max(0, epoch - math.ceil(args.swa_start * args.epochs))
+                ema.updates = min(ema.updates, max(0, epoch - math.ceil(args.swa_start * args.epochs)))
                 ema.update(model)
                 progress["averaged"] += 1
             if ema.updates > 1:

@@ -432,6 +432,24 @@ def test_processes_share_an_epoch_and_seeds_change_all_that_is_drawn(given):
     assert len({i for i, _ in indices(given("--balanced", steps=10)[0])}) < 50  # drawn one by one
 
 
+def test_a_mean_over_epochs_counts_those_that_are_in_it(given, tmp_path):
+    """Where a resumed run begins to average earlier than was planned, too"""
+    def updates():
+        return torch.load(tmp_path / "run" / "last.pt", weights_only=True)["ema_updates"]
+    flags = "--model-ema-decay", 0, "--batch-size", 25, "--swa-start"
+    given(*flags, 0.5, "--epochs", 8, steps=5)  # stopped in the third epoch
+    assert updates() == 1  # the last epoch's weights alone
+    given(*flags, 0, "--epochs", 4, "--resume")
+    assert updates() == 3  # those of the second to the fourth epoch
+
+
+def test_a_best_network_that_was_moved_away_is_waited_for(given, tmp_path):
+    flags = "--batch-size", 25, "--epochs", 4, "--patience", 1
+    assert given(*flags)[1]["epochs"] == 2
+    (tmp_path / "run" / "best.pt").unlink()
+    assert given(*flags, "--resume")[1]["best_epoch"] == 3
+
+
 def test_statistics_that_are_equal_already_are_averaged_to_the_same_bits(monkeypatch):
     model = nn.BatchNorm2d(99)
     nn.init.normal_(model.running_mean)
