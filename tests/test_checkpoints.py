@@ -362,6 +362,12 @@ def test_a_cascade_asks_the_big_network_where_the_small_one_doubts(kinds, tmp_pa
     assert same_state(resnet50.build_model(resnet50.load_checkpoint(path), path), model.big)
 
 
+def test_a_cascade_asks_the_big_network_where_the_small_one_has_no_number():
+    model, pixels = cascade(("float", "float"), 0.0), photographs(3, 64, 64)
+    torch.nn.init.constant_(model.small.fc.bias, float("nan"))
+    assert model(pixels).isfinite().all() and model.deferred == 3
+
+
 def test_a_loaded_cascade_packs_its_int8_members_anew():
     a, b, pixels = (*(cascade(("int8", "int8"), 1.0) for _ in range(2)), photographs(3, 64, 64))
     b.load_state_dict({k: a.state_dict()[k.replace("small", "tmp").replace("big", "small").replace("tmp", "big")]

@@ -126,6 +126,20 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.15) and rates == sorted(rates)
 
 
+def test_features_and_branches_are_dropped_in_training():
+    torch.manual_seed(0)
+    model, seen = randomise(ResNet50(num_classes=4, dropout=0.25, drop_path=0.5)).eval(), []
+    model.fc.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels, x = torch.randn(4, 3, 32, 32), torch.rand(64, 2048, 1, 1)
+    with torch.no_grad():
+        for model.training in (False, True):  # its blocks stay in evaluation
+            model(pixels)
+        plain, dropped = (features[seen[0] > 0] for features in seen)
+        assert abs((dropped > 0).float().mean() - 0.75) < 0.03
+        assert torch.allclose(dropped, plain / 0.75 * (dropped > 0))
+        assert 16 < (model.layer4[2].train()(x) == x).flatten(1).all(1).sum() < 48
+
+
 @pytest.mark.parametrize("config", [{}, {"attention": "split"}, {"attention": "se", "drop_path": 0.2}])
 def test_gradient_checkpointing_changes_nothing_but_memory(config):
     steps = []
@@ -333,6 +347,14 @@ def test_kill_during_a_write_keeps_the_old_file(limit, tmp_path):
     assert len(os.listdir(tmp_path)) == 2  # the killed writer's temporary file...
     resnet50.write_atomic(str(path), b"newer")
     assert path.read_bytes() == b"newer" and os.listdir(tmp_path) == ["last.pt"]  # ...goes with the next write
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    said, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: said.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    monkeypatch.setattr(os, "replace", lambda *names: said.append("renamed") or replace(*names))
+    resnet50.write_atomic(str(tmp_path / "last.pt"), b"new")
+    assert said == [f".last.pt.{os.getpid()}.tmp", "renamed", tmp_path.name]
 
 
 def test_full_disk_keeps_the_old_file(tmp_path):
