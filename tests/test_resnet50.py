@@ -248,6 +248,8 @@ def test_half_precision_and_safetensors(tmp_path):
     path = str(tmp_path / "s.safetensors")
     safetensors.save_file(reference.state_dict(), path, metadata={"format": "pt"})
     assert same_weights(reference, resnet50.build_model(resnet50.load_checkpoint(path), path))
+    safetensors.save_file(half, path)
+    assert same_weights(model, resnet50.build_model(resnet50.load_checkpoint(path), path))
 
 
 class Foreign:
