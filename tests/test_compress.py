@@ -67,6 +67,16 @@ def test_pruned_network_computes_what_the_switched_off_one_does(model, kind):
     assert all(b < a for a, b in zip(sizes, sizes[1:]))
 
 
+def test_attention_keeps_the_strongest_of_its_own_channels():
+    """Where a stage gets narrower, so that these do: those with the largest sums of absolute weights of what stays"""
+    model = build("se", widths={**WIDTHS, "layer4": 256})
+    small = compress.prune(model, {"layer4": torch.arange(0, 256, 2)})
+    for whole, pruned in zip(model.layer4, small.layer4):
+        strongest = whole.se.fc1.weight[:, ::2].abs().sum((1, 2, 3)).topk(8).indices.sort().values
+        assert len(whole.se.fc1.weight) == 16 and torch.equal(pruned.se.fc1.weight, whole.se.fc1.weight[strongest, ::2])
+        assert torch.equal(pruned.se.fc2.weight, whole.se.fc2.weight[::2, strongest])
+
+
 def test_every_tensor_belongs_to_the_spaces_that_its_shape_says(model):
     """Along each dimension but the pixels' and classes', a tensor of weights lies in exactly one space"""
     dims = {(key, dim) for space in compress.spaces(model).values() for key, dim, _ in space.members}
