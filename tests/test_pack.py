@@ -98,6 +98,11 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, p
     assert len(read) == 104 - 40 and out.read_bytes() == wanted and sorted(os.listdir(tmp_path)) == ["one", "two"]
 
 
+def test_quality_is_that_of_the_jpegs(folder, packs, tmp_path):
+    pack(folder, tmp_path / "low", "--max-side", "48", "--quality", "10", "--workers", 0)
+    assert os.path.getsize(tmp_path / "low") < 0.8 * os.path.getsize(packs["jpeg"])
+
+
 def test_processes_that_are_killed(folder, packs, tmp_path, run):
     """Packers end with their parent, whose output they hold open, and it with them. Then it goes on."""
     flags = ["--pack", folder, "--out", tmp_path / "x", *MODES["raw"], "--workers", 2]
