@@ -233,10 +233,11 @@ class Turns:
 
 
 class Model:
-    """A name, the network that answers to it, and the thread that runs it, a batch at a time. What waits while a batch
-    runs makes the next one, but for half of it where the rest is enough for a batch: answers come at a batch's end, and
-    the first should not wait for all. A batch that is not enough waits for requests that are being decoded at the
-    moment, no longer than max_delay, and for nothing else. One batch at a time runs of all who share a `device`."""
+    """A name, the network that answers to it, the thread that runs it, a batch at a time, and one that answers. What
+    waits while a batch runs makes the next one, but for half of it where the rest is enough for a batch: answers come
+    at a batch's end, and the first should not wait for all. A batch that is not enough waits for requests that are
+    being decoded at the moment, no longer than max_delay, and for nothing else. One batch at a time runs of all who
+    share a `device`."""
 
     def __init__(self, name, args, path, device=None):
         self.name, self.args, self.statistics, self.device = name, args, Statistics(), device or Turns()
