@@ -68,8 +68,14 @@ def test_size_of_the_variants():
     assert sum(resnet50.count_macs(ResNet50(), 224).values()) == 4089184256
 
 
-def test_last_batch_norm_starts_at_zero():
-    assert all(bool((block.bn3.weight == 0).all()) for block in ResNet50().blocks())
+def test_initial_weights():
+    """Convolutions by their outputs (He et al. 2015), as torchvision's; every block as the identity."""
+    torch.manual_seed(0)
+    model = ResNet50()
+    for conv in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+        expected = (2 / (conv.out_channels * conv.kernel_size[0] ** 2)) ** 0.5
+        assert 0.95 < conv.weight.std() / expected < 1.05
+    assert all(bool((block.bn3.weight == 0).all()) for block in model.blocks())
 
 
 def test_stride_on_1x1_is_the_2015_network():
