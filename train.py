@@ -796,11 +796,24 @@ class FlatConv(nn.Conv2d):
         return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
+class PixelConv(nn.Conv2d):
+    """A strided 3x3 convolution without its stride on a map of one pixel, where that steps nowhere: with it oneDNN 3.12
+    leaves the elements of a bfloat16 weight's gradient that meet padding alone as the memory was, NaN at worst."""
+
+    def _conv_forward(self, x, weight, bias):
+        if x.shape[2:] == (1, 1):
+            return F.conv2d(x, weight, bias, padding=1, groups=self.groups)
+        return super()._conv_forward(x, weight, bias)
+
+
 def flatten_1x1(model):
-    """Turns the model's 1x1 convolutions into FlatConv, in place; names, parameters and results stay."""
+    """Turns the model's 1x1 convolutions into FlatConv and its strided 3x3 into PixelConv, in place; names, parameters
+    and results stay."""
     for module in model.modules():
         if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1:
             module.__class__ = FlatConv
+        elif type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.padding == (1, 1) != module.stride:
+            module.__class__ = PixelConv
     return model
 
 

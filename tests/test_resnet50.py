@@ -1,6 +1,7 @@
 """The network against torchvision, timm and plain formulas; checkpoints of every origin; what each mistake says."""
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import resnet50
@@ -57,6 +59,21 @@ def test_flat_1x1_convolutions_train_like_convolutions():
     for (name, p), q in zip(a.named_parameters(), b.parameters()):
         assert torch.allclose(p.grad, q.grad, rtol=1e-9, atol=1e-11), name
     assert [n for n, _ in a.named_parameters()] == [n for n, _ in b.named_parameters()]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_strided_convolution_of_one_pixel_has_a_gradient_of_its_own(groups):
+    """And not of what was in memory before. In bfloat16 oneDNN's has, where it has kernels for that"""
+    import train
+    conv = train.flatten_1x1(nn.Sequential(nn.Conv2d(64, 64, 3, 2, 1, groups=groups)))[0]
+    conv, x, gradients = conv.to(memory_format=torch.channels_last), torch.randn(2, 64, 1, 1), []
+    for dtype in (torch.float32, *[torch.bfloat16] * 20):
+        del [torch.full((n,), math.nan) for n in range(64, 40000, 400)][:]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = conv(x)
+        gradients += torch.autograd.grad(y.float().square().sum(), conv.weight)
+        assert y.shape == (2, 64, 1, 1) and torch.allclose(gradients[-1], gradients[0], rtol=0.05, atol=0.1), dtype
+    assert conv(x.expand(2, 64, 5, 4)).shape == (2, 64, 3, 2)
 
 
 def test_size_of_the_variants():
