@@ -140,8 +140,9 @@ def norm_relu(bn, x, residual=None):
     """relu(bn(x) + residual); in training one operation of csrc/ where `bn.fused` is set (train.py --fused-bn)"""
     if bn.training and getattr(bn, "fused", False):
         bn.num_batches_tracked.add_(1)
+        momentum = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum  # None: plain means
         return csrc.bn_relu(x.contiguous(memory_format=torch.channels_last), bn.weight, bn.bias, residual,
-                            bn.running_mean, bn.running_var, bn.momentum, bn.eps)
+                            bn.running_mean, bn.running_var, momentum, bn.eps)
     x = bn(x)
     return F.relu(x if residual is None else x + residual, inplace=True)
 

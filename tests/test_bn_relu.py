@@ -278,7 +278,7 @@ def test_a_network_with_fused_norms_trains_like_the_plain_one(attention, checkpo
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.5)
-                module.fused = fused
+                module.fused, module.momentum = fused, 0.1 if attention == "none" else None  # as update_bn has it
         x = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(memory_format=NHWC)
         loss = F.cross_entropy(model(x), torch.arange(6) % 5)
         loss.backward()
