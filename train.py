@@ -1183,6 +1183,8 @@ def check_args(args, usual):
         "--shuffle-chunk excludes --balanced, which draws images one by one": args.balanced and args.shuffle_chunk,
         "--sync-bn and --fused-bn exclude each other (the fused one has statistics of its own process)":
             args.sync_bn and args.fused_bn,
+        "--fused-bn: float16 is for CUDA, on the CPU --amp-dtype float32 or bfloat16":
+            args.fused_bn and (args.device, args.amp_dtype) == ("cpu", "float16"),
         "--sync-bn: PyTorch has synchronised batch-norm on CUDA only":
             args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1,
         f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16 and at most --image-size, and FROM and TO lie "
