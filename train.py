@@ -974,8 +974,8 @@ def save_training(path, model, ema, optimizer, scaler, progress, world, **fields
 
 
 def restore_training(path, model, ema, optimizer, scaler, progress, world, classes, args):
-    """Reads what save_training wrote into the given objects -> what the last evaluation found, if there was one. Raises
-    UserError if the run is another one."""
+    """Reads what save_training wrote into the given objects -> what the last evaluation found, if there was one, and
+    the damaged images met so far. Raises UserError if the run is another one."""
     checkpoint = load_checkpoint(path)
     if missing := [key for key in ("optimizer", *progress) if key not in checkpoint]:
         raise UserError(f"{path}: holds no training state of this version, no {missing[0]} (best.pt and foreign files "
@@ -1012,7 +1012,7 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
     progress.update({key: checkpoint[key] for key in progress})
     if world.rank:  # totals over all processes: rank 0 carries them on
         progress.update(dict.fromkeys(TOTALS, 0.0))
-    return checkpoint["metrics"] or None
+    return checkpoint["metrics"] or None, set(checkpoint.get("corrupt", ()))
 
 
 def saved(args):
@@ -1273,9 +1273,9 @@ def train(args, world, stop, plan=Plan()):
     progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0, skips=0,
                     **dict.fromkeys(TOTALS, 0.0))
     last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
-    result = None  # of the last evaluation
+    result, corrupt = None, set()  # of the last evaluation; of training
     if resume:
-        result = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
+        result, corrupt = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
         if not os.path.exists(os.path.join(os.path.dirname(resume), "best.pt")):  # moved away: the next one is best
             progress.update(best=-math.inf, best_epoch=progress["epoch"])
     plan.begin(model, progress["epoch"])
@@ -1286,7 +1286,7 @@ def train(args, world, stop, plan=Plan()):
 
     def save():
         save_training(last, model, ema, optimizer, scaler, progress, world, rng=dict(seed=args.seed), metrics=result,
-                      **fields)
+                      corrupt=sorted(set().union(*world.gather(corrupt))), **fields)
 
     def diverged(why):
         left = f"{last} was left untouched" if os.path.exists(last) else "there is no checkpoint yet"
@@ -1316,7 +1316,7 @@ def train(args, world, stop, plan=Plan()):
     val_batch = args.batch_size * 2
     val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
                                   workers, device)
-    stopped, corrupt = stop.poll(), set()
+    stopped = stop.poll()
     begin, worked, before = time.perf_counter(), 0.0, progress["samples_seen"]  # when this process started
     epoch_samples = order.steps * order.global_batch
     main = next(iter(plan.measures))

@@ -451,6 +451,13 @@ def test_a_best_network_that_was_moved_away_is_waited_for(given, tmp_path):
     assert given(*flags, "--resume")[1]["best_epoch"] == 3
 
 
+def test_damaged_files_are_counted_by_a_resumed_run_too(given, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "d")
+    (tmp_path / "d" / "train" / "ring" / "0002.jpg").write_bytes(b"not an image")
+    flags = "--data", tmp_path / "d", "--on-corrupt", "skip", "--batch-size", 25, "--epochs", 1
+    assert [given(*flags, *more)[1]["corrupt"] for more in ((), ("--resume",))] == [1, 1]
+
+
 def test_statistics_that_are_equal_already_are_averaged_to_the_same_bits(monkeypatch):
     model = nn.BatchNorm2d(99)
     nn.init.normal_(model.running_mean)
