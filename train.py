@@ -941,7 +941,8 @@ def open_run(args, world, source=None):
 
 def begin_run(args, world, resume):
     """From here on --out holds this run: what it overwrites goes, and if another folder's goes on here, that one's best
-    network and metrics come. By the first process, once nothing can be refused any more."""
+    network, metrics and state come (a run that has ended writes none). By the first process, once nothing can be
+    refused any more."""
     if world.rank:
         return
     there = resume and os.path.dirname(os.path.abspath(resume))
@@ -949,8 +950,9 @@ def begin_run(args, world, resume):
         for name in RUN_FILES if args.overwrite else ():
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(args.out, name))
-        for name in ("best.pt", "metrics.jsonl") if there else ():
-            with contextlib.suppress(FileNotFoundError), open(os.path.join(there, name), "rb") as f:
+        for name in ("best.pt", "metrics.jsonl", "last.pt") if there else ():
+            source = resume if name == "last.pt" else os.path.join(there, name)
+            with contextlib.suppress(FileNotFoundError), open(source, "rb") as f:
                 write_atomic(os.path.join(args.out, name), f.read())
     world.begin(args.out)
 

@@ -227,6 +227,7 @@ def test_a_run_goes_on_in_another_folder_with_its_best_network_and_curves(run, t
     assert records(out)[:len(records(reference))] == records(reference)  # curves.svg begins where the run began
     done = run(*flags(tiny, tmp_path / "third", "--resume", f"{reference}/last.pt", "--workers", 0))  # a finished one
     assert done.returncode == 0 and (tmp_path / "third" / "best.pt").exists(), done.stderr[-2000:]
+    assert equal_state(f"{reference}/last.pt", tmp_path / "third" / "last.pt") == []
     stale = stopped(run, tmp_path / "stale")
     (stale / "metrics.jsonl").write_text('{"event": "step", "epoch": 0.1, "step": 1, "loss": 99.0, "lr": 1.0}\n')
     done = run(*flags(tiny, stale, "--resume", f"{reference}/last.pt", "--overwrite", "--workers", 0))
