@@ -1189,6 +1189,8 @@ def check_args(args, usual):
             args.fused_bn and (args.device, args.amp_dtype) == ("cpu", "float16"),
         "--sync-bn: PyTorch has synchronised batch-norm on CUDA only":
             args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+        "--elastic: takes images of more than 20 pixels (a --progressive below 24 is 16)":
+            args.elastic and (px < 24 if args.progressive else most <= 20) and not args.eval_only,
         f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16 and at most --image-size, and FROM and TO lie "
         "in [0, 1], in this order": args.progressive and not (16 <= px <= most and 0 <= begin <= end <= 1)}
     for text, wrong in refused.items():
@@ -1495,7 +1497,7 @@ def run_processes(args, work):
         if "by peer" in str(error) or "Broken pipe" in str(error):  # gloo's words
             raise UserError("another process has ended (killed, or its own line says why), and process "
                             f"{os.environ['RANK']} with it", code=1) from error
-        if "DataLoader worker" in str(error):  # killed: almost always shared memory
+        if "DataLoader worker (pid" in str(error):  # killed: almost always shared memory
             raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
                             "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error
         raise

@@ -172,6 +172,7 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
 @pytest.mark.parametrize("flags, complaint", [
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
     (["--fused-bn", "--amp-dtype", "float16"], "--fused-bn: float16 is for CUDA"),
+    (["--elastic", 1, "--progressive", 23, 0, 1], "--elastic: takes images of more than 20"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"),
     (["--resume", "auto"], "--resume auto and --overwrite exclude"),
     (["--balanced", "--shuffle-chunk", 8], "excludes --balanced"), (["--batch-size", 1], "--batch-size: leaves a"),
