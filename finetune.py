@@ -279,7 +279,7 @@ def rebuilt(model, seed, new_head, **changes):
         nn.init.normal_(layer.weight, std=0.01)
         if layer.bias is not None:  # maxvit_t has none
             nn.init.zeros_(layer.bias)
-    new.preprocess = dict(model.preprocess)
+    new.preprocess, new.zeros = dict(model.preprocess), getattr(model, "zeros", ())
     return new.to(memory_format=torch.channels_last).eval()
 
 
@@ -317,7 +317,8 @@ def stages_of(model):
 
 class LowRank(nn.Module):
     """weight -> weight + alpha / rank * B A, of a convolution (O, I, h, w): A (rank, I h w) starts at random, B
-    (O, rank) at zero, so that the network starts as it was (Hu et al., arXiv 2106.09685)"""
+    (O, rank) at zero, so that the network starts as it was (Hu et al., arXiv 2106.09685). What is zero stays zero:
+    sparsity survives."""
 
     def __init__(self, weight, rank, alpha):
         super().__init__()
@@ -327,7 +328,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.a, math.sqrt(5))
 
     def forward(self, weight):
-        return weight + (self.scale * self.b @ self.a).view_as(weight)
+        return weight + (self.scale * self.b @ self.a).view_as(weight) * (weight != 0)
 
 
 def add_lora(model, rank, alpha, seed):
@@ -346,7 +347,7 @@ def merged(model):
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             state[name + ".weight"] = module.weight.detach()
-    return build_model(as_checkpoint(model, state), "LoRA")
+    return build_model(as_checkpoint(model, state, encode=dict.fromkeys(model.zeros, "sparse")), "LoRA")
 
 
 def on_features(model):

@@ -1268,6 +1268,9 @@ def train(args, world, stop, plan=Plan()):
     order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
                        args.repeated_aug, args.balanced, args.shuffle_chunk)
     files.keep_together(args.shuffle_chunk)
+    for name, weight in model.named_parameters():  # zero without a gradient stays zero under every optimizer here
+        if weight.requires_grad and name in getattr(model, "zeros", ()):
+            weight.register_hook(lambda gradient, mask=weight.detach() != 0: gradient * mask)
     loss_fn = plan.teach(loss_of(args, files, classes, device))
     mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
     optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)

@@ -667,8 +667,8 @@ def test_smaller_files(call, flags):
     assert result["after"]["bytes"] < limit * small["after"]["bytes"]
 
 
-def test_what_came_sparse_stays_sparse(call, tmp_path, trained, monkeypatch):
-    """In training, in other stages' files, and in the files of several networks"""
+def test_what_came_sparse_stays_sparse(call, tmp_path, tiny, trained, monkeypatch):
+    """In training, here and by train.py, in other stages' files, and in the files of several networks"""
     monkeypatch.setattr(compress, "measure", lambda *_: 1.0)
     sparse = call("--sparsity", 0.9, "--epochs", 0, "--out", tmp_path / "sparse")["checkpoint"]
     zero = {k: v == 0 for k, v in resnet50.load_checkpoint(sparse)["model"].items() if v.ndim > 1}
@@ -677,6 +677,11 @@ def test_what_came_sparse_stays_sparse(call, tmp_path, trained, monkeypatch):
         state = resnet50.load_checkpoint(row["checkpoint"])["model"]
         assert all(not v[zero[k]].any() for k, v in state.items() if k in zero)
         assert row["bytes"] < 1.05 * again["before"]["bytes"]
+    flags = ["--data", tiny, "--checkpoint", sparse, "--out", str(tmp_path / "more"), "--recipe", "demo",
+             "--image-size", "32", "--workers", "0", "--device", "cpu"]
+    for more in (["--epochs", "1"], ["--epochs", "2", "--resume"]):
+        path = train.main(train.get_args_parser().parse_args(flags + more))["checkpoint"].replace("best", "last")
+        assert all(not v[zero[k]].any() for k, v in resnet50.load_checkpoint(path)["model"].items() if k in zero)
     monkeypatch.setattr(compress.Pipeline, "run", lambda self, stages: None)
     found = call("--auto", "--overwrite", checkpoint=sparse)
     assert found["after"]["bytes"] < 1.05 * again["before"]["bytes"]

@@ -516,19 +516,25 @@ RUNS = {"head": ["--strategy", "head", "--epochs", 3, "--views", 2, "--opt", "ne
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_every_strategy_resumes_to_the_same_bits(name, tune, shapes, tmp_path, monkeypatch):
-    flags = [shapes if f == "SHAPES" else f for f in RUNS[name]]
+def test_every_strategy_resumes_to_the_same_bits(name, tune, source, shapes, tmp_path, monkeypatch):
+    """And keeps what came sparse so"""
+    flags, path, thin = [shapes if f == "SHAPES" else f for f in RUNS[name]], str(tmp_path / "sparse.pt"), {}
+    model = build_model(load_checkpoint(source), source)
+    for key in ("conv1.weight", "layer4.2.conv1.weight"):
+        thin[key] = model.get_parameter(key).data.bernoulli_(0.5).float()
+    save_checkpoint(path, model, classes=list("abcde"), encode=dict.fromkeys(thin, "sparse"))
     monkeypatch.setitem(finetune.STRATEGIES["head"], "epochs", 2)  # that gradual begins with
-    result, total = interrupted(monkeypatch, lambda: tune(*flags, out="straight"))
+    result, total = interrupted(monkeypatch, lambda: tune(*flags, checkpoint=path, out="straight"))
     stops = [2, 5] + [total - 1] * ("gradual" in flags)  # in mid-epoch, here in the second part
-    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), *stops,
+    resumed, _ = interrupted(monkeypatch, lambda: tune(*flags, "--resume", checkpoint=path, out="stopped"), *stops,
                              out=tmp_path / "stopped")
     assert not equal_state(tmp_path / "straight" / "last.pt", tmp_path / "stopped" / "last.pt")
     for key in ("top1", "loss", "per_class", "best_epoch"):
         assert resumed[key] == result[key]
     best = load_checkpoint(result["checkpoint"])
     assert best["classes"] == list(SHAPES) and best["config"]["num_classes"] == 3
-    assert last_event(tmp_path / "stopped") == "epoch"
+    assert last_event(tmp_path / "stopped") == "epoch" and best["encode"] == dict.fromkeys(thin, "sparse")
+    assert all(not best["model"][key][weight == 0].any() for key, weight in thin.items())
     model = build_model(best, "best")  # LoRA is merged, nothing else is special about the file
     assert ("adapter" in model.config) == (name == "adapter")
     with pytest.raises(UserError, match="last.pt: is a run .* lora") if name == "lora" else contextlib.nullcontext():
