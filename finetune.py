@@ -1544,7 +1544,8 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     # tried out, as far as something may be refused, before what --overwrite deletes is gone
     trial = changed(args, strategy=kinds[-1] if args.search else args.strategy)
     resolve(trial, model, len(sets[0]))
-    if other_views(args) and trial.strategy == "gradual" and (known or not linear) and not args.search and not asked:
+    leads = linear and (not known or args.then)  # or the next part's does
+    if other_views(args) and trial.strategy == "gradual" and not leads and not args.search and not asked:
         raise UserError(f"--views {args.views}: no head is trained on features here, it is "
                         f"{'kept' if linear else 'a convolution'}", code=2)
     FineTuning(trial, world, stop, model, sets, notes, not known, None).rehearse()

@@ -921,7 +921,7 @@ def open_run(args, world, source=None):
         path = args.resume
         if path and not os.path.exists(path):
             raise UserError(f"--resume {path}: no such file")
-        if (os.path.isdir(args.out) and os.listdir(args.out) and not args.overwrite and not restarted
+        if (any(files for *_, files in os.walk(args.out)) and not args.overwrite and not restarted
                 and not (path and os.path.dirname(os.path.abspath(path)) == os.path.abspath(args.out))):
             raise UserError(f"{args.out} is not empty: --resume auto goes on, --overwrite starts anew, "
                             "--out names another folder", code=2)

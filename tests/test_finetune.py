@@ -1070,6 +1070,9 @@ def test_a_step_to_other_classes_leaves_more_than_the_head_that_goes(tune, shape
     before, after = (load_checkpoint(path)["model"]["layer4.0.conv1.weight"] for path in (
         source, str(tmp_path / "run" / "step" / "best.pt")))
     assert begun[0].strategy == "gradual" and not torch.equal(before, after)
+    knows = str(tmp_path / "run" / "step" / "best.pt")
+    tune("--then", other, "--epochs", 1, "--views", 1, checkpoint=knows, out="views")  # the next head learns from them
+    del begun[2:]
     with pytest.raises(UserError, match="--strategy head: .* has other classes") as caught:
         tune("--then", other, "--strategy", "head", out="head")
     assert caught.value.code == 2 and len(begun) == 2
@@ -1247,7 +1250,8 @@ def test_names_that_the_second_step_does_not_know_are_refused_before_the_first(t
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
     (tmp_path / "names.json").write_text(json.dumps(list(SHAPES)))
     for wrong, complaint in ((["--classes", tmp_path / "names.json"], "class folders"),
-                             (["--num-classes", 3], "--num-classes 3: .* has 10 classes")):
+                             (["--num-classes", 3], "--num-classes 3: .* has 10 classes"),
+                             *[(["--strategy", "full", "--batch-size", 1], "a single value per channel")] * 2):
         with pytest.raises(UserError, match=complaint):
             tune("--then", tiny, *wrong)
 
