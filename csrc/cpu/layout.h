@@ -67,9 +67,10 @@ void winograd_f32_vnni(const Conv&, const Layout& in, const Layout& out, int mos
 void winograd_f32_avx2(const Conv&, const Layout& in, const Layout& out, int most, int t0, int t1, int p0, int p1);
 
 inline int tiles_along(int size, Type type) { return type == Type::f32 ? (size + 1) / 2 : (size + 3) / 4; }
+// With fewer tiles per thread than the first, threads share out the panels instead.
 constexpr int FEW_TILES = 24, MORE_TILES = 32, MANY_TILES = 64;
 inline int tiles_at_once(int channels, Type type) {
-  return channels < 256 ? FEW_TILES : type == Type::f32 ? MANY_TILES : MORE_TILES;
+  return type == Type::f32 && channels >= 256 ? MANY_TILES : MORE_TILES;
 }
 
 using WinogradFunction = void (*)(const Conv&, const Layout&, const Layout&, int, int, int, int, int);

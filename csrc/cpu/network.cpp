@@ -316,7 +316,8 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
       // they arrive, where they are many times as much: activations would come from the other core's cache
       const int64_t share = isa_of(type) == Isa::vnni ? 8 : 1;
       const bool by_panels = conv.w->panels >= threads && conv.w->weight_bytes() > share * conv.m * conv.w->ktotal;
-      const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, 32, thread, threads);
+      const int unit = isa_of(type) == Isa::amx ? 32 : 12;  // AMX's rows; a multiple of the others' 4 and 6
+      const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, unit, thread, threads);
       const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
       if (rows.begin >= rows.end || panels.begin >= panels.end) break;
       if (s.residual_stride > 1) {  // the thread's own part of it, to where the kernel looks for it
