@@ -1120,7 +1120,7 @@ class Pipeline(train.Plan):
     def fit(self, stage, epochs, lr_share):
         """Trains the network in OUT/<n>-<stage>, by --distill's teacher where there is one, and leaves it with the best
         epoch's weights."""
-        self.network.zeros = [name for name, p in self.network.named_parameters() if self.sparse and p.ndim > 1]
+        self.network.sparse_keys = [name for name, p in self.network.named_parameters() if self.sparse and p.ndim > 1]
         run = self.training_args(stage, epochs, lr_share)
         for net in filter(None, (self.network, self.teacher)):
             check_sizes(net, {run.image_size: "--image-size"})

@@ -279,7 +279,7 @@ def rebuilt(model, seed, new_head, **changes):
         nn.init.normal_(layer.weight, std=0.01)
         if layer.bias is not None:  # maxvit_t has none
             nn.init.zeros_(layer.bias)
-    new.preprocess, new.zeros = dict(model.preprocess), getattr(model, "zeros", ())
+    new.preprocess, new.sparse_keys = dict(model.preprocess), getattr(model, "sparse_keys", ())
     return new.to(memory_format=torch.channels_last).eval()
 
 
@@ -347,7 +347,7 @@ def merged(model):
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             state[name + ".weight"] = module.weight.detach()
-    return build_model(as_checkpoint(model, state, encode=dict.fromkeys(model.zeros, "sparse")), "LoRA")
+    return build_model(as_checkpoint(model, state, encode=dict.fromkeys(model.sparse_keys, "sparse")), "LoRA")
 
 
 def on_features(model):

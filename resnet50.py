@@ -1168,12 +1168,12 @@ def as_checkpoint(model, state, **fields):
 
 def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None, encode=None, **state):
     """One dict of plain types and tensors, loadable with weights_only=True. `encode`, {key: "sparse" or "int4:GROUP"},
-    makes the file smaller by encode_tensor; load_checkpoint undoes it; by default what came sparse, `model.zeros`, is
-    written so again. `state` is what last.pt adds for resuming."""
+    makes the file smaller by encode_tensor; load_checkpoint undoes it. By default what came sparse,
+    `model.sparse_keys`, is written so again. `state` is what last.pt adds for resuming."""
     model = getattr(model, "module", model)
     weights = model.state_dict()
     if encode is None:
-        encode = {key: "sparse" for key in getattr(model, "zeros", ()) if key in weights}
+        encode = {key: "sparse" for key in getattr(model, "sparse_keys", ()) if key in weights}
     weights = encode_state(weights, encode, path)
     checkpoint = as_checkpoint(model, weights, classes=list(classes), wnids=wnids, metrics=metrics or {},
                                args=args or {})
@@ -1317,7 +1317,7 @@ def build_model(checkpoint, path, **config):
     if checkpoint["precision"] != "cascade":  # its members have theirs
         load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
     model.preprocess.update(checkpoint["preprocess"] or {})
-    model.zeros = [key for key, encoding in checkpoint.get("encode", {}).items() if encoding == "sparse"]
+    model.sparse_keys = [key for key, encoding in checkpoint.get("encode", {}).items() if encoding == "sparse"]
     return model.to(memory_format=torch.channels_last).eval()
 
 

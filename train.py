@@ -1269,7 +1269,7 @@ def train(args, world, stop, plan=Plan()):
                        args.repeated_aug, args.balanced, args.shuffle_chunk)
     files.keep_together(args.shuffle_chunk)
     for name, weight in model.named_parameters():  # zero without a gradient stays zero under every optimizer here
-        if weight.requires_grad and name in getattr(model, "zeros", ()):
+        if weight.requires_grad and name in getattr(model, "sparse_keys", ()):
             weight.register_hook(lambda gradient, mask=weight.detach() != 0: gradient * mask)
     loss_fn = plan.teach(loss_of(args, files, classes, device))
     mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
