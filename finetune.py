@@ -272,8 +272,10 @@ def rebuilt(model, seed, new_head, **changes):
     config = {**model.config, **changes}
     new = torchvision_model(**config) if "arch" in config else ResNet50(**config)
     head = head_of(new)
-    new.load_state_dict({k: v for k, v in model.state_dict().items()
-                         if not (new_head and k.startswith(head + "."))}, strict=False)
+    state = model.state_dict()  # has versions of the modules, without which mnasnet refuses it
+    for key in [k for k in state if new_head and k.startswith(head + ".")]:
+        del state[key]
+    new.load_state_dict(state, strict=False)
     if new_head:
         layer = new.get_submodule(head)
         nn.init.normal_(layer.weight, std=0.01)

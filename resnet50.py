@@ -1287,7 +1287,8 @@ def load_weights(model, state, path):
     if missing or surplus or shapes:
         text = some("missing", missing) + some("surplus", surplus) + some("wrong shape", shapes)
         raise UserError(f"{path}: does not fit this network: {text.rstrip('; ')}")
-    model.load_state_dict(state, strict=False)
+    own.update(state)  # in place: it has versions of the modules, without which mnasnet refuses it
+    model.load_state_dict(own)
 
 
 def build_model(checkpoint, path, **config):

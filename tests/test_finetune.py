@@ -146,7 +146,8 @@ def test_stages_hold_every_parameter_once_from_the_head_down(name):
     assert below == sorted(below, reverse=True)
 
 
-@pytest.mark.parametrize("config", [{}, dict(attention="se"), dict(widths={"layer3.1.conv2": 40}), "mobilenet_v2"])
+@pytest.mark.parametrize("config", [{}, dict(attention="se"), dict(widths={"layer3.1.conv2": 40}), "mobilenet_v2",
+                                    "mnasnet0_5"])
 def test_a_new_head_and_nothing_else_changes(config):
     model = torchvision_model(config, 5) if isinstance(config, str) else new_network(**config)
     new, again, other = (finetune.rebuilt(model, seed, True, num_classes=3) for seed in (0, 0, 1))
