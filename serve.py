@@ -304,7 +304,7 @@ class Model:
             wait, later = ahead * self.pace, f"{math.ceil(max(ahead * self.pace, 1))}"
             if ahead + images > self.args.max_queue:
                 raise Refusal(503, f"the queue is full: {ahead} images wait", Retry_After=later)
-            if time.monotonic() + wait > deadline:
+            if ahead and time.monotonic() + wait > deadline:  # else it is late by itself, which is a 504
                 raise Refusal(503, f"{ahead} images wait, which take longer than the request allows", Retry_After=later)
             self.coming += images
         try:
@@ -764,7 +764,8 @@ def json_numbers(values, count, kind):
     if array.size != count or kind == "UINT8" and not (array.dtype.kind in "iu"
                                                        and 0 <= array.min() <= array.max() <= 255):
         raise Refusal(400, f"data must be {count} numbers" + " from 0 to 255" * (kind == "UINT8"))
-    return array.astype(TYPES[kind])
+    with np.errstate(over="ignore"):  # to infinity, which is refused
+        return array.astype(TYPES[kind])
 
 
 def json_strings(values, count):

@@ -302,6 +302,7 @@ def test_json_tensors(server, net):
                                   zip(best.values.flatten().tolist(), best.indices.flatten().tolist())]
     every = [{"name": "logits", "parameters": {"classification": 99}}]  # of 7
     assert infer(server, v2([1, 3, 32, 32], values=[0] * 3072, outputs=every))[1]["outputs"][0]["shape"] == [1, 7]
+    assert infer(server, v2([1, 3, 32, 32], values=[0] * 3072, parameters={"timeout": 1}))[0] == 504  # microsecond
     for beyond, value in ((1e6, 255), (-1e6, 0)):
         found = [infer(server, v2([1, 3, 32, 32], kind, values=[v] * 3072))[1] for kind, v in (
             ("FP32", beyond), ("UINT8", value))]
@@ -616,6 +617,8 @@ def test_numbers_are_looked_at_before_an_array_is_made(values):
 
 def test_whole_numbers_beyond_64_bits_are_floats():
     assert serve.json_numbers([10 ** 30, -10 ** 30, 0.5], 3, "FP32").tolist() == np.float32([1e30, -1e30, 0.5]).tolist()
+    with np.errstate(over="raise"):  # no warning in the log, where a client can write it
+        assert serve.json_numbers([1e39], 1, "FP32") == math.inf
 
 
 @pytest.mark.parametrize("tls", [None, "a context"])
@@ -1687,7 +1690,7 @@ def test_what_would_expire_in_the_queue_is_refused(networks):
         ticket = submit(model, photographs(2, 32, 32))
     assert ticket.exception(100) is None and model.pace > 0
     model.pace = 10.0
-    with model.expecting(5, now + 1):  # nothing is ahead of these
+    with model.expecting(5, now - 1):  # nothing is ahead of these
         with model.expecting(1, now + 100), pytest.raises(serve.Refusal, match="6 images wait, which") as refused:
             with model.expecting(1, now + 55):
                 pass
