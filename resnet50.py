@@ -249,6 +249,11 @@ class ResNet50(nn.Module):
         for name, value in dict(stem=stem, stride_on=stride_on, attention=attention, classifier=classifier).items():
             if value not in CHOICES[name]:
                 raise ValueError(f"ResNet50: {name}={value!r} is none of {', '.join(CHOICES[name])}")
+        for name, rate in dict(drop_path=drop_path, dropout=dropout).items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"ResNet50: {name}={rate!r} is no rate")
+        if num_classes < 1:
+            raise ValueError(f"ResNet50: num_classes={num_classes!r}")
         if attention == "split" and stride_on == "1x1":
             raise ValueError("ResNet50: split attention strides by a pool after the 3x3; "
                              "stride_on='1x1' has no meaning there")
@@ -1204,7 +1209,7 @@ def read_file(path):
                             f"{', '.join(sorted(foreign))}. Save the state_dict alone, where it was made") from error
         raise UserError(f"{path}: not a checkpoint, or a damaged one") from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, OSError, AttributeError, TypeError,
-            struct.error) as error:
+            AssertionError, MemoryError, OverflowError, struct.error) as error:
         raise UserError(f"{path}: truncated or damaged "
                         f"({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
 
@@ -1242,6 +1247,24 @@ def find_state_dict(raw, path):
     return state
 
 
+def is_sound(field, value):
+    """Whether a file's field may be as_checkpoint's; what is in a state dict is fitting's business."""
+    try:
+        if field not in ("model", "ema"):
+            json.dumps(value)
+        if field in ("classes", "wnids"):
+            return isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if field == "preprocess":
+            value = {**PREPROCESS, **value}
+            return (all(isinstance(value[k], int) and 0 < value[k] < 10 ** 4 for k in ("resize", "crop"))
+                    and value["interpolation"] in ("bilinear", "bicubic") and len(value["mean"]) == 3
+                    and len(value["std"]) == 3 and all(map(math.isfinite, [*value["mean"], *value["std"]]))
+                    and min(value["std"]) > 0)
+        return isinstance(value, dict) and all(isinstance(k, str) for k in value)
+    except (TypeError, ValueError):
+        return False
+
+
 def read_fields(raw, path):
     """Checks a dict that as_checkpoint made, decodes its weights in place -> the same dict."""
     if raw.get("format") != FORMAT:
@@ -1250,9 +1273,10 @@ def read_fields(raw, path):
     if raw["precision"] not in ("float", "int8", "cascade"):
         raise UserError(f"{path}: precision {raw['precision']!r}; this version reads 'float', 'int8' and 'cascade'")
     own = ("members", "threshold") if raw["precision"] == "cascade" else ()
-    if missing := [k for k in ("model", "config", "classes", "preprocess", *own)
-                   if k not in raw or k in ("model", "config") and not isinstance(raw[k], dict)]:
-        raise UserError(f"{path}: damaged: has no {', '.join(missing)}")
+    bad = [k for k in ("model", "config", "classes", "preprocess", "metrics", "args") if not is_sound(k, raw.get(k))]
+    bad += [k for k in ("wnids", "ema") if raw.get(k) is not None and not is_sound(k, raw[k])]
+    if bad := bad + [k for k in own if k not in raw]:
+        raise UserError(f"{path}: damaged: has no {', '.join(bad)} of use")
     decode_state(raw, path)
     if own:
         if not isinstance(raw["members"], list) or [type(m) for m in raw["members"]] != [dict, dict]:
@@ -1271,24 +1295,36 @@ def load_checkpoint(path):
                 preprocess=None, metrics={}, args={})
 
 
-def load_weights(model, state, path):
-    """Strict load_state_dict whose complaint is one line with the file and the keys."""
+def fitting(model, state, path):
+    """-> what a strict load_state_dict takes of a state dict; its complaint is one line with the file and the keys."""
     own = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            raise UserError(f"{path}: {name}: is no plain tensor")
     state = {k: v for k, v in state.items() if not (k.endswith("num_batches_tracked") and k not in own)}
     missing = [k for k in own
                if k not in state and not k.endswith("num_batches_tracked")]  # absent in files before 2018
     surplus = [k for k in state if k not in own]
     shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
               for k in own if k in state and state[k].shape != own[k].shape]
+    kinds = [f"{k} {state[k].dtype} instead of {own[k].dtype}" for k in own if k in state
+             and state[k].is_floating_point() != own[k].is_floating_point() and not k.endswith("num_batches_tracked")]
 
     def some(title, keys):
         return f"{title} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}; " if keys else ""
 
-    if missing or surplus or shapes:
-        text = some("missing", missing) + some("surplus", surplus) + some("wrong shape", shapes)
+    if text := (some("missing", missing) + some("surplus", surplus) + some("wrong shape", shapes)
+                + some("wrong type", kinds)):
         raise UserError(f"{path}: does not fit this network: {text.rstrip('; ')}")
+    for key in own.keys() - state.keys():
+        del own[key]
     own.update(state)  # in place: it has versions of the modules, without which mnasnet refuses it
-    model.load_state_dict(own)
+    return own
+
+
+def load_weights(model, state, path):
+    """Strict load_state_dict with the complaints of fitting()"""
+    model.load_state_dict(fitting(model, state, path), strict=False)
 
 
 def build_model(checkpoint, path, **config):
@@ -1306,17 +1342,22 @@ def build_model(checkpoint, path, **config):
         elif config.setdefault(key, value) != value:
             raise UserError(f"{path}: was made with {key}={value}, not {config[key]}", code=2)
     if not checkpoint["config"] and "num_classes" not in config and "fc.weight" in checkpoint["model"]:
-        config["num_classes"] = len(checkpoint["model"]["fc.weight"])
+        config["num_classes"], *_ = *checkpoint["model"]["fc.weight"].shape, 1
     if checkpoint["precision"] == "cascade":
         config = dict(small=build_model(checkpoint["members"][0], path, **config),
                       big=build_model(checkpoint["members"][1], path, **config), threshold=checkpoint["threshold"])
     kinds = dict(int8=Int8ResNet50, cascade=Cascade, float=torchvision_model if "arch" in config else ResNet50)
+    make = functools.partial(kinds[checkpoint["precision"]], **config)
     try:
-        model = kinds[checkpoint["precision"]](**config)
-    except (TypeError, ValueError, UserError) as error:
+        # on meta what the file's weights do not fill takes no memory; some of torchvision's cannot be made there
+        with torch.device("cpu" if "arch" in config else "meta"):
+            model = make()
+    except (TypeError, ValueError, RuntimeError, UserError) as error:
         raise UserError(f"{path}: {error}") from error
     if checkpoint["precision"] != "cascade":  # its members have theirs
-        load_weights(model, checkpoint.get("ema") or checkpoint["model"], path)
+        state = fitting(model, checkpoint.get("ema") or checkpoint["model"], path)
+        model = model if "arch" in config else make()
+        model.load_state_dict(state, strict=False)
     model.preprocess.update(checkpoint["preprocess"] or {})
     model.sparse_keys = [key for key, encoding in checkpoint.get("encode", {}).items() if encoding == "sparse"]
     return model.to(memory_format=torch.channels_last).eval()
