@@ -527,8 +527,8 @@ class FineTuning(train.Plan):
         self.net, self.stages, self.opened = train.prepare(model, args), stages_of(model), None
         if self.kind == "head":
             on_features(model)
-        elif self.world.device.type == "cpu" and not args.compile:
-            train.flatten_1x1(model)  # before LoRA, which makes classes of its own of these
+        elif self.world.device.type == "cpu":
+            train.flatten_1x1(model, args.compile)  # before LoRA, which makes classes of its own of these
         if self.kind == "lora":
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         if self.kind in ("lora", "adapter"):

@@ -806,11 +806,11 @@ class PixelConv(nn.Conv2d):
         return super()._conv_forward(x, weight, bias)
 
 
-def flatten_1x1(model):
-    """Turns the model's 1x1 convolutions into FlatConv and its strided 3x3 into PixelConv, in place; names, parameters
-    and results stay."""
+def flatten_1x1(model, compiled=False):
+    """Turns the model's 1x1 convolutions into FlatConv, unless they get `compiled`, and its strided 3x3 into PixelConv,
+    in place; names, parameters and results stay."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1:
+        if type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1 and not compiled:
             module.__class__ = FlatConv
         elif type(module) is nn.Conv2d and module.kernel_size == (3, 3) and module.padding == (1, 1) != module.stride:
             module.__class__ = PixelConv
@@ -1257,8 +1257,8 @@ def train(args, world, stop, plan=Plan()):
     # resuming needs last.pt alone, not what the run began with
     begun = dict(checkpoint=resume, weights=None) if resume and (args.checkpoint or args.weights) else {}
     model, amp = plan.model(argparse.Namespace(**{**vars(args), **begun}), classes), amp_dtype(args, device)
-    if device.type == "cpu" and not args.compile:
-        flatten_1x1(model)
+    if device.type == "cpu":
+        flatten_1x1(model, args.compile)
     model = model.to(device, memory_format=torch.channels_last).train()
     if args.batch_size == "auto" and resume:  # with the same one as it began
         args.batch_size = load_checkpoint(resume)["args"].get("batch_size", "auto")

@@ -419,6 +419,9 @@ def test_a_step_is_given_what_the_flags_ask_for(given, tmp_path):
     assert last["ema_updates"] == 5 and result["skipped_steps"] == 1 and result["samples_seen"] == 200
     for record in map(json.loads, open(tmp_path / "run" / "metrics.jsonl")):
         assert record["event"] == "step" or (record["train_loss"], record["train_top1"]) == (2.0, 40.0)
+    for flags, kinds in ((["--compile"], (nn.Conv2d, train.PixelConv)), ([], (train.FlatConv, train.PixelConv))):
+        block = given(*flags, steps=1)[0][0].model.layer4[0]
+        assert (type(block.conv1), type(block.conv2)) == kinds, flags
 
 
 def test_processes_share_an_epoch_and_seeds_change_all_that_is_drawn(given):
