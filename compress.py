@@ -1076,7 +1076,8 @@ class Pipeline(train.Plan):
             if stage == "prune" and self.whole is None:  # as it comes to the first round, which may be done already
                 self.whole = {name: space.size for name, space in spaces(self.network).items()}
             path = self.path(stage if self.at < len(stages) else "best") + ".pt"
-            if not (self.args.resume and os.path.exists(path)):
+            # for a later process the first one's file may be there already
+            if not (self.args.resume and self.world.gather(os.path.exists(path))[0]):
                 getattr(self, stage)()
                 self.save(path)
             saved = load_checkpoint(path)
