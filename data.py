@@ -1373,8 +1373,9 @@ def pack_folder(args):
         refuse("--overwrite would leave a pack without its images for a while: with --shards remove the old one")
     if args.exif and mode == "lossless":
         refuse("--exif: a lossless pack keeps the orientation tags; it is the reader's flag")
+    check_folder(args.pack)
     if not os.path.isdir(args.pack):
-        raise UserError(f"{args.pack}: no such folder")
+        raise UserError(f"{args.pack}: lies in a pack, or is one; --pack takes a folder of image files")
     if os.path.isdir(args.out):
         refuse(f"--out {args.out}: is a folder; it names the file that --pack writes")
     if not os.path.isdir(os.path.dirname(args.out) or "."):

@@ -519,6 +519,8 @@ def test_packs_are_not_overwritten_and_folders_not_described_as_packs(folder, pa
                         (["--info", tmp_path / "x", "--raw", 5], "--info: no --raw with it"),
                         (["--pack", folder, "--raw", 9, "--data", "x"], "--pack: no --data with it"),
                         (["--pack", folder, "--import-imagenet", "x"], "no --"),
+                        (["--pack", packs["raw"], "--raw", 9, "--out", tmp_path / "o"], "lies in a pack, or is one"),
+                        (["--pack", tmp_path / "x", "--raw", 9, "--out", tmp_path / "o"], "it is a file, and no pack"),
                         (["--out", "x"], "--out goes with --import-imagenet and --pack"),
                         (["--import-imagenet", folder, "--out", tmp_path / "o", "--val-labels", packs["raw"]],
                          "no line with ILSVRC2012_val")):
