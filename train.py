@@ -1009,7 +1009,7 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
             for mine, theirs in zip(groups, saved["param_groups"], strict=True)]))
         if scaler and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: another optimizer's state ({error})") from error
     progress.update({key: checkpoint[key] for key in progress})
     if world.rank:  # totals over all processes: rank 0 carries them on
