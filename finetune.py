@@ -528,7 +528,7 @@ class FineTuning(train.Plan):
         if self.kind == "head":
             on_features(model)
         elif self.world.device.type == "cpu":
-            train.flatten_1x1(model, args.compile)  # before LoRA, which makes classes of its own of these
+            train.cpu_convolutions(model, args.compile)  # before LoRA, which makes classes of its own of these
         if self.kind == "lora":
             add_lora(model, args.lora_rank, args.lora_alpha, args.seed)
         if self.kind in ("lora", "adapter"):

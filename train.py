@@ -806,7 +806,7 @@ class PixelConv(nn.Conv2d):
         return super()._conv_forward(x, weight, bias)
 
 
-def flatten_1x1(model, compiled=False):
+def cpu_convolutions(model, compiled=False):
     """Turns the model's 1x1 convolutions into FlatConv, unless they get `compiled`, and its strided 3x3 into PixelConv,
     in place; names, parameters and results stay."""
     for module in model.modules():
@@ -1258,7 +1258,7 @@ def train(args, world, stop, plan=Plan()):
     begun = dict(checkpoint=resume, weights=None) if resume and (args.checkpoint or args.weights) else {}
     model, amp = plan.model(argparse.Namespace(**{**vars(args), **begun}), classes), amp_dtype(args, device)
     if device.type == "cpu":
-        flatten_1x1(model, args.compile)
+        cpu_convolutions(model, args.compile)
     model = model.to(device, memory_format=torch.channels_last).train()
     if args.batch_size == "auto" and resume:  # with the same one as it began
         args.batch_size = load_checkpoint(resume)["args"].get("batch_size", "auto")

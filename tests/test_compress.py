@@ -677,6 +677,10 @@ def test_what_came_sparse_stays_sparse(call, tmp_path, tiny, trained, monkeypatc
         state = resnet50.load_checkpoint(row["checkpoint"])["model"]
         assert all(not v[zero[k]].any() for k, v in state.items() if k in zero)
         assert row["bytes"] < 1.05 * again["before"]["bytes"]
+    ints = resnet50.load_checkpoint(call("--qat", "--qat-epochs", 1, "--out", tmp_path / "qat", checkpoint=sparse)[
+        "checkpoint"])["model"]
+    both = {k: (v, ints[k]) for k, v in zero.items() if k in ints}
+    assert len(both) > 40 and all(not v[z].any() for z, v in both.values())
     flags = ["--data", tiny, "--checkpoint", sparse, "--out", str(tmp_path / "more"), "--recipe", "demo",
              "--image-size", "32", "--workers", "0", "--device", "cpu"]
     for more in (["--epochs", "1"], ["--epochs", "2", "--resume"]):

@@ -51,7 +51,7 @@ def test_flat_1x1_convolutions_train_like_convolutions():
     torch.manual_seed(0)
     a, b = (randomise(ResNet50(num_classes=7)).to(memory_format=torch.channels_last).double().train() for _ in range(2))
     b.load_state_dict(a.state_dict())
-    train.flatten_1x1(b)
+    train.cpu_convolutions(b)
     assert sum(isinstance(m, train.FlatConv) for m in b.modules()) == 36
     x = torch.randn(2, 3, 65, 49).to(memory_format=torch.channels_last).double()
     for m in (a, b):
@@ -65,7 +65,7 @@ def test_flat_1x1_convolutions_train_like_convolutions():
 def test_a_strided_convolution_of_one_pixel_has_a_gradient_of_its_own(groups):
     """And not of what was in memory before. In bfloat16 oneDNN's has, where it has kernels for that"""
     import train
-    conv = train.flatten_1x1(nn.Sequential(nn.Conv2d(64, 64, 3, 2, 1, groups=groups)))[0]
+    conv = train.cpu_convolutions(nn.Sequential(nn.Conv2d(64, 64, 3, 2, 1, groups=groups)))[0]
     conv, x, gradients = conv.to(memory_format=torch.channels_last), torch.randn(2, 64, 1, 1), []
     for dtype in (torch.float32, *[torch.bfloat16] * 20):
         del [torch.full((n,), math.nan) for n in range(64, 40000, 400)][:]

@@ -44,7 +44,7 @@ def contenders(args, device, amp, classes=10):
     torch.manual_seed(0)
     ours = ResNet50(num_classes=classes).to(device, memory_format=torch.channels_last).train()
     if device.type == "cpu":
-        train.flatten_1x1(ours)
+        train.cpu_convolutions(ours)
     optimizer, loss = train.make_optimizer(ours, "nesterov", 1e-4, 0.9), train.make_loss("ce")
     theirs = torchvision.models.resnet50(num_classes=classes).to(device).train()
     plain = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
