@@ -373,18 +373,11 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     if shards > len(names):
         raise UserError(f"--shards {shards}: {root} has {len(names)} images", code=2)
     paths = [os.path.join(root, n) for n in names]
-    states = []
-    for path in paths:
-        state = ()  # of links to nothing and files that are gone: they are among those that do not decode
-        with contextlib.suppress(OSError):
-            state = (found := os.stat(path)).st_size, found.st_mtime_ns
-        states.append(state)
-    about = [mode, side, quality, exif, skip, shards, [[n, *s] for n, s in zip(names, states)]]
-    digest = hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest()
-    log, index, separate = out + ".part.log", out + ".part", shard_names(out, shards)
+    about = [mode, side, quality, exif, skip, shards, [[n, *state_of(p)] for n, p in zip(names, paths)]]
+    index, separate = out + ".part", shard_names(out, shards)
     parts = separate or [index]
-    rows, done, kept = read_log(log, parts, digest)
-    foreign = [p for p in separate if os.path.exists(p) and not kept]
+    log = PackLog(out + ".part.log", parts, hashlib.blake2b(json.dumps(about).encode(), digest_size=16).hexdigest())
+    foreign = [p for p in separate if os.path.exists(p) and not log.kept]
     with contextlib.suppress(OSError), open(index, "rb") as f:  # an empty one is of a process that was killed
         foreign += [index] * (not MAGIC.startswith(f.read(len(MAGIC))))
     if foreign:
@@ -394,47 +387,93 @@ def make_pack(root, out, mode, side=None, quality=90, workers=0, exif=False, ski
     pool = functools.partial(concurrent.futures.ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"),
                              initializer=start_packer)
     try:
-        chunks = (paths[k:k + 4] for k in range(done, len(paths), 4))
-        with open(log, "a") as notes, contextlib.closing(in_order(pool, workers, work, chunks)) as made:
-            notes.truncate(kept)  # what is written next would not follow from the rest
-            notes.seek(kept)
-            if not kept:
-                notes.write(json.dumps(digest) + "\n")
-                notes.flush()
-            results, size = itertools.chain.from_iterable(made), sum(r[1] for r in rows)
+        chunks = (paths[k:k + 4] for k in range(log.done, len(paths), 4))
+        with log.open(), contextlib.closing(in_order(pool, workers, work, chunks)) as made:
+            records, size = itertools.chain.from_iterable(made), sum(r[1] for r in log.rows)
             for shard, path in enumerate(parts):
                 end = -(-(shard + 1) * len(names) // len(parts))
-                with open_part(path, rows, shard) as f:
-                    while done < end:
-                        block = []
-                        for name in names[done:min(done + BLOCK, end)]:
-                            content, width, height = next(results)
-                            if width is not None:
-                                block.append([f.tell(), len(content), width, height, zlib.crc32(content), shard, name])
-                                f.write(content)
-                            elif not skip:
-                                raise UserError(f"{content} (--on-corrupt skip leaves such files out)")
-                        done = min(done + BLOCK, end)
-                        f.flush()
-                        os.fsync(f.fileno())
-                        notes.write(json.dumps([done, block]) + "\n")
-                        notes.flush()
-                        rows += block
+                with open_part(path, log.rows, shard) as f:
+                    while log.done < end:
+                        done = min(log.done + BLOCK, end)
+                        block = write_block(f, shard, names[log.done:done], records, skip)
+                        log.add(done, block)
                         size += sum(r[1] for r in block)
-                        progress(f"{done} of {len(names)} images, {size / 1e9:.2f} GB", last=done == len(names))
-            if not rows:
+                        progress(f"{log.done} of {len(names)} images, {size / 1e9:.2f} GB", last=log.done == len(names))
+            if not log.rows:
                 raise UserError(f"{root}: none of {len(names)} images decodes")
-            with open_part(index, [] if shards else rows, 0) as f:
-                write_index(f, rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None, exif=exif,
-                                          shards=shards))
+            with open_part(index, [] if shards else log.rows, 0) as f:
+                write_index(f, log.rows, dict(mode=mode, side=side, quality=quality if mode == "jpeg" else None,
+                                              exif=exif, shards=shards))
         os.replace(index, out)
-        os.unlink(log)
+        os.unlink(log.path)
     except concurrent.futures.BrokenExecutor as error:  # without memory the system kills the largest
         raise UserError(f"{out}: a process that packs was killed; the same command goes on, with fewer --workers if "
                         "memory was short") from error
     except OSError as error:
         raise UserError(f"{out}: not written ({error.strerror or error}); the same command goes on") from error
-    return dict(images=len(rows), corrupt=len(names) - len(rows), bytes=pack_size(out, shards))
+    return dict(images=len(log.rows), corrupt=len(names) - len(log.rows), bytes=pack_size(out, shards))
+
+
+def state_of(path):
+    """-> (size, time of its last change), of links to nothing and files that are gone (): these do not decode"""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    return ()
+
+
+def write_block(f, shard, names, records, skip):
+    """Writes the next records, one for each name -> their rows of the index, on the disk when this returns"""
+    block = []
+    for name in names:
+        content, width, height = next(records)
+        if width is not None:
+            block.append([f.tell(), len(content), width, height, zlib.crc32(content), shard, name])
+            f.write(content)
+        elif not skip:
+            raise UserError(f"{content} (--on-corrupt skip leaves such files out)")
+    f.flush()
+    os.fsync(f.fileno())
+    return block
+
+
+class PackLog:
+    """Beside an unfinished pack: the digest of its images and settings, then a line for each BLOCK that is written."""
+
+    def __init__(self, path, parts, digest):
+        """Reads what there is of the same pack, as far as its parts still have it"""
+        self.path, self.digest = path, digest
+        self.rows, self.done, self.kept = [], 0, 0  # of the index; images; bytes of the log that say so
+        sizes = [os.path.getsize(p) if os.path.exists(p) else 0 for p in parts]
+        with contextlib.suppress(OSError, ValueError), open(path) as f:
+            for line in f:
+                said = json.loads(line)
+                if not line.endswith("\n") or not self.kept and said != digest:  # cut by a kill, or of another pack
+                    break
+                if self.kept:
+                    done, block = said
+                    if any(r[0] + r[1] > sizes[r[5]] for r in block):
+                        break
+                    self.rows += block
+                    self.done = done
+                self.kept += len(line)
+
+    def open(self):
+        self.file = open(self.path, "a")
+        self.file.truncate(self.kept)  # what is written next would not follow from the rest
+        self.file.seek(self.kept)
+        if not self.kept:
+            self.write(self.digest)
+        return self.file
+
+    def write(self, line):
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+
+    def add(self, done, block):
+        self.done = done
+        self.rows += block
+        self.write([done, block])
 
 
 def shard_names(out, shards):
@@ -462,26 +501,6 @@ def start_packer():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def read_log(log, parts, digest):
-    """-> (rows, images done) of an unfinished pack of the same images and settings, as far as its parts still have
-    them, and how many bytes of the log say so"""
-    rows, done, kept = [], 0, 0
-    sizes = [os.path.getsize(p) if os.path.exists(p) else 0 for p in parts]
-    with contextlib.suppress(OSError, ValueError), open(log) as f:
-        for line in f:
-            said = json.loads(line)
-            if not line.endswith("\n") or not kept and said != digest:  # cut by a kill, or of another pack
-                break
-            if kept:
-                count, block = said
-                if any(r[0] + r[1] > sizes[r[5]] for r in block):
-                    break
-                rows += block
-                done = count
-            kept += len(line)
-    return rows, done, kept
 
 
 def write_index(f, rows, head):
@@ -1139,9 +1158,17 @@ def make_loader(dataset, batches, workers, device="cpu"):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, lambda *_: leaving.value and os._exit(0))
 
+        gather = (lambda batch: batch) if whole else getattr(dataset, "collate", collate)
+
+        def share(samples):
+            """Into shared memory here: where the queue does it and there is too little, the batch is gone, and waited
+            for"""
+            *tensors, complaints = gather(samples)
+            return *(t.share_memory_() for t in tensors), complaints
+
         loader = Processes(
             dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin,
-            collate_fn=(lambda batch: batch) if whole else getattr(dataset, "collate", collate),
+            collate_fn=share if workers else gather,
             persistent_workers=workers > 0, worker_init_fn=start_worker,
             generator=torch.Generator(),  # or it draws from ours
             multiprocessing_context="fork" if workers else None)

@@ -1500,9 +1500,11 @@ def run_processes(args, work):
         if "by peer" in str(error) or "Broken pipe" in str(error):  # gloo's words
             raise UserError("another process has ended (killed, or its own line says why), and process "
                             f"{os.environ['RANK']} with it", code=1) from error
-        if "DataLoader worker (pid" in str(error):  # killed: almost always shared memory
-            raise UserError(f"a loader process died ({str(error).splitlines()[0]}); "
-                            "if /dev/shm is small (docker: --shm-size=8g) use --workers 0") from error
+        # killed: almost always shared memory, of which </torch_... is a file
+        if "DataLoader worker (pid" in str(error) or "</torch_" in str(error):
+            why = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")
+            raise UserError(f"a loader process failed ({why}); if /dev/shm is small (docker: --shm-size=8g) use "
+                            "--workers 0") from error
         raise
 
 

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import os
+import resource
 import signal
 import tarfile
 import threading
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import train
 from resnet50 import PREPROCESS, UserError
 
 
@@ -693,6 +695,20 @@ def test_a_worker_killed_while_it_hands_over_a_batch_is_named(tiny, monkeypatch)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_too_little_shared_memory_ends_the_run(tiny):
+    """And does not let it wait for a batch that is gone; what limits files limits those in /dev/shm"""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    args = train.get_args_parser().parse_args(["--device", "cpu", "--eval-only"])
+    signal.alarm(120)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"a loader process failed \(unable to .*27\)\); if /dev/shm .*--workers 0"):
+            train.run_processes(args, lambda world, stop: batches_of(tiny, 1, ("--auto-augment", "ta_wide")))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.alarm(0)
 
 
 def test_damaged_files_are_reported_and_replaced_or_left_out(tmp_path):
