@@ -14,6 +14,7 @@ strangers reach it (README.md says what for).
 import argparse
 import base64
 import bisect
+import codecs
 import concurrent.futures
 import contextlib
 import ctypes
@@ -1399,11 +1400,14 @@ def read_keys(path):
         return []
     try:
         with open(path, "rb") as f:
-            keys = [line.strip() for line in f if line.strip()]
+            lines = f.read().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise UserError(f"--api-key-file {path}: {error.strerror}") from error
+    keys = [line.strip() for line in lines if line.strip()]
     if not keys:
         raise UserError(f"--api-key-file {path}: holds no key")
+    if not all(FIELD.fullmatch(b"X-API-Key:" + key) for key in keys):
+        raise UserError(f"--api-key-file {path}: holds what no header can, as UTF-16 does")
     return keys
 
 

@@ -1487,7 +1487,7 @@ def test_every_end_over_tls_is_a_goodbye_and_no_answer_is_lost(networks, tls):
 
 
 def test_keys_and_tls(networks, tls, tmp_path):
-    (tmp_path / "keys").write_bytes(b"first \r\n\r\nsecond")
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbffirst \r\n\r\nsecond")  # as Windows may write it
     files = [tmp_path / "cert.pem", tmp_path / "key.pem"]
     for file, source in zip(files, tls[0][1::2]):
         shutil.copy(source, file)
@@ -1522,7 +1522,8 @@ def test_keys_and_tls(networks, tls, tmp_path):
     subprocess.run(["openssl", "req", "-x509", "-days", "1", "-subj", "/CN=other", "-key", files[1], "-out", files[0]],
                    check=True, capture_output=True)
     renewed = files[0].read_text()
-    for keys, cert, told in (("third", renewed, "unchanged"), ("first", "", "cert.pem"), ("", renewed, "no key")):
+    for keys, cert, told in (("third", renewed, "unchanged"), ("first", "", "cert.pem"), ("", renewed, "no key"),
+                             ("f\0i\0r\0s\0t\0", renewed, "no header")):
         files[0].write_text(cert)
         (tmp_path / "keys").write_text(keys)
         process.send_signal(signal.SIGHUP)
