@@ -504,6 +504,7 @@ def malformed(text, status=400):
     return Refusal(status, text, close=True)
 
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # a header; one way to match: a line of blanks could cost seconds with Python's lock held
 FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 
@@ -1034,7 +1035,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def one(self):
         """One request and its answer. -> whether the connection goes on"""
-        self.idle, self.body, self.ticket = True, b"", None  # who is quiet holds no memory
+        self.idle, self.body, self.ticket, self.asked = True, b"", None, False  # who is quiet holds no memory
         if self.server.fileno() < 0 and self.begun:  # closed by drain(): no more than a first request is answered
             return False
         self.stream.within(self.args.idle_timeout)
@@ -1105,7 +1106,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if expected and expected.lower() != "100-continue":
             raise Refusal(417, "nothing but 100-continue can be expected", close=True)
         if expected and body and self.minor and not self.stream.buffer:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.connection.sendall(CONTINUE)
         return route.answer, self.server.models.get(name)
 
     def authorised(self):
@@ -1154,11 +1155,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.stream.fill()
 
     def alive(self):
-        """False when the client has closed its end."""
+        """False when the client is gone. One that has said all it wants looks the same until something is written, for
+        which 100 Continue is there; HTTP/1.0 does not know it and TLS would have to wrap it, so these are gone."""
         with contextlib.suppress(OSError, ValueError):
             poll = select.poll()  # select() knows descriptors up to 1023
             poll.register(self.connection, getattr(select, "POLLRDHUP", select.POLLHUP))  # seen through TLS too
-            return bool(self.stream.buffer) or not poll.poll(0)
+            if self.stream.buffer or not poll.poll(0):
+                return True
+            if self.minor and not self.asked:
+                os.write(self.request.fileno(), CONTINUE)  # never waits; TLS has taken this socket
+                self.asked = True
+            return self.asked and not poll.poll(0)[0][1] & (select.POLLERR | select.POLLHUP)
         return False
 
     # ------------------------------------------------------------------------------------------------- routes

@@ -629,11 +629,15 @@ def test_clients_that_go_beyond_the_descriptors_that_select_knows(tls):
         pytest.skip("few open files are allowed here")
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
     with here, there, socket.socket(fileno=fcntl.fcntl(here, fcntl.F_DUPFD, 1500)) as far:
-        handler = types.SimpleNamespace(server=types.SimpleNamespace(tls=tls), connection=far,
-                                        stream=types.SimpleNamespace(buffer=b""))
+        handler = types.SimpleNamespace(connection=far, stream=types.SimpleNamespace(buffer=b""), minor=1, asked=False,
+                                        request=types.SimpleNamespace(fileno=lambda: -1) if tls else far)
         assert far.fileno() >= 1500 and serve.Handler.alive(handler)
         there.sendall(b"what goes on")
         assert serve.Handler.alive(handler)
+        there.shutdown(socket.SHUT_WR)
+        for _ in range(2):  # asked once
+            assert serve.Handler.alive(handler) is (tls is None)
+        assert tls or there.recv(99) == b"HTTP/1.1 100 Continue\r\n\r\n"
         there.close()
         assert not serve.Handler.alive(handler)
 
@@ -850,6 +854,12 @@ def test_requests_as_rfc_9112_and_9110_have_them(server):
     answer = raw(server, b"POST /predict HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(image),
                  more=[image])
     assert b"100 Continue" not in answer and status_of(answer) == 200
+    for version, begin in ((b"1", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 "), (b"0", b"")):
+        with socket.create_connection(("127.0.0.1", server), timeout=10) as s:  # nc -N
+            s.sendall(HEAD.replace(b".1", b"." + version) + b"Content-Length: %d\r\n\r\n%s" % (len(image), image))
+            s.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: s.recv(65536), b""))
+        assert answer.startswith(begin) and bool(answer) == bool(begin), answer
 
 
 def test_wrong_forms_and_queries(server):
