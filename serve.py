@@ -879,7 +879,8 @@ def openapi(models, keys):
 
     def operation(route):
         kind, schema = route.content
-        answers = {"200": {"description": "Success", "content": {kind: {"schema": schema}}},
+        binary = {"application/octet-stream": encoded} if route.body == "tensors" else {}  # where a request asks so
+        answers = {"200": {"description": "Success", "content": {kind: {"schema": schema}, **binary}},
                    **{str(status): error for status in (400, 401, *route.errors)}}
         return {"summary": route.summary,
                 "parameters": [name] * ("{name}" in route.path) + [topk] * (route.body == "images"),
@@ -1236,8 +1237,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return 200, *infer_response(model.name, network.classes, request, outputs, logits)
 
     def ready(self, model):
-        ready = not self.server.draining
-        return as_json({**({"name": model.name} if model else {"live": True}), "ready": ready}, 200 if ready else 503)
+        told = {"name": model.name} if model else {"live": True}
+        if self.server.draining:
+            return as_json({**told, "ready": False, "error": "the server ends"}, 503)
+        return as_json({**told, "ready": True})
 
     def model_metadata(self, model):
         size, count = model.network.size, len(model.network.classes)

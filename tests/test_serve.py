@@ -245,7 +245,9 @@ def test_pages_and_descriptions(server):
     assert config["max_batch_size"] == 8 and config["dynamic_batching"] == {"max_queue_delay_microseconds": 2000}
     document = json.loads(ask(server, "GET", "/openapi.json")[2])
     described = document["paths"]
-    assert len(described) == 16 and "/v2/models/{name}/infer" in described and "security" not in document
+    assert len(described) == 16 and "security" not in document
+    answers = described["/v2/models/{name}/infer"]["post"]["responses"]["200"]["content"]
+    assert list(answers) == ["application/json", "application/octet-stream"]
     assert ask(server, "GET", "/")[2].count(b"http://") == 0  # no outside resource
     assert json.loads(ask(server, "GET", "/v2/health/ready")[2]) == {"live": True, "ready": True}
     assert json.loads(ask(server, "GET", "/v2/models/int8/ready")[2]) == {"name": "int8", "ready": True}
@@ -1474,6 +1476,7 @@ def test_drain_delay_goes_on_answering_though_not_ready(networks):
     assert kept.getresponse().read()
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: ask(port, "GET", "/v2/health/ready")[0] == 503)
+    assert {"ready": False, "error": "the server ends"}.items() <= json.loads(ask(port, "GET", "/healthz")[2]).items()
     assert ask(port, "GET", "/v2/models/resnet50/ready")[0] == 503
     assert ask(port, "POST", "/predict", picture())[0] == 200  # on a new connection
     kept.request("POST", "/predict", picture())
