@@ -1093,7 +1093,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if route is None:
             raise Refusal(404, "nothing is here; /openapi.json lists what is", close=body)
         if asked not in route.methods:
-            raise Refusal(405, f"{self.method[:20]} is not for this path", close=body, Allow=", ".join(route.methods))
+            allowed = ", ".join(route.methods).replace("GET", "GET, HEAD")
+            raise Refusal(405, f"{self.method[:20]} is not for this path", close=body, Allow=allowed)
         if self.server.keys and path not in OPEN_PATHS and not self.authorised():
             raise Refusal(401, "this needs an API key: Authorization: Bearer KEY", close=body,
                           WWW_Authenticate="Bearer")
