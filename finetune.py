@@ -39,6 +39,7 @@ import os
 import re
 import sys
 import time
+import warnings
 import xml.etree.ElementTree
 from typing import NamedTuple
 
@@ -73,6 +74,9 @@ from resnet50 import (
     torchvision_model,
     write_atomic,
 )
+
+# of a 1x1 convolution that is used twice in a step: the sum of its gradients has the same bytes by other strides
+warnings.filterwarnings("ignore", "Grad strides do not match", UserWarning)
 
 RECIPES = dict(  # by --task
     classify=dict(batch_size=32, lr=1e-4, opt="adamw", weight_decay=0.01, lr_base_size=0, lr_warmup_epochs=0.5,
