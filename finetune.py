@@ -402,15 +402,19 @@ def examine(files, i):
         return i, f"{path}: {error}", None, None
 
 
-def leave_out(files, val, args):
+def leave_out(files, val, args, stop=None):
     """Training and validation Files -> the same without what does not decode (an error unless --on-corrupt skip) and
-    without training images that are validation images too; notes; examine()'s of what decodes of either"""
+    without training images that are validation images too; notes; examine()'s of what decodes of either. The train.Stop
+    ends it."""
     if len(files) + len(val) > CHECKED and not (args.search or args.strategy in ("head", "gradual")):
         return files, val, [f"data check: more than {CHECKED} files are not read beforehand"], ((), ())
     notes, found = [], []
     for name, part in (("training", files), ("validation", val)):
         with concurrent.futures.ThreadPoolExecutor(max(1, args.workers)) as pool:
-            seen = list(pool.map(examine, itertools.repeat(part), range(len(part))))
+            seen = list(pool.map(lambda i: not (stop and stop.requested) and examine(part, i), range(len(part))))
+        if by := stop and next(filter(None, stop.world.gather(stop.requested)), None):
+            raise UserError(f"stopped by {by} in the data check, before the first step; the same command begins "
+                            "again", code=75)
         bad = [complaint for _, complaint, kind, _ in seen if not kind]
         train.check_corrupt(bad, args.on_corrupt)
         if bad:
@@ -428,11 +432,11 @@ def leave_out(files, val, args):
     return files.select(np.array(kept[0])), val.select(np.array(kept[1])), notes, found
 
 
-def check_data(sets, args):
+def check_data(sets, args, stop=None):
     """(train Files, val Files, classes, wnids, notes) -> the same as leave_out() leaves it; the notes say what a person
     should look at before training."""
     every, val, classes, wnids, notes = sets
-    files, val, more, found = leave_out(every, val, args)
+    files, val, more, found = leave_out(every, val, args, stop)
     notes, first = notes + more, {}
     for part, (i, path, _, digest) in [(part, row) for part, rows in zip(sets, found) for row in rows]:
         label, other = first.setdefault(digest, (part.labels[i], path))
@@ -1050,7 +1054,7 @@ def annotations(root, eval_only):
     return found
 
 
-def open_boxes(root, args, classes=None, held=None):
+def open_boxes(root, args, classes=None, held=None, stop=None):
     """-> (train Files, with --eval-only perhaps None, val Files, classes, {path: Boxes}, notes). Boxes are cut to the
     image, and those without an area are left out. Without a validation set data.hash_split makes one of --val-split,
     else of `held`, where 0 is everything: nobody learned here. UserError names what cannot be read, unless --on-corrupt
@@ -1110,7 +1114,7 @@ def open_boxes(root, args, classes=None, held=None):
         notes.append(f"{root}: no validation set, {len(last)} of {len(first) + len(last)} images held out by a hash of "
                      "their names")
     if not args.eval_only:
-        *parts, more, _ = leave_out(files["train"], files["val"], args)
+        *parts, more, _ = leave_out(files["train"], files["val"], args, stop)
         files, notes = dict(zip(("train", "val"), parts)), notes + more
     for split, part in files.items():
         boxes = [known[part.path(i)] for i in range(len(part))]
@@ -1488,7 +1492,7 @@ def detect(args, world, stop, most=16):
         model, _, source = load_source(args)
         if not plain_resnet(model):
             raise UserError(f"{source}: --task detect builds on a plain ResNet-50")
-        sets = open_boxes(args.data, args)
+        sets = open_boxes(args.data, args, stop=stop)
         sets[4].append(f"backbone: {source}")
         begin_run(args, world, resume)
         args.overwrite = True  # open_run has looked
@@ -1534,7 +1538,7 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     which `before` begins once nothing can be refused any more"""
     begin, resume = time.perf_counter(), open_run(args, world)
     model, checkpoint, source = load_source(args)
-    *sets, notes = check_data(train.Plan().open(args, world), args)
+    *sets, notes = check_data(train.Plan().open(args, world), args, stop)
     if sets[3] is None:
         sets[2:] = data.known_as(list(sets[2]), checkpoint["classes"], checkpoint["wnids"])
     classes = list(sets[2])
@@ -1642,7 +1646,7 @@ def logged(args, world, stop):
     try:
         return fine_tune(args, world, stop)
     except UserError as error:
-        if error.code == 75 and world.rank == 0:
+        if error.code == 75 and os.path.abspath(args.out) in world.begun:  # in the first process alone
             path, lines = os.path.join(args.out, "metrics.jsonl"), []
             with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]

@@ -471,6 +471,18 @@ def test_data_check_names_what_is_odd(shapes, tmp_path):
     assert len(files) == 13 and len(val) == 10 and list(classes) == ["disk", "ring", "square"]
 
 
+def test_a_signal_stops_the_data_check(tune, tmp_path, monkeypatch):
+    real, seen = finetune.examine, []
+
+    def examine(*args):
+        seen.append(args) or len(seen) == 2 and os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(finetune, "examine", examine)
+    with pytest.raises(UserError, match="stopped by SIGTERM in the data check, before the first step") as caught:
+        tune()
+    assert caught.value.code == 75 and len(seen) < 9 and os.listdir(tmp_path) == []
+
+
 def test_a_class_may_have_no_image_from_the_start(shapes):
     sets = data.open_folder(shapes, [*SHAPES, "zebra"])
     files, *_, notes = finetune.check_data(sets, parse("--data", shapes, "--workers", 0))
