@@ -290,7 +290,8 @@ class World:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank, self.local_size = (int(os.environ.get("LOCAL_RANK", 0)),
                                             int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.device, self.control, self.store, self.begun = find_device(device), None, None, set()
+        self.device, self.control, self.store = find_device(device), None, None
+        self.begun, self.made = set(), []  # runs, and their folders
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.local_rank if self.device.index is None else self.device.index)
             torch.cuda.set_device(self.device)
@@ -341,6 +342,9 @@ class World:
                            and self.store.check([path]))[0]
 
     def close(self):
+        for path in reversed(self.made):  # empty still where the run was refused
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -932,6 +936,7 @@ def open_run(args, world, source=None):
                 raise UserError(f"--overwrite would delete {old}, which is read: --out names another folder", code=2)
     world.barrier()  # nobody writes before everybody has looked
     if world.rank == 0:
+        world.made += [args.out] * (not os.path.exists(args.out))
         try:
             os.makedirs(args.out, exist_ok=True)
         except OSError as error:

@@ -1250,12 +1250,13 @@ script.search = search
     (["--lr-milestones", 3], "--lr-milestones goes with --lr-scheduler multistep", 2),
     (["--model", "mobilenet_v2", "--weights", "DEFAULT"], "--checkpoint and --weights exclude each other", 2),
     (["--align", "mmd", "--target-domain", ".", "--strategy", "head"], "--align mmd: --strategy head sees", 2)])
-def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, capsys, monkeypatch):
+def test_what_cannot_be_honoured_is_refused(flags, complaint, code, tune, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *a: pytest.fail("it was to be refused before"))
     with pytest.raises((UserError, SystemExit)) as caught:
         tune(*flags)
     assert caught.value.code == code
     assert complaint in (str(caught.value) if isinstance(caught.value, UserError) else capsys.readouterr().err)
+    assert os.listdir(tmp_path) == []
 
 
 def test_names_that_the_second_step_does_not_know_are_refused_before_the_first(tune, tiny, shapes, tmp_path,
