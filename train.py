@@ -27,6 +27,7 @@ import signal
 import sys
 import time
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -1431,8 +1432,9 @@ def train(args, world, stop, plan=Plan()):
             break
         if args.swa_start is not None:
             if progress["averaged"] == epoch:  # not again by a run that was stopped while it evaluated
-                # the mean of the epochs since then; before that the network itself
-                ema.updates = min(ema.updates, max(0, epoch - math.ceil(args.swa_start * args.epochs)))
+                # the mean of the epochs since then; before that the network itself. Exactly: 0.28 * 25 is above 7
+                first = math.ceil(Fraction(str(args.swa_start)) * args.epochs)
+                ema.updates = min(ema.updates, max(0, epoch - first))
                 ema.update(model)
                 progress["averaged"] += 1
             if ema.updates > 1:

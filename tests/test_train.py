@@ -441,6 +441,8 @@ def test_a_mean_over_epochs_counts_those_that_are_in_it(given, tmp_path):
     """Where a resumed run begins to average earlier than was planned, too"""
     def updates():
         return torch.load(tmp_path / "run" / "last.pt", weights_only=True)["ema_updates"]
+    given("--model-ema-decay", 0, "--batch-size", 50, "--swa-start", 0.28, "--epochs", 25, steps=9)
+    assert updates() == 2  # those of the eighth and ninth epoch
     flags = "--model-ema-decay", 0, "--batch-size", 25, "--swa-start"
     given(*flags, 0.5, "--epochs", 8, steps=5)  # stopped in the third epoch
     assert updates() == 1  # the last epoch's weights alone
