@@ -1318,6 +1318,8 @@ def train(args, world, stop, plan=Plan()):
         + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
     if args.lr_scheduler == "multistep" and min(args.lr_milestones) >= args.epochs:
         log.say(f"note: the rate never falls in {args.epochs} epochs; --lr-milestones, or --lr-scheduler cosine")
+    if args.lr_warmup_epochs >= args.epochs:
+        log.say(f"note: the rate only grows, as --lr-warmup-epochs is {args.lr_warmup_epochs:g} of {args.epochs}")
     new = plan.model is make_model and not (args.checkpoint or args.weights)
     if new and args.image_size <= 40 and model.config["stem"] == "standard":
         log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
