@@ -990,8 +990,11 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
                         "have none); start from it with --checkpoint")
     if checkpoint["classes"] != list(classes):
         raise UserError(f"{path}: was trained on other classes than these {len(classes)}")
-    if {**checkpoint["config"], "drop_path": 0, "dropout": 0} != {**model.config, "drop_path": 0, "dropout": 0}:
-        raise UserError(f"{path}: holds another network: {checkpoint['config']}")
+    theirs, mine = checkpoint["config"], model.config
+    if differ := [f"{k} {theirs.get(k)}, not {mine.get(k)}" if k not in ("widths", "backbone") else f"other {k}"
+                  for k in sorted((theirs.keys() | mine.keys()) - {"drop_path", "dropout"})
+                  if theirs.get(k) != mine.get(k)]:
+        raise UserError(f"{path}: holds another network: {'; '.join(differ)}")
     for key in ("opt", "best_by"):  # the optimizer's state and the best value so far mean nothing to another
         saved = checkpoint["args"].get(key, getattr(args, key))
         if saved != getattr(args, key):
@@ -1013,6 +1016,9 @@ def restore_training(path, model, ema, optimizer, scaler, progress, world, class
         optimizer.load_state_dict(dict(saved, param_groups=[
             dict(mine, params=theirs["params"], lr=theirs["lr"])
             for mine, theirs in zip(groups, saved["param_groups"], strict=True)]))
+        for p, state in optimizer.state.items():
+            if wrong := [k for k, v in state.items() if getattr(v, "ndim", 0) and v.shape != p.shape]:
+                raise ValueError(f"{wrong[0]} of another shape")
         if scaler and checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:

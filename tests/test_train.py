@@ -464,16 +464,20 @@ def test_damaged_files_are_counted_by_a_resumed_run_too(given, tiny, tmp_path):
     assert [given(*flags, *more)[1]["corrupt"] for more in ((), ("--resume",))] == [1, 1]
 
 
-def test_an_optimizer_s_state_that_is_none_names_the_file(given, tmp_path):
+def test_an_optimizer_s_or_a_network_s_state_that_is_another_s_names_the_file(given, tmp_path):
     given("--batch-size", 25, "--epochs", 1)
     path = tmp_path / "run" / "last.pt"
     whole = torch.load(path, weights_only=True)
     groups = whole["optimizer"]["param_groups"]
     for optimizer in (3, {}, dict(state=3, param_groups=groups), *(dict(state={}, param_groups=wrong) for wrong in (
-            [], [3] * len(groups), [dict(g, params=[]) for g in groups]))):
+            [], [3] * len(groups), [dict(g, params=[]) for g in groups])), dict(
+                state={0: dict(exp_avg=torch.zeros(3), exp_avg_sq=torch.zeros(3))}, param_groups=groups)):
         torch.save({**whole, "optimizer": optimizer}, path)
         with pytest.raises(UserError, match="last.pt: another optimizer's state"):
             given("--batch-size", 25, "--epochs", 2, "--resume")
+    torch.save(whole, path)
+    with pytest.raises(UserError, match="last.pt: holds another network: attention none, not se$"):
+        given("--batch-size", 25, "--epochs", 2, "--resume", "--attention", "se")
 
 
 def test_statistics_that_are_equal_already_are_averaged_to_the_same_bits(monkeypatch):
