@@ -1515,6 +1515,9 @@ def run_processes(args, work):
         if "by peer" in str(error) or "Broken pipe" in str(error):  # gloo's words
             raise UserError("another process has ended (killed, or its own line says why), and process "
                             f"{os.environ['RANK']} with it", code=1) from error
+        if "imed out" in str(error):  # gloo's and the rendezvous's
+            raise UserError(f"another process has not been heard of for {args.dist_timeout} seconds (--dist-timeout), "
+                            f"and process {os.environ['RANK']} ends with it", code=1) from error
         # killed: almost always shared memory, of which </torch_... is a file
         if "DataLoader worker (pid" in str(error) or "</torch_" in str(error):
             why = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")

@@ -92,6 +92,15 @@ def test_a_training_run_s_flags_may_be_those_of_its_evaluation(tmp_path, monkeyp
         train.main(parse("--eval-only", "--batch-size", "auto"))
 
 
+def test_a_process_that_is_not_heard_of_is_one_line(monkeypatch):
+    def work(world, stop):
+        raise RuntimeError("[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match=r"not been heard of for 4 seconds \(--dist-timeout\), and process 0") as caught:
+        train.run_processes(parse("--dist-timeout", 4, "--device", "cpu"), work)
+    assert caught.value.code == 1
+
+
 @pytest.mark.parametrize("flags", [
     ("--lr-scheduler", "multistep", "--lr-milestones", 2, 4), ("--recipe", "v1", "--lr-scheduler", "cosine"),
     ("--recipe", "a1", "--auto-augment", "none", "--opt", "sgd", "--lr-scheduler", "multistep", "--loss", "focal"),
