@@ -650,7 +650,7 @@ def test_averaged_weights_are_the_mean_over_epochs_with_statistics_of_their_own(
 
 
 def test_a_run_stopped_while_it_evaluates_does_not_average_an_epoch_twice(tune, tmp_path, monkeypatch):
-    flags = ["--strategy", "layers:1", "--epochs", 3, "--lr", 1e-3, "--swa-start", 0.3]
+    flags = ["--strategy", "layers:1", "--epochs", 3, "--lr", 1e-3, "--swa-start", 0.3, "--drop-path", 0.5]
     tune(*flags, out="straight")
     # in the first epoch that is averaged with another
     interrupted(monkeypatch, lambda: tune(*flags, "--resume", out="stopped"), 3, of="evaluate")
@@ -1189,9 +1189,19 @@ def test_notes_advise_what_can_be_followed(tune, shapes, tmp_path, capsys):
 
 def test_two_processes_train_the_same_stages(run, tune, source, shapes, tmp_path):
     flags = ("--data", shapes, "--checkpoint", source, "--batch-size", 2, "--workers", 0, "--amp-dtype", "float32")
+    sums = f"""
+import train
+real = train.save_training
+def save_training(path, model, *a, **k):
+    with open({str(tmp_path)!r} + "/" + os.environ["RANK"], "w") as f:
+        print([p.double().sum().item() for p in model.parameters()], file=f)
+    real(path, model, *a, **k)
+train.save_training = save_training
+"""
     done = run(*flags, "--out", tmp_path / "two", "--strategy", "gradual", "--epochs", 3, "--target-domain", shapes,
-               script="finetune.py", processes=2)
+               before=sums, script="finetune.py", processes=2)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-2000:]
+    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
     before, after = (load_checkpoint(p)["model"] for p in (source, str(tmp_path / "two" / "last.pt")))
     moved = {n.split(".")[0] for n in before if n != "fc.weight" and before[n].shape == after[n].shape
              and not torch.equal(before[n], after[n])}

@@ -379,7 +379,8 @@ def given(tiny, tmp_path, monkeypatch):
     def call(*flags, steps=math.inf, rank=0, size=1):
         taken, keys, batch, world = [], [], data.Images.batch, train.World()
         world.rank, world.size, world.barrier = rank, size, lambda: None
-        world.sum, world.gather = lambda *numbers: list(map(float, numbers)), lambda value: [value] * size
+        world.sum = lambda *numbers: list(map(float, numbers))
+        world.gather = lambda value: [value] + [value | {"theirs"} if isinstance(value, set) else value] * (size - 1)
 
         def train_step(net, model, batches, optimizer, loss_fn, **options):
             if len(taken) == steps:
@@ -433,7 +434,7 @@ def test_a_step_is_given_what_the_flags_ask_for(given, tmp_path):
         assert (type(block.conv1), type(block.conv2)) == kinds, flags
 
 
-def test_processes_share_an_epoch_and_seeds_change_all_that_is_drawn(given):
+def test_processes_share_an_epoch_and_seeds_change_all_that_is_drawn(given, monkeypatch):
     def indices(taken):
         return [key[1:] for step in taken for key in step.keys]
     one, two = (given("--hflip", 0, steps=4, rank=rank, size=2)[0] for rank in (0, 1))
@@ -444,6 +445,10 @@ def test_processes_share_an_epoch_and_seeds_change_all_that_is_drawn(given):
     twice = indices(given("--repeated-aug", 2, steps=10)[0])
     assert {i for i, _ in twice} == {i for i, repeat in twice if repeat} and len({i for i, _ in twice}) == 25
     assert len({i for i, _ in indices(given("--balanced", steps=10)[0])}) < 50  # drawn one by one
+    skipped = []
+    monkeypatch.setattr(train, "save_training", lambda *state, **_: skipped.append(state[5]["skipped"]))
+    given("--save-every", 4, steps=4, rank=1, size=2)
+    assert skipped == [0]  # the first process counts for all
 
 
 def test_a_mean_over_epochs_counts_those_that_are_in_it(given, tmp_path):
@@ -471,10 +476,12 @@ def test_damaged_files_are_counted_by_a_resumed_run_too(given, tiny, tmp_path):
     (tmp_path / "d" / "train" / "ring" / "0002.jpg").write_bytes(b"not an image")
     flags = "--data", tmp_path / "d", "--on-corrupt", "skip", "--batch-size", 25, "--epochs", 1
     assert [given(*flags, *more)[1]["corrupt"] for more in ((), ("--resume",))] == [1, 1]
+    given(*flags, "--batch-size", 5, "--save-every", 1, steps=1, size=2)
+    assert "theirs" in torch.load(tmp_path / "run" / "last.pt", weights_only=True)["corrupt"]
 
 
 def test_an_optimizer_s_or_a_network_s_state_that_is_another_s_names_the_file(given, tmp_path):
-    given("--batch-size", 25, "--epochs", 1)
+    given("--batch-size", 25, "--epochs", 1, "--amp-dtype", "float16")
     path = tmp_path / "run" / "last.pt"
     whole = torch.load(path, weights_only=True)
     groups = whole["optimizer"]["param_groups"]
@@ -487,6 +494,9 @@ def test_an_optimizer_s_or_a_network_s_state_that_is_another_s_names_the_file(gi
     torch.save(whole, path)
     with pytest.raises(UserError, match="last.pt: holds another network: attention none, not se$"):
         given("--batch-size", 25, "--epochs", 2, "--resume", "--attention", "se")
+    torch.save({**whole, "scaler": {**whole["scaler"], "scale": 8.0}}, path)
+    step, = given("--batch-size", 50, "--epochs", 2, "--resume", "--amp-dtype", "float16", steps=1)[0]
+    assert step.scaler.get_scale() == 8
 
 
 def test_statistics_that_are_equal_already_are_averaged_to_the_same_bits(monkeypatch):
@@ -653,6 +663,9 @@ def test_batch_size_auto_fits_and_is_bounded(monkeypatch):
     with pytest.raises(UserError, match="stopped by SIGTERM while it sought --batch-size") as caught:
         train.find_batch_size(model, 32, None, train.World(), 1024, lambda: "SIGTERM" if 16 in tried else None)
     assert caught.value.code == 75 and tried == [4, 8, 16]
+    world = train.World()
+    world.gather = lambda mine: [mine, (8, None)]
+    assert train.find_batch_size(model, 32, None, world, 64) == 8  # what fits everywhere
 
 
 def test_tensorboard_log(tiny, tmp_path, run):
