@@ -1261,183 +1261,171 @@ class Plan:
         return model
 
 
-def train(args, world, stop, plan=Plan()):
-    """A run from start to end, as the flags say and a later script's `plan`."""
-    device = world.device
-    resume = open_run(args, world)
-    files, val_files, classes, wnids, notes = plan.open(args, world)
-    # resuming needs last.pt alone, not what the run began with
-    begun = dict(checkpoint=resume, weights=None) if resume and (args.checkpoint or args.weights) else {}
-    model, amp = plan.model(argparse.Namespace(**{**vars(args), **begun}), classes), amp_dtype(args, device)
-    if device.type == "cpu":
-        cpu_convolutions(model, args.compile)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    if args.batch_size == "auto" and resume:  # with the same one as it began
-        args.batch_size = load_checkpoint(resume)["args"].get("batch_size", "auto")
-    if args.batch_size == "auto":
-        args.batch_size = find_batch_size(model, args.image_size, amp, world,
-                                          max(1, min(1024, len(files) // world.size)), lambda: stop.requested)
-    order = data.Order(files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
-                       args.repeated_aug, args.balanced, args.shuffle_chunk)
-    files.keep_together(args.shuffle_chunk)
-    for name, weight in model.named_parameters():  # zero without a gradient stays zero under every optimizer here
-        if weight.requires_grad and name in getattr(model, "sparse_keys", ()):
-            weight.register_hook(lambda gradient, mask=weight.detach() != 0: gradient * mask)
-    loss_fn = plan.teach(loss_of(args, files, classes, device))
-    mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
-    optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
-    scaler = torch.amp.GradScaler(device.type) if amp == torch.float16 else None
-    averages = args.model_ema_decay or args.swa_start is not None
-    ema = EMA(model, args.model_ema_decay or None) if averages else None
-    progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0, averaged=0, skips=0,
-                    **dict.fromkeys(TOTALS, 0.0))
-    last, best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
-    result, corrupt = None, set()  # of the last evaluation; of training
-    if resume:
-        result, corrupt = restore_training(resume, model, ema, optimizer, scaler, progress, world, classes, args)
-        if not os.path.exists(os.path.join(os.path.dirname(resume), "best.pt")):  # moved away: the next one is best
-            progress.update(best=-math.inf, best_epoch=progress["epoch"])
-    plan.begin(model, progress["epoch"])
-    net = wrap(model, args, world, amp)
-    begin_run(args, world, resume)
-    log = RunLog(args, world, progress if resume else None)
-    fields = dict(classes=classes, wnids=wnids, args=saved(args))
+class Run:
+    """What a run is made of, and its steps: those of train(), in their order."""
 
-    def save():
-        save_training(last, model, ema, optimizer, scaler, progress, world, rng=dict(seed=args.seed), metrics=result,
-                      corrupt=sorted(set().union(*world.gather(corrupt))), **fields)
+    def __init__(self, args, world, stop, plan):
+        self.args, self.world, self.stop, self.plan = args, world, stop, plan
+        device, resume = world.device, open_run(args, world)
+        self.files, self.val_files, classes, wnids, notes = plan.open(args, world)
+        # resuming needs last.pt alone, not what the run began with
+        begun = dict(checkpoint=resume, weights=None) if resume and (args.checkpoint or args.weights) else {}
+        model = plan.model(argparse.Namespace(**{**vars(args), **begun}), classes)
+        self.amp = amp_dtype(args, device)
+        if device.type == "cpu":
+            cpu_convolutions(model, args.compile)
+        self.model = model = model.to(device, memory_format=torch.channels_last).train()
+        if args.batch_size == "auto" and resume:  # with the same one as it began
+            args.batch_size = load_checkpoint(resume)["args"].get("batch_size", "auto")
+        if args.batch_size == "auto":
+            args.batch_size = find_batch_size(model, args.image_size, self.amp, world,
+                                              max(1, min(1024, len(self.files) // world.size)), lambda: stop.requested)
+        self.order = data.Order(self.files.labels, args.batch_size, world.rank, world.size, args.accumulate, args.seed,
+                                args.repeated_aug, args.balanced, args.shuffle_chunk)
+        self.files.keep_together(args.shuffle_chunk)
+        for name, weight in model.named_parameters():  # zero without a gradient stays zero under every optimizer here
+            if weight.requires_grad and name in getattr(model, "sparse_keys", ()):
+                weight.register_hook(lambda gradient, mask=weight.detach() != 0: gradient * mask)
+        self.loss_fn = plan.teach(loss_of(args, self.files, classes, device))
+        self.mixer = data.make_mixer(args.mixup_alpha, args.cutmix_alpha, len(classes))
+        self.optimizer = make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
+        self.scaler = torch.amp.GradScaler(device.type) if self.amp == torch.float16 else None
+        averages = args.model_ema_decay or args.swa_start is not None
+        self.ema = EMA(model, args.model_ema_decay or None) if averages else None
+        self.progress = progress = dict(epoch=0, seen=0, step=0, samples_seen=0, best=-math.inf, best_epoch=0,
+                                        averaged=0, skips=0, **dict.fromkeys(TOTALS, 0.0))
+        self.last, self.best = os.path.join(args.out, "last.pt"), os.path.join(args.out, "best.pt")
+        self.result, self.corrupt = None, set()  # of the last evaluation; of training
+        if resume:
+            self.result, self.corrupt = restore_training(resume, model, self.ema, self.optimizer, self.scaler, progress,
+                                                         world, classes, args)
+            if not os.path.exists(os.path.join(os.path.dirname(resume), "best.pt")):  # moved away: the next is best
+                progress.update(best=-math.inf, best_epoch=progress["epoch"])
+        plan.begin(model, progress["epoch"])
+        self.net = wrap(model, args, world, self.amp)
+        begin_run(args, world, resume)
+        self.log = RunLog(args, world, progress if resume else None)
+        self.fields = dict(classes=classes, wnids=wnids, args=saved(args))
+        if world.rank == 0:
+            told = json.dumps(plan.asked or self.fields["args"], indent=1).encode()
+            write_atomic(os.path.join(args.out, "args.json"), told)
+        self.peak = args.lr * (self.order.global_batch / args.lr_base_size if args.lr_base_size else 1)
+        self.main = next(iter(plan.measures))
+        self.introduce(notes, resume)
+        self.open_loaders()
 
-    def diverged(why):
-        left = f"{last} was left untouched" if os.path.exists(last) else "there is no checkpoint yet"
+    def introduce(self, notes, resume):
+        args, world, order, progress = self.args, self.world, self.order, self.progress
+        self.log.say("\n".join(notes + [
+            f"{len(self.files)} training and {len(self.val_files)} validation images, {len(self.fields['classes'])} "
+            f"classes; {world.size} process{'es' * (world.size > 1)} on {world.device.type}, "
+            f"{self.amp or torch.float32}".replace("torch.", ""),
+            *self.plan.describe(args, self.model),
+            f"global batch {args.batch_size} x {world.size} x {args.accumulate} = {order.global_batch}, "
+            f"{order.steps} steps per epoch, learning rate "
+            f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {self.peak:g}"]
+            + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
+        if args.lr_scheduler == "multistep" and min(args.lr_milestones) >= args.epochs:
+            self.log.say(f"note: the rate never falls in {args.epochs} epochs; --lr-milestones, or --lr-scheduler "
+                         "cosine")
+        if args.lr_warmup_epochs >= args.epochs:
+            self.log.say(f"note: the rate only grows, as --lr-warmup-epochs is {args.lr_warmup_epochs:g} of "
+                         f"{args.epochs}")
+        new = self.plan.model is make_model and not (args.checkpoint or args.weights)
+        if new and args.image_size <= 40 and self.model.config["stem"] == "standard":
+            self.log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
+
+    def open_loaders(self):
+        args, world, plan, preprocess = self.args, self.world, self.plan, self.model.preprocess
+        images, workers = plan.images(
+            self.files, lambda epoch: data.train_transform(size_at(epoch, args), preprocess, args), args, True)
+        self.val_images, _ = plan.images(self.val_files, lambda _: data.eval_transform(preprocess), args, False)
+        self.loader = data.make_loader(images, self.order, workers, world.device)
+        self.val_batch = args.batch_size * 2
+        batches = data.eval_batches(len(self.val_files), self.val_batch, world.rank, world.size)
+        self.val_loader = data.make_loader(self.val_images, batches, workers, world.device)
+
+    def save(self):
+        save_training(self.last, self.model, self.ema, self.optimizer, self.scaler, self.progress, self.world,
+                      rng=dict(seed=self.args.seed), metrics=self.result,
+                      corrupt=sorted(set().union(*self.world.gather(self.corrupt))), **self.fields)
+
+    def diverged(self, why):
+        left = f"{self.last} was left untouched" if os.path.exists(self.last) else "there is no checkpoint yet"
         return UserError(f"training diverged: {why}; {left}", code=4)
 
-    peak = args.lr * (order.global_batch / args.lr_base_size if args.lr_base_size else 1)
-    if world.rank == 0:
-        write_atomic(os.path.join(args.out, "args.json"), json.dumps(plan.asked or fields["args"], indent=1).encode())
-    log.say("\n".join(notes + [
-        f"{len(files)} training and {len(val_files)} validation images, {len(classes)} classes; "
-        f"{world.size} process{'es' * (world.size > 1)} on {device.type}, {amp or torch.float32}".replace("torch.", ""),
-        *plan.describe(args, model),
-        f"global batch {args.batch_size} x {world.size} x {args.accumulate} = {order.global_batch}, "
-        f"{order.steps} steps per epoch, learning rate "
-        f"{args.lr:g} x {order.global_batch}/{args.lr_base_size or order.global_batch} = {peak:g}"]
-        + [f"resumed {resume} at epoch {progress['epoch']}, step {progress['step']}"] * bool(resume)))
-    if args.lr_scheduler == "multistep" and min(args.lr_milestones) >= args.epochs:
-        log.say(f"note: the rate never falls in {args.epochs} epochs; --lr-milestones, or --lr-scheduler cosine")
-    if args.lr_warmup_epochs >= args.epochs:
-        log.say(f"note: the rate only grows, as --lr-warmup-epochs is {args.lr_warmup_epochs:g} of {args.epochs}")
-    new = plan.model is make_model and not (args.checkpoint or args.weights)
-    if new and args.image_size <= 40 and model.config["stem"] == "standard":
-        log.say(f"note: at {args.image_size} px --stem small is much more accurate (and slower)")
+    def out_of_patience(self):
+        args, waited = self.args, self.progress["epoch"] - self.progress["best_epoch"]
+        if over := args.patience and waited >= args.patience:
+            goal = "loss" if args.best_by == "loss" else self.plan.measures[self.main]
+            self.log.say(f"no better {goal} for {args.patience} epochs: stopped early")
+        return over
 
-    images, workers = plan.images(
-        files, lambda epoch: data.train_transform(size_at(epoch, args), model.preprocess, args), args, True)
-    val_images, _ = plan.images(val_files, lambda _: data.eval_transform(model.preprocess), args, False)
-    loader = data.make_loader(images, order, workers, device)
-    val_batch = args.batch_size * 2
-    val_loader = data.make_loader(val_images, data.eval_batches(len(val_files), val_batch, world.rank, world.size),
-                                  workers, device)
-    stopped = stop.poll()
-    begin, worked, before = time.perf_counter(), 0.0, progress["samples_seen"]  # when this process started
-    epoch_samples = order.steps * order.global_batch
-    main = next(iter(plan.measures))
-
-    def judge(epoch, since):
-        """Scores what `epoch` epochs have made and keeps it -> False if it was told to stop before"""
-        nonlocal result
-        score = plan.evaluate(ema.model if ema else model, val_images, val_batch, world, amp=amp, tta=args.tta,
-                              loader=val_loader, poll=stop.poll, on_corrupt=args.on_corrupt)
-        if score is None:
-            return False
-        if score["loss"] is not None and not math.isfinite(score["loss"]):
-            raise diverged(f"the loss on validation is {score['loss']}")
-        if progress["best"] == -math.inf and world.gather(not os.path.exists(last))[0]:
-            save()  # killed with a best.pt alone, a run could not be told from another whose last.pt is gone
-        loss_sum, correct, count, skipped = world.sum(*(progress[k] for k in TOTALS))
-        progress.update(epoch=epoch, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
-        learned = dict(train_loss=round(loss_sum / count, 5)) if count else {}
-        if count and "top1" in plan.measures:
-            learned["train_top1"] = round(100 * correct / count, 3)
-        record = dict(epoch=epoch, step=progress["step"], **{k: score[k] for k in ("loss", *plan.measures)}, **learned,
-                      lr=lr_at(epoch, args, peak), seconds=round(time.perf_counter() - since, 2), skipped=int(skipped))
-        value = -score["loss"] if args.best_by == "loss" else score[main]
-        result, better = dict(score, epoch=epoch), value > progress["best"]
-        if better:
-            progress.update(best=value, best_epoch=epoch)
-            if world.rank == 0:
-                save_checkpoint(best, plan.plain(ema.model if ema else model), metrics=result, **fields)
-        log.write("epoch", **record)
-        save()
-        measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
-        measured += [f"{name} {score[k]:.2f}" for k, name in plan.measures.items()]
-        log.say(f"epoch {epoch}/{args.epochs}: {' '.join(measured)} on validation; "
-                + f"{' '.join(map(str, learned.values()))} in training; " * bool(learned)
-                + f"{record['seconds']:.0f} s{' *' * better}")
-        return True
-
-    if plan.knows and not progress["step"] and progress["best"] == -math.inf and not stopped:
-        stopped = not judge(0, time.perf_counter())
-    while progress["epoch"] < args.epochs and not stopped:
-        epoch, epoch_start = progress["epoch"], time.perf_counter()
-        if args.patience and epoch - progress["best_epoch"] >= args.patience:
-            goal = "loss" if args.best_by == "loss" else plan.measures[main]
-            log.say(f"no better {goal} for {args.patience} epochs: stopped early")
-            break
+    def steps(self):
+        """What is left of an epoch -> True if it was told to stop"""
+        args, world, order, progress, model = self.args, self.world, self.order, self.progress, self.model
+        epoch, epoch_samples = progress["epoch"], order.steps * order.global_batch
         model.train()
-        if plan.begin(model, epoch):
-            net = None  # DDP's hooks go with it
-            net = wrap(model, args, world, amp)
+        if self.plan.begin(model, epoch):
+            self.net = None  # DDP's hooks go with it
+            self.net = wrap(model, args, world, self.amp)
         # a run with a smaller global batch may have used more of the epoch than this one would
         order.epoch, order.start = epoch, min(progress["seen"], epoch_samples)
         steps = len(order) // args.accumulate
-        batches = iter(loader) if steps else iter(())
+        batches = iter(self.loader) if steps else iter(())
         # where a logging interval begins; evaluating and saving are not part of its rate
         window = dict(progress, time=time.perf_counter(), wait=0.0)
         for left in reversed(range(steps)):
-            lr = lr_at(epoch + progress["seen"] / epoch_samples, args, peak)
-            for group in optimizer.param_groups:
+            lr = lr_at(epoch + progress["seen"] / epoch_samples, args, self.peak)
+            for group in self.optimizer.param_groups:
                 group["lr"] = lr * group["lr_share"]
             waiting = time.perf_counter()
             micro = [next(batches) for _ in range(args.accumulate)]
             window["wait"] += time.perf_counter() - waiting
             complaints = [c for _, _, bad in micro for c in bad]
-            corrupt.update(complaints)
+            self.corrupt.update(complaints)
             check_corrupt(complaints, args.on_corrupt)
             if any(len(labels) != args.batch_size for _, labels, _ in micro):
                 raise UserError(f"too many damaged files in a row, from {complaints[0]}")
             micro = [(pixels, labels) for pixels, labels, _ in micro]
             torch.manual_seed(data.seed_for(args.seed, 1, progress["step"], world.rank))  # mixing, dropout, drop-path
-            loss, correct, applied = train_step(net, model, micro, optimizer, loss_fn,
-                                                scaler=scaler, mixer=mixer, amp=amp, clip=args.clip_grad_norm,
-                                                forward=plan.forward)
+            loss, correct, applied = train_step(self.net, model, micro, self.optimizer, self.loss_fn,
+                                                scaler=self.scaler, mixer=self.mixer, amp=self.amp,
+                                                clip=args.clip_grad_norm, forward=self.plan.forward)
             progress["step"] += 1
             progress["seen"] += order.global_batch
             progress["samples_seen"] += order.global_batch
             if applied:
                 progress["skips"] = 0
                 if args.model_ema_decay and progress["step"] % args.model_ema_steps == 0:
-                    ema.update(model)
+                    self.ema.update(model)
             else:
-                progress["skips"] += 1
-                progress["skipped"] += world.rank == 0
-                log.say(f"step {progress['step']}: gradient not finite, step skipped ({progress['skips']} in a row)")
-                if progress["skips"] > args.max_skips:
-                    raise diverged(f"{progress['skips']} steps in a row without a finite gradient at lr {lr:g}")
+                self.skipped(lr)
             samples = args.batch_size * args.accumulate
             for key, value in (("loss_sum", loss * samples), ("correct", correct)):
                 progress[key] = progress[key] + value.double()  # on the device: nobody waits for it
             progress["count"] += samples
             if progress["step"] % args.log_every == 0 or not left:
-                log_window(window, progress, log, order, lr, world, args, "top1" in plan.measures)
+                log_window(window, progress, self.log, order, lr, world, args, "top1" in self.plan.measures)
                 window = dict(progress, time=time.perf_counter(), wait=0.0)
             if args.save_every and progress["step"] % args.save_every == 0 and not progress["skips"]:
-                save()
-            stopped = stop.poll()
-            if stopped:
-                break
-        worked += time.perf_counter() - epoch_start
-        if stopped:
-            break
+                self.save()
+            if self.stop.poll():
+                return True
+        return False
+
+    def skipped(self, lr):
+        progress = self.progress
+        progress["skips"] += 1
+        progress["skipped"] += self.world.rank == 0
+        self.log.say(f"step {progress['step']}: gradient not finite, step skipped ({progress['skips']} in a row)")
+        if progress["skips"] > self.args.max_skips:
+            raise self.diverged(f"{progress['skips']} steps in a row without a finite gradient at lr {lr:g}")
+
+    def average(self):
+        """After an epoch: the mean over epochs of --swa-start, and what processes have each for themselves"""
+        args, world, progress, model, ema = self.args, self.world, self.progress, self.model, self.ema
+        epoch = progress["epoch"]
         if args.swa_start is not None:
             if progress["averaged"] == epoch:  # not again by a run that was stopped while it evaluated
                 # the mean of the epochs since then; before that the network itself. Exactly: 0.28 * 25 is above 7
@@ -1446,33 +1434,91 @@ def train(args, world, stop, plan=Plan()):
                 ema.update(model)
                 progress["averaged"] += 1
             if ema.updates > 1:
-                order.start = 0
+                self.order.start = 0
                 torch.manual_seed(data.seed_for(args.seed, 3, epoch, world.rank))  # dropout, drop-path
                 for mine, theirs in zip(ema.model.modules(), model.modules()):  # frozen as they are now
                     if isinstance(theirs, nn.BatchNorm2d):
                         mine.__class__ = theirs.__class__
-                recalibrate(ema.model, (p.to(device) for p, _, _ in itertools.islice(loader, SWA_BATCHES)))
+                recalibrate(ema.model, (p.to(world.device) for p, _, _ in itertools.islice(self.loader, SWA_BATCHES)))
         average_statistics(world, [model] + ([ema.model] if ema else []))
-        stopped = not judge(epoch + 1, epoch_start)
-    if stopped:
-        save()
-        log.write("stopped", epoch=progress["epoch"], step=progress["step"])
-        name = next(n for n in world.gather(stop.requested) if n)
-        if world.rank:
+
+    def judge(self, epoch, since):
+        """Scores what `epoch` epochs have made and keeps it -> False if it was told to stop before"""
+        args, world, plan, progress = self.args, self.world, self.plan, self.progress
+        judged = self.ema.model if self.ema else self.model
+        score = plan.evaluate(judged, self.val_images, self.val_batch, world, amp=self.amp, tta=args.tta,
+                              loader=self.val_loader, poll=self.stop.poll, on_corrupt=args.on_corrupt)
+        if score is None:
+            return False
+        if score["loss"] is not None and not math.isfinite(score["loss"]):
+            raise self.diverged(f"the loss on validation is {score['loss']}")
+        if progress["best"] == -math.inf and world.gather(not os.path.exists(self.last))[0]:
+            self.save()  # killed with a best.pt alone, a run could not be told from another whose last.pt is gone
+        loss_sum, correct, count, skipped = world.sum(*(progress[k] for k in TOTALS))
+        progress.update(epoch=epoch, seen=0, loss_sum=0.0, correct=0.0, count=0.0)
+        learned = dict(train_loss=round(loss_sum / count, 5)) if count else {}
+        if count and "top1" in plan.measures:
+            learned["train_top1"] = round(100 * correct / count, 3)
+        record = dict(epoch=epoch, step=progress["step"], **{k: score[k] for k in ("loss", *plan.measures)}, **learned,
+                      lr=lr_at(epoch, args, self.peak), seconds=round(time.perf_counter() - since, 2),
+                      skipped=int(skipped))
+        value = -score["loss"] if args.best_by == "loss" else score[self.main]
+        self.result, better = dict(score, epoch=epoch), value > progress["best"]
+        if better:
+            progress.update(best=value, best_epoch=epoch)
+            if world.rank == 0:
+                save_checkpoint(self.best, plan.plain(judged), metrics=self.result, **self.fields)
+        self.log.write("epoch", **record)
+        self.save()
+        measured = [f"loss {score['loss']:.4f}"] if score["loss"] is not None else []
+        measured += [f"{name} {score[k]:.2f}" for k, name in plan.measures.items()]
+        self.log.say(f"epoch {epoch}/{args.epochs}: {' '.join(measured)} on validation; "
+                     + f"{' '.join(map(str, learned.values()))} in training; " * bool(learned)
+                     + f"{record['seconds']:.0f} s{' *' * better}")
+        return True
+
+    def leave(self):
+        """Ends a process that was told to stop"""
+        self.save()
+        self.log.write("stopped", epoch=self.progress["epoch"], step=self.progress["step"])
+        name = next(n for n in self.world.gather(self.stop.requested) if n)
+        if self.world.rank:
             sys.exit(75)  # one process says it
-        raise UserError(f"stopped by {name}, state saved in {last}; the same command with --resume auto goes on",
+        raise UserError(f"stopped by {name}, state saved in {self.last}; the same command with --resume auto goes on",
                         code=75)
-    bad = sorted(set().union(*world.gather(corrupt)))
-    if world.rank == 0:
-        name_damaged("training", *bad)
-    rate = (progress["samples_seen"] - before) / worked if worked else None
-    # the same in all processes: a search goes by it
-    shown = world.gather(load_checkpoint(best)["metrics"] if world.rank == 0 else None)[0]
-    return dict({k: shown[k] for k in (*plan.measures, "loss")}, checkpoint=best, epochs=progress["epoch"],
-                best_epoch=progress["best_epoch"], **{f"last_{main}": result[main]},
-                images_per_second=rate and round(rate, 2), seconds=round(time.perf_counter() - begin, 1),
-                samples_seen=progress["samples_seen"], skipped_steps=int(progress["skipped"]),
-                corrupt=len(bad) + shown["corrupt"], out=args.out)
+
+    def report(self, seconds, rate):
+        """-> the JSON object of the last line"""
+        world, progress = self.world, self.progress
+        bad = sorted(set().union(*world.gather(self.corrupt)))
+        if world.rank == 0:
+            name_damaged("training", *bad)
+        # the same in all processes: a search goes by it
+        shown = world.gather(load_checkpoint(self.best)["metrics"] if world.rank == 0 else None)[0]
+        return dict({k: shown[k] for k in (*self.plan.measures, "loss")}, checkpoint=self.best,
+                    epochs=progress["epoch"], best_epoch=progress["best_epoch"],
+                    **{f"last_{self.main}": self.result[self.main]}, images_per_second=rate and round(rate, 2),
+                    seconds=round(seconds, 1), samples_seen=progress["samples_seen"],
+                    skipped_steps=int(progress["skipped"]), corrupt=len(bad) + shown["corrupt"], out=self.args.out)
+
+
+def train(args, world, stop, plan=Plan()):
+    """A run from start to end, as the flags say and a later script's `plan`. -> dict of its report"""
+    run = Run(args, world, stop, plan)
+    progress, stopped = run.progress, stop.poll()
+    begin, worked, before = time.perf_counter(), 0.0, progress["samples_seen"]  # when this process started
+    if plan.knows and not progress["step"] and progress["best"] == -math.inf and not stopped:
+        stopped = not run.judge(0, begin)
+    while progress["epoch"] < args.epochs and not stopped and not run.out_of_patience():
+        since = time.perf_counter()
+        stopped = run.steps()
+        worked += time.perf_counter() - since
+        if not stopped:
+            run.average()
+            stopped = not run.judge(progress["epoch"] + 1, since)
+    if stopped:
+        run.leave()
+    return run.report(time.perf_counter() - begin, (progress["samples_seen"] - before) / worked if worked else None)
 
 
 def log_window(window, progress, log, order, lr, world, args, counts):
