@@ -21,6 +21,7 @@ import math
 import os
 import pickle
 import platform
+import re
 import statistics
 import struct
 import sys
@@ -65,15 +66,19 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+# of RuntimeErrors: csrc's, which knows no UserError, and the allocators' of what is too large for this machine
+ONE_LINE = "^RESNET50_|can't allocate memory|Storage size calculation overflowed|CUDA out of memory"
+
+
 def run_script(main, args, prog):
     """main(args) -> a dict or None; the dict becomes the last line of stdout, a UserError or Ctrl-C one line and a
     status."""
     try:
         result = main(args)
     except (UserError, RuntimeError) as error:
-        if not isinstance(error, UserError) and not str(error).startswith("RESNET50_"):  # csrc knows no UserError
-            raise
         message, _, _ = str(error).partition("\n")
+        if not isinstance(error, UserError) and not re.search(ONE_LINE, message):
+            raise
         print(f"{prog}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "code", 2))
     except KeyboardInterrupt:  # where nothing is to be kept: while something is loaded, or in a script that only reads
@@ -1420,14 +1425,13 @@ def between(low, high=math.inf, kind=int, above=False, below=False):
     return number
 
 
-positive, amount = between(1), between(0.0, kind=float)
+positive, amount = between(1, 10 ** 9), between(0.0, kind=float)
 fraction, below_one, above_zero = (between(0.0, 1.0, float, **k) for k in ({}, dict(below=True), dict(above=True)))
 
 
 def device_name(text):
     """An argparse type"""
-    kind, colon, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or colon and not (kind == "cuda" and index.isdecimal()):
+    if text not in ("cpu", "cuda", *map("cuda:{}".format, range(128))):  # as far as PyTorch counts
         raise argparse.ArgumentTypeError(f"{text} is none of cpu, cuda and cuda:N")
     return text
 

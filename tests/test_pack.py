@@ -499,7 +499,7 @@ def test_a_full_disk(folder, tmp_path, run):
 
 @pytest.mark.parametrize("flags, complaint, code", [
     ([], "one of --lossless", 2), (["--raw", 9, "--lossless"], "one of --lossless", 2),
-    (["--raw", 0], "--raw: 0 must be at least 1", 2), (["--raw", 9, "--workers", -1], "--workers: -1 must be", 2),
+    (["--raw", 0], "--raw: 0 must lie in [1, 1e+09]", 2), (["--raw", 9, "--workers", -1], "--workers: -1 must be", 2),
     (["--raw", 9, "--quality", 5], "goes with --max-side", 2), (["--raw", 9, "--shards", -1], "--shards: -1 must", 2),
     (["--max-side", 9, "--quality", 0], "--quality: 0 must lie in", 2), (["--max-side", 0], "--max-side: 0 must", 2),
     (["--lossless", "--exif"], "--exif: a lossless pack", 2), (["--raw", 9, "--pack", "nowhere"], "no such folder", 3)])

@@ -403,6 +403,19 @@ def test_ctrl_c_is_one_line():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "test: interrupted\n")
 
 
+def test_what_is_too_large_is_one_line(capsys):
+    parse = resnet50.get_args_parser().parse_args
+    for flag in "--batch-size", "--image-size":
+        with pytest.raises(SystemExit) as caught:
+            resnet50.run_script(resnet50.main, parse(["--device", "cpu", flag, str(10 ** 9)]), "test")
+        said, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("test: error: "))
+        assert caught.value.code == 2 and "can't allocate memory" in said
+    for flags in ["--batch-size", str(10 ** 30)], ["--device", "cuda:9999999999"], ["--device", "cuda:\u0663"]:
+        with pytest.raises(SystemExit) as caught:
+            parse(flags)
+        assert caught.value.code == 2
+
+
 def test_command_line(tmp_path):
     def call(*args, **env):
         return subprocess.run([sys.executable, "resnet50.py", "--device", "cpu", *args], capture_output=True, text=True,
