@@ -409,7 +409,7 @@ def plain_operations():
 def example_pixels(size, count, seed=0):
     """-> uint8 (count, 3, size, size), channels_last: noise, smooth colours, black, white, squares, and so on"""
     rng = torch.Generator().manual_seed(seed)
-    images = []
+    images = torch.empty((count, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
     for i in range(count):
         kind = i % 5
         if kind == 0:
@@ -420,8 +420,8 @@ def example_pixels(size, count, seed=0):
             image = (torch.arange(size)[:, None] // 9 + torch.arange(size) // 7).remainder(2).expand(3, -1, -1) * 255
         else:
             image = torch.full((3, size, size), 255 * (kind - 2))
-        images.append(image.clamp(0, 255).to(torch.uint8))
-    return torch.stack(images).contiguous(memory_format=torch.channels_last)
+        images[i] = image.clamp(0, 255)
+    return images
 
 
 def feed(pixels, model, as_pixels):
@@ -439,6 +439,8 @@ class Case:
         with torch.no_grad():
             logits = predict(model, pixels)
             wanted = exported.head(logits)
+        if not logits.isfinite().all():
+            raise UserError("the network's own logits are not all finite; nothing was written")
         self.logits, self.softmax = logits.numpy(), exported.softmax
         self.wanted = [w.numpy() for w in wanted] if exported.top_k else [wanted.numpy()]
 

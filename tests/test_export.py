@@ -443,6 +443,14 @@ def test_what_is_not_a_number_is_a_difference(checkpoint):
     assert found["max_difference"] == np.inf and found["argmax_agreement"] == 50
     with pytest.raises(UserError, match="computes something else"):
         export.judge(found, "coarse", "it")
+    model.fc.bias.data[0] = np.nan
+    with pytest.raises(UserError, match="the network's own logits are not all finite"):
+        export.Case(case.pixels, model, export.Exported(model, softmax=True))
+
+
+def test_a_batch_beyond_all_memory_is_refused_at_once():
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        export.example_pixels(1000, 10 ** 9)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(softmax=True), dict(top_k=2), dict(softmax=True, top_k=2)], ids=str)
