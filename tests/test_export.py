@@ -202,6 +202,7 @@ def test_a_file_says_what_it_is(precision, flags, outputs, checkpoint, call):
     assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == beside["input"]["shape"]
     assert [o.name for o in graph.output] == outputs and found["images"] == 6
     assert sizes(found["file"]) == ["resnet50.onnx", "resnet50.onnx.json"]
+    assert found["opset"] == model.opset_import[0].version == 20
     assert not any(v.external_data for v in graph.initializer)
 
 
@@ -390,11 +391,25 @@ def test_engines_are_built_and_compared(trtexec, checkpoint, call, monkeypatch):
     assert first["optShapes"] == f"input:8x3x{SIDE}x{SIDE}" and first["maxShapes"] == f"input:16x3x{SIDE}x{SIDE}"
     found = call(checkpoint("plain", "float"), "--format", "tensorrt", "--pixels", "--overwrite")
     assert found["runtimes"]["tensorrt"]["max_difference"] < 1e-4 and found["precision"] == "float32"
-    monkeypatch.setattr(export, "tensorrt_call", lambda path: lambda x: [np.ones((len(x), 7), np.float32)])
     before = os.path.getmtime(found["file"])
-    with pytest.raises(UserError, match="the engine computes something else"):
-        call(checkpoint("plain", "float"), "--format", "tensorrt", "--pixels", "--overwrite")
+    for wrong, words in ((lambda y: np.float32(1.2) * y, "the engine computes something else"),
+                         (lambda y: 1 / 0, "the engine does not run: ZeroDivisionError")):
+        def engine(path, wrong=wrong):
+            run = export.onnxruntime_call(path)
+            return lambda x: [wrong(run(x)[0])]
+        monkeypatch.setattr(export, "tensorrt_call", engine)
+        with pytest.raises(UserError, match=words):
+            call(checkpoint("plain", "float"), "--format", "tensorrt", "--pixels", "--overwrite")
     assert os.path.getmtime(found["file"]) == before
+
+
+def test_an_engine_is_tuned_for_a_batch_that_it_takes(checkpoint, monkeypatch):
+    flags, exported = [], export.Exported(load(checkpoint("pruned", "float")))
+    monkeypatch.setattr(export, "installed", lambda package: False)
+    monkeypatch.setattr(export, "trtexec", lambda *f: flags.extend(f) or open(f[1].partition("=")[2], "w").close())
+    args = export.get_args_parser().parse_args(["--image-size", "9", "--dynamic-batch", "--max-batch", "6"])
+    export.tensorrt_engine(b"", args, exported)
+    assert flags[-3:] == [f"--{k}Shapes=input:{n}x3x9x9" for k, n in (("min", 1), ("opt", 6), ("max", 6))]
 
 
 def test_what_tensorrt_refuses_is_said(trtexec, checkpoint, call, monkeypatch, tmp_path):
@@ -438,6 +453,8 @@ def test_what_is_not_a_number_is_a_difference(checkpoint):
     wrong = case.wanted[0].copy()
     assert export.compare(lambda x: [wrong], [case]) == dict(max_difference=0.0, argmax_agreement=100.0, regret=0.0,
                                                              images=2)
+    with pytest.raises(UserError, match="gives float64 .2, 7., expected float32 .2, 7."):
+        export.compare(lambda x: [wrong.astype(float)], [case])
     wrong[1, 3] = np.nan
     found = export.compare(lambda x: [wrong], [case])
     assert found["max_difference"] == np.inf and found["argmax_agreement"] == 50
@@ -636,6 +653,13 @@ def test_images_are_turned_where_training_turned_them(tmp_path):
     assert about["preprocess"]["exif"] is True and about["wnids"] == CLASSES[::-1]
     transform = data.eval_transform(export.geometry(model, 32))
     assert torch.equal(case.pixels[0].permute(1, 2, 0), transform(picture.transpose(Image.Transpose.ROTATE_270)))
+    args.dynamic_batch, args.batch_size = False, 2  # a file for two takes no one image
+    with pytest.raises(UserError, match="fewer than 2 images"):
+        export.real_images(args, model, resnet50.load_checkpoint(tmp_path / "c.pt"), export.Exported(model))
+    for name in "bc":
+        picture.save(tmp_path / f"{name}.png")
+    case, = export.real_images(args, model, resnet50.load_checkpoint(tmp_path / "c.pt"), export.Exported(model))
+    assert len(case.pixels) == 2
 
 
 def test_benchmark_says_how_much_faster_than_pytorch(checkpoint, monkeypatch):
