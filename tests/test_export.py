@@ -321,7 +321,10 @@ def test_torch_files_with_the_largest_classes(kind, checkpoint, call):
     path, shown = checkpoint("pruned", "float"), photographs(9, SIDE, SIDE, seed=5)  # more than the checks have
     flags = ["--format", "torchscript", "--script"] if kind == "script" else ["--format", kind]
     file = call(path, *flags, "--dynamic-batch", "--softmax", "--top-k", 3)["file"]
-    model = torch.export.load(file).module() if kind == "torch-export" else torch.jit.load(file)
+    model = torch.export.load(file) if kind == "torch-export" else torch.jit.load(file)
+    if kind == "torch-export":
+        assert [span.upper for span in model.range_constraints.values()] == [32]
+        model = model.module()
     values, classes = model(export.feed(shown, load(path), False))
     wanted = torch.from_numpy(logits(path, shown)).softmax(1).topk(3)
     assert torch.allclose(values, wanted.values, atol=1e-6) and torch.equal(classes, wanted.indices)
@@ -460,6 +463,10 @@ def test_what_is_not_a_number_is_a_difference(checkpoint):
     assert found["max_difference"] == np.inf and found["argmax_agreement"] == 50
     with pytest.raises(UserError, match="computes something else"):
         export.judge(found, "coarse", "it")
+    sure = export.Case(case.pixels, model, export.Exported(model, softmax=True))
+    sure.wanted[0][:, 3], wrong = 1e-9, sure.wanted[0].copy()
+    wrong[:, 3] = 1e-8
+    assert export.compare(lambda x: [wrong], [sure])["max_difference"] > 1
     model.fc.bias.data[0] = np.nan
     with pytest.raises(UserError, match="the network's own logits are not all finite"):
         export.Case(case.pixels, model, export.Exported(model, softmax=True))
@@ -614,6 +621,7 @@ def test_images_of_a_folder_are_compared(checkpoint, call, tiny, monkeypatch, tm
     monkeypatch.setattr(export, "RUNTIMES", {})
     found = call(checkpoint("plain", "int8"), *flags, "--overwrite")
     assert found["runtimes"]["onnx.reference"]["on_images"]["argmax_agreement"] == 100
+    assert found["runtimes"]["onnx.reference"]["batch"] == 1 and "100.0 % of 6 images" in list(export.table(found))[1]
 
     monkeypatch.setattr(export, "RUNTIMES", {"json": lambda path: lambda x: [np.full((len(x), 7), np.nan, np.float32)]})
     assert call(checkpoint("plain", "int8"), "--overwrite")["runtimes"] == {
