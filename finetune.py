@@ -1054,65 +1054,80 @@ def annotations(root, eval_only):
     return found
 
 
+ODD_BOXES = (  # what a person should look at
+    "images have another size than was annotated, made smaller or turned by a tag that is not followed here: their "
+    "boxes may lie elsewhere:",
+    "images have boxes that lie outside of them: were they annotated at another size?",
+    "boxes without an area, or outside of their image, are left out:")
+
+
+def cut_boxes(boxes, index, width, height):
+    """What read_voc() says of one image's boxes, and {class: label} -> Boxes, cut to the image, of those that have an
+    area then; how many have none; whether one lies beyond the image"""
+    corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
+    beyond = bool((corners[:, :2] >= (width, height)).any())
+    corners = np.clip(corners, 0, [width, height, width, height])
+    good = (corners[:, 2:] - corners[:, :2] > 0.01).all(1)  # less may be nothing in float32
+    rows = [(index[b[0]], *b[5:]) for b, use in zip(boxes, good) if use]
+    columns = (np.array([r[i] for r in rows], dtype=kind) for i, kind in enumerate((int, float, bool, bool)))
+    return Boxes(corners[good], *columns), int((~good).sum()), beyond
+
+
+def open_split(root, entries, classes, args, odd):
+    """What read_voc() says of one split -> Files, {path: Boxes}, notes on what is left out. Adds to `odd`, lists of the
+    paths that ODD_BOXES speaks of"""
+    kept, known, notes, index = [], {}, [], {name: i + 1 for i, name in enumerate(classes)}
+    for path, stated, boxes in entries:
+        name = os.path.relpath(path, root)  # without what a COCO file_name may have, ./ and ../
+        path = os.path.join(root, name)
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
+            notes.append(f"{path} is left out: {error}")
+            continue
+        if strange := sorted({b[0] for b in boxes} - set(index)):
+            raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
+        known[path], empty, beyond = cut_boxes(boxes, index, *size)
+        for paths, times in zip(odd, (stated not in (None, size), beyond, empty)):
+            paths += [path] * times
+        kept.append(name)
+    return data.Files(root, kept, np.zeros(len(kept))), known, notes
+
+
+def hold_out(files, args, held):
+    """Files of a folder without a validation set -> {split: Files} by data.hash_split, and a note. --val-split is the
+    share, else `held`, where 0 is everything: nobody learned here"""
+    none = f"{files.root}: no validation set, "
+    if args.val_split is None and held == 0:
+        return dict(val=files), none + "all of it is scored; --val-split 0.1 scores what training here holds out"
+    first, last = data.hash_split(files, held if args.val_split is None else args.val_split)
+    return (dict(train=first, val=last),
+            none + f"{len(last)} of {len(files)} images held out by a hash of their names")
+
+
 def open_boxes(root, args, classes=None, held=None, stop=None):
-    """-> (train Files, with --eval-only perhaps None, val Files, classes, {path: Boxes}, notes). Boxes are cut to the
-    image, and those without an area are left out. Without a validation set data.hash_split makes one of --val-split,
-    else of `held`, where 0 is everything: nobody learned here. UserError names what cannot be read, unless --on-corrupt
-    skip, which leaves it out."""
-    found, notes, known = annotations(root, args.eval_only), [], {}
+    """-> (train Files, with --eval-only perhaps None, val Files, classes, {path: Boxes}, notes); `held` as in
+    hold_out(). UserError names what cannot be read, unless --on-corrupt skip, which leaves it out."""
+    found, notes, known, files = annotations(root, args.eval_only), [], {}, {}
     if "val" in found and args.val_split is not None:
         raise UserError(f"--val-split: {root} has a validation set of its own", code=2)
     train.check_corrupt([c for _, complaints in found.values() for c in complaints], args.on_corrupt)
     classes = classes or sorted({box[0] for *_, boxes in found["train"][0] for box in boxes})
     if not classes:
         raise UserError(f"{root}: not one box in the training annotations")
-    index, files, empty, beyond, other = {name: i + 1 for i, name in enumerate(classes)}, {}, [], [], []
+    odd = [[] for _ in ODD_BOXES]
     for split, (entries, complaints) in found.items():
         if complaints:
             notes.append(f"{len(complaints)} {split} annotations are left out: {some(complaints)}")
-        kept = []
-        for path, stated, boxes in entries:
-            name = os.path.relpath(path, root)  # without what a COCO file_name may have, ./ and ../
-            path = os.path.join(root, name)
-            try:
-                with Image.open(path) as image:
-                    width, height = image.size
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
-                notes.append(f"{path} is left out: {error}")
-                continue
-            other += [path] * (stated not in (None, (width, height)))
-            strange = sorted({b[0] for b in boxes} - set(index))
-            if strange:
-                raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
-            corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
-            if ((corners[:, 0] >= width) | (corners[:, 1] >= height)).any():
-                beyond.append(path)
-            corners = np.clip(corners, 0, [width, height, width, height])
-            good = (corners[:, 2:] - corners[:, :2] > 0.01).all(1)  # less may be nothing in float32
-            empty += [path] * int((~good).sum())
-            rows = [(index[b[0]], *b[5:]) for b, use in zip(boxes, good) if use]
-            known[path] = Boxes(corners[good], *(np.array([r[i] for r in rows], dtype=kind)
-                                                 for i, kind in enumerate((int, float, bool, bool))))
-            kept.append(name)
-        files[split] = data.Files(root, kept, np.zeros(len(kept)))
-    if other:
-        notes.append(f"{len(other)} images have another size than was annotated, made smaller or turned by a tag that "
-                     f"is not followed here: their boxes may lie elsewhere: {some(other)}")
-    if beyond:
-        notes.append(f"{len(beyond)} images have boxes that lie outside of them: were they annotated at another size? "
-                     + some(beyond))
-    if empty:
-        notes.append(f"{len(empty)} boxes without an area, or outside of their image, are left out: {some(empty)}")
-    if "val" not in files and args.val_split is None and held == 0:
-        files = dict(val=files["train"])
-        notes.append(f"{root}: no validation set, all of it is scored; --val-split 0.1 scores what training here holds "
-                     "out")
-    elif "val" not in files:
-        first, last = data.hash_split(files["train"], held if args.val_split is None else args.val_split)
-        files = dict(train=first, val=last)
-        notes.append(f"{root}: no validation set, {len(last)} of {len(first) + len(last)} images held out by a hash of "
-                     "their names")
+        files[split], boxes, more = open_split(root, entries, classes, args, odd)
+        known.update(boxes)
+        notes += more
+    notes += [f"{len(paths)} {what} {some(paths)}" for what, paths in zip(ODD_BOXES, odd) if paths]
+    if "val" not in files:
+        files, note = hold_out(files["train"], args, held)
+        notes.append(note)
     if not args.eval_only:
         *parts, more, _ = leave_out(files["train"], files["val"], args, stop)
         files, notes = dict(zip(("train", "val"), parts)), notes + more
