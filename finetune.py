@@ -1006,46 +1006,52 @@ def read_coco(path, folders):
         raise UserError(f"{path}: not COCO annotations ({type(error).__name__}: {error})") from error
 
 
+def folders_in(root, *names):
+    paths = [os.path.join(root, n) for n in names]  # to some systems Annotations is annotations
+    return list({os.stat(p).st_ino: p for p in paths if os.path.isdir(p)}.values())
+
+
+def xmls_in(folder):
+    return [os.path.join(folder, n) for n in sorted(os.listdir(folder))
+            if n.lower().endswith(".xml") and not n.startswith(".")]
+
+
+def common_folder(root, notes, eval_only):
+    """annotations() where the folder `notes` has all splits': told apart by json files' names or by lists of images"""
+    lists, found = os.path.join(root, "ImageSets", "Main"), {}
+    pictures = [*folders_in(root, "images", "JPEGImages"), root]
+    for split, names in (("train", ("train", "trainval")), ("val", ("val", "test")[:1 + eval_only])):
+        listed = [path for n in names if os.path.isfile(path := os.path.join(lists, n + ".txt"))]
+        jsons = [n for n in sorted(os.listdir(notes)) if re.fullmatch(rf"(instances_)?{split}.*\.json", n)]
+        if jsons:  # annotations/instances_train2017.json and train2017/
+            name = jsons[0].removesuffix(".json").removeprefix("instances_")
+            found[split] = read_coco(os.path.join(notes, jsons[0]),
+                                     [os.path.join(p, name) for p in pictures] + pictures)
+            found[split][1].extend(f"{os.path.join(notes, n)}: not read, as {jsons[0]} is" for n in jsons[1:])
+        elif listed:
+            with open(listed[0], encoding="utf-8-sig", errors="surrogateescape") as f:
+                lines = [line.strip() for line in f if line.strip()]
+            # a class's own list has 1 or -1 behind each name, and a name may have blanks
+            stems = dict.fromkeys(n if os.path.isfile(os.path.join(notes, n + ".xml")) else n.split()[0] for n in lines)
+            found[split] = read_voc([os.path.join(notes, s + ".xml") for s in stems], pictures)
+    files = [] if found else xmls_in(notes)
+    return dict(train=read_voc(files, pictures)) if files else found
+
+
 def annotations(root, eval_only):
     """-> {split: what read_voc() returns} of the layouts in the README; only "train" where there is no validation set,
     and only that one where it is all that is scored"""
-    def inside(folder, *names):
-        paths = [os.path.join(folder, n) for n in names]  # to some systems Annotations is annotations
-        return list({os.stat(p).st_ino: p for p in paths if os.path.isdir(p)}.values())
-
-    def xmls(folder):
-        return [os.path.join(folder, n) for n in sorted(os.listdir(folder))
-                if n.lower().endswith(".xml") and not n.startswith(".")]
     if not os.path.isdir(root):
         raise UserError(f"{root}: no such folder")
-    found = {}
+    found, notes = {}, ("annotations", "Annotations")
     for split, names in (("train", ("train",)), ("val", data.VAL_NAMES)):
-        for folder in inside(root, *names):  # a folder for each split
-            if os.path.isfile(os.path.join(folder, "_annotations.coco.json")):
-                found[split] = read_coco(os.path.join(folder, "_annotations.coco.json"), [folder])
-            elif files := [x for sub in [*inside(folder, "annotations", "Annotations"), folder] for x in xmls(sub)]:
-                found[split] = read_voc(files, [*inside(folder, "images", "JPEGImages"), folder])
-    notes = inside(root, "annotations", "Annotations")
-    if not found and notes:
-        lists = os.path.join(root, "ImageSets", "Main")
-        pictures = [*inside(root, "images", "JPEGImages"), root]
-        for split, names in (("train", ("train", "trainval")), ("val", ("val", "test")[:1 + eval_only])):
-            listed = [path for n in names if os.path.isfile(path := os.path.join(lists, n + ".txt"))]
-            jsons = [n for n in sorted(os.listdir(notes[0])) if re.fullmatch(rf"(instances_)?{split}.*\.json", n)]
-            if jsons:  # annotations/instances_train2017.json and train2017/
-                name = jsons[0].removesuffix(".json").removeprefix("instances_")
-                found[split] = read_coco(os.path.join(notes[0], jsons[0]),
-                                         [os.path.join(p, name) for p in pictures] + pictures)
-                found[split][1].extend(f"{os.path.join(notes[0], n)}: not read, as {jsons[0]} is" for n in jsons[1:])
-            elif listed:
-                with open(listed[0], encoding="utf-8-sig", errors="surrogateescape") as f:
-                    lines = [line.strip() for line in f if line.strip()]
-                # a class's own list has 1 or -1 behind each name, and a name may have blanks
-                stems = dict.fromkeys(n if os.path.isfile(os.path.join(notes[0], n + ".xml")) else n.split()[0]
-                                      for n in lines)
-                found[split] = read_voc([os.path.join(notes[0], s + ".xml") for s in stems], pictures)
-        if not found and xmls(notes[0]):
-            found["train"] = read_voc(xmls(notes[0]), pictures)
+        for folder in folders_in(root, *names):  # a folder for each split
+            if os.path.isfile(coco := os.path.join(folder, "_annotations.coco.json")):
+                found[split] = read_coco(coco, [folder])
+            elif files := [path for sub in [*folders_in(folder, *notes), folder] for path in xmls_in(sub)]:
+                found[split] = read_voc(files, [*folders_in(folder, "images", "JPEGImages"), folder])
+    if not found and (common := folders_in(root, *notes)):
+        found = common_folder(root, common[0], eval_only)
     if eval_only and "val" in found:
         return dict(val=found["val"])
     if "train" not in found:
