@@ -165,9 +165,28 @@ def changed(args, **values):
     return argparse.Namespace(**{**vars(args), **values})
 
 
+def at_odds(args, kind):
+    """-> {text: whether it applies} of flags that exclude each other or lack another, for a strategy of that kind"""
+    if args.task == "detect":
+        return {"--task detect needs --data": not args.data,
+                "--batch-size auto: not with --task detect": args.batch_size == "auto"}
+    only = args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"
+    wrong = kind == "head" and beyond_head(changed(args, then=None))  # whose classes are not known yet
+    return {
+        "--batch-size auto: --lr-find needs a number": args.lr_find and args.batch_size == "auto",
+        f"--model {args.model}: --grad-checkpointing, --stem, --attention, --stride-on and --strategy adapter are "
+        "ResNet-50's": args.model and only,
+        f"{wrong}: --strategy head sees features that are computed once, and trains nothing below; name another": wrong,
+        "--checkpoint and --weights exclude each other": args.model and args.checkpoint and args.weights,
+        "--ohem: a mixed image is neither hard nor easy; give it without --mixup-alpha and --cutmix-alpha":
+            args.ohem < 1 and (args.mixup_alpha or args.cutmix_alpha),
+        "--search decides the rate by itself, for one data set: no --then, no --lr-find":
+            args.search and (args.then or args.lr_find),
+        "--compile: alignment watches the features, which a compiled network does not show":
+            args.target_domain and args.align != "none" and args.compile}
+
+
 def check_args(args):
-    def refuse(text):
-        raise UserError(text, code=2)
     asked = ["--config", args.config] if args.eval_only and args.config else []
     usual = get_args_parser().parse_args(["--task", args.task, *asked] + ["--eval-only"] * args.eval_only)
     kind = args.strategy.partition(":")[0]
@@ -190,27 +209,8 @@ def check_args(args):
         (not args.eval_only, "training; --eval-only scores what --checkpoint holds", "model",
          *("weights", "stride_on", "attention", "stem") * (args.task == "detect")))
     train.check_args(args, usual)
-    if args.task == "detect":
-        if not args.data:
-            refuse("--task detect needs --data")
-        if args.batch_size == "auto":
-            refuse("--batch-size auto: not with --task detect")
-        return
-    if args.lr_find and args.batch_size == "auto":
-        refuse("--batch-size auto: --lr-find needs a number")
-    if args.model and (args.grad_checkpointing or args.stem or args.attention or args.stride_on or kind == "adapter"):
-        refuse(f"--model {args.model}: --grad-checkpointing, --stem, --attention, --stride-on and --strategy adapter "
-               "are ResNet-50's")
-    if kind == "head" and (wrong := beyond_head(changed(args, then=None))):  # whose classes are not known yet
-        refuse(f"{wrong}: --strategy head sees features that are computed once, and trains nothing below; name another")
-    if args.model and args.checkpoint and args.weights:
-        refuse("--checkpoint and --weights exclude each other")
-    if args.ohem < 1 and (args.mixup_alpha or args.cutmix_alpha):
-        refuse("--ohem: a mixed image is neither hard nor easy; give it without --mixup-alpha and --cutmix-alpha")
-    if args.search and (args.then or args.lr_find):
-        refuse("--search decides the rate by itself, for one data set: no --then, no --lr-find")
-    if args.target_domain and args.align != "none" and args.compile:
-        refuse("--compile: alignment watches the features, which a compiled network does not show")
+    if wrong := [text for text, applies in at_odds(args, kind).items() if applies]:
+        raise UserError(wrong[0], code=2)
 
 
 def beyond_head(args):
