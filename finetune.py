@@ -720,10 +720,8 @@ def recolouring(source, target, ridge=10.0):
 
 # ------------------------------------------------------------------------------------------------- rates and searches
 
-def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
-    """Trains a copy with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate around which
-    the smoothed loss falls most; leaves OUT/lr.svg. It is --lr's, for --lr-base-size: new parts learn faster as
-    ever."""
+def range_test(plan, args, world, rates):
+    """Trains a copy, a step at each rate -> smoothed losses, up to where it diverges, and images in a step"""
     files, classes = plan.sets[0], plan.sets[2]
     model = plan.model(args, classes).to(world.device, memory_format=torch.channels_last).train()
     optimizer = train.make_optimizer(model, args.opt, args.weight_decay, args.momentum, plan.share)
@@ -733,7 +731,6 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
         files, lambda _: data.train_transform(args.image_size, model.preprocess, args), args, True)
     order = data.Order(files.labels, min(args.batch_size, len(files)), seed=args.seed, balanced=args.balanced)
     loader, losses, smooth = data.make_loader(images, order, workers, world.device), [], 0.0
-    rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
 
     def batches():
         for epoch in itertools.count():
@@ -754,6 +751,14 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
         losses.append(smooth / (1 - 0.9 ** (len(losses) + 1)))
         if losses[-1] > 3 * min(losses):
             break
+    return losses, order.global_batch
+
+
+def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
+    """range_test() with a rate that grows from step to step (Smith, arXiv 1506.01186) -> the rate around which the loss
+    falls most; leaves OUT/lr.svg. It is --lr's, for --lr-base-size: new parts learn faster as ever."""
+    rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
+    losses, batch = range_test(plan, args, world, rates)
     if not losses:
         raise UserError("--lr-find: training diverged at once", code=4)
     # Over a factor of ten: from one step to the next the batches' noise is greater than the fall. What comes after the
@@ -761,10 +766,9 @@ def find_lr(plan, args, world, steps=80, low=1e-6, high=1e-1):
     half, upto = steps // 10, int(np.argmin(losses)) + 1
     falls = np.subtract(losses[2 * half:upto], losses[:max(0, upto - 2 * half)])
     chosen = rates[half + int(np.argmin(falls))] if len(falls) else low
-    rates = rates[:len(losses)]
     if world.rank == 0:
-        write_atomic(os.path.join(args.out, "lr.svg"), rates_svg(rates, losses, chosen).encode())
-    return chosen * args.lr_base_size / order.global_batch if args.lr_base_size else chosen
+        write_atomic(os.path.join(args.out, "lr.svg"), rates_svg(rates[:len(losses)], losses, chosen).encode())
+    return chosen * args.lr_base_size / batch if args.lr_base_size else chosen
 
 
 def rates_svg(rates, losses, chosen):
