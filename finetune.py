@@ -226,9 +226,14 @@ def other_views(args):
     return args.views != get_args_parser().get_default("views")
 
 
+def linear_head(model):
+    """-> whether its head can learn from features of whole images, as a convolution cannot"""
+    return isinstance(model.get_submodule(head_of(model)), nn.Linear)
+
+
 def head_alone(args, model):
-    """-> whether a head on cached features can do what the flags ask; a convolution reads none of whole images"""
-    return isinstance(model.get_submodule(head_of(model)), nn.Linear) and not beyond_head(args)
+    """-> whether a head on cached features can do what the flags ask"""
+    return linear_head(model) and not beyond_head(args)
 
 
 # ----------------------------------------------------------------------------------------------------- the network
@@ -1558,10 +1563,13 @@ def begin_run(args, world, resume):
     train.begin_run(args, world, resume)
 
 
-def classify(args, world, stop, asked=None, before=lambda: None):
-    """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more,
-    which `before` begins once nothing can be refused any more"""
-    begin, resume = time.perf_counter(), open_run(args, world)
+# What a FineTuning has beside its flags, and the runs of a classify() in common. sets: training and validation Files,
+# classes, wnids
+Start = collections.namedtuple("Start", "world stop source sets notes new_head cache")
+
+
+def open_start(args, world, stop):
+    """-> Start, from the network and the data that the flags name"""
     model, checkpoint, source = load_source(args)
     *sets, notes = check_data(train.Plan().open(args, world), args, stop)
     if sets[3] is None:
@@ -1572,76 +1580,101 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
     notes += [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
               f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
+    return Start(world, stop, model, sets, notes, not known, os.path.join(args.out, "features.pt"))
+
+
+def try_out(args, start, asked):
+    """Refuses what can be, before what --overwrite deletes is gone -> the strategies that --search chooses from"""
+    model = start.source
     kinds = ["head"] * head_alone(args, model) + ["gradual", "full"] if args.strategy == "auto" else [args.strategy]
     if args.search and args.search > (most := len(SEARCHED) * len(kinds)):
         raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {most} settings", code=2)
-    linear = isinstance(model.get_submodule(head_of(model)), nn.Linear)
-    # tried out, as far as something may be refused, before what --overwrite deletes is gone
     trial = changed(args, strategy=kinds[-1] if args.search else args.strategy)
-    resolve(trial, model, len(sets[0]))
-    leads = linear and (not known or args.then)  # or the next part's does
+    resolve(trial, model, len(start.sets[0]))
+    leads = linear_head(model) and (start.new_head or args.then)  # or the next part's does
     if other_views(args) and trial.strategy == "gradual" and not leads and not args.search and not asked:
         raise UserError(f"--views {args.views}: no head is trained on features here, it is "
-                        f"{'kept' if linear else 'a convolution'}", code=2)
-    FineTuning(trial, world, stop, model, sets, notes, not known, None).rehearse()
+                        f"{'kept' if linear_head(model) else 'a convolution'}", code=2)
+    FineTuning(trial, *start).rehearse()
+    return kinds
+
+
+def lead(args, start, epochs):
+    """Trains the head that gradual begins with, in OUT/head -> Start of what follows, seconds"""
+    last = os.path.join(args.out, "last.pt") if args.resume == "auto" else args.resume
+    if last and os.path.exists(last):  # which holds what the head has become
+        source = rebuilt(start.source, args.seed, True, num_classes=len(start.sets[2]))
+        return start._replace(source=source, new_head=False), 0.0
+    # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
+    first = changed(args, **BEYOND_HEAD, strategy="head", epochs=epochs, target_domain=None,
+                    out=os.path.join(args.out, "head"), resume=args.resume and "auto")
+    *notes, note = start.notes
+    plan = FineTuning(first, *start._replace(notes=[*notes, f"{note}: the head alone"]))
+    head = train.train(first, start.world, start.stop, plan)
+    start.world.barrier()
+    path = head["checkpoint"]
+    return start._replace(source=build_model(load_checkpoint(path), path), notes=[f"network: {path}", note],
+                          new_head=False), head["seconds"]
+
+
+def one_run(args, start, head_epochs, resume=None, asked=None):
+    """Trains one setting, for gradual after `head_epochs` of its head -> train.train()'s result"""
+    note = resolve(args, start.source, len(start.sets[0]))
+    start, spent = start._replace(notes=[*start.notes, note]), 0.0
+    if args.strategy == "gradual" and start.new_head and linear_head(start.source):
+        start, spent = lead(args, start, head_epochs)
+    plan = FineTuning(args, *start)
+    if args.lr_find and resume:  # a part's args.json is not read again
+        args.lr = load_checkpoint(resume)["args"]["lr"]
+    elif args.lr_find:
+        args.lr = find_lr(plan, args, start.world)
+        plan.notes.append(f"learning rate {args.lr:.3g} by the range test, see {args.out}/lr.svg")
+    plan.asked = asked
+    result = train.train(args, start.world, start.stop, plan)
+    return dict(result, seconds=round(spent + result["seconds"], 1))
+
+
+def searched(args, start, kinds):
+    """search(), or what OUT/search.json has of it where the run is resumed, printed"""
+    path = os.path.join(args.out, "search.json")
+    if args.resume and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            rows, best = json.load(file)
+        if (tried := sum(row["epochs"] == 1 for row in rows)) != args.search:
+            raise UserError(f"--search {args.search}: --resume found one of {tried} settings in {args.out}", 2)
+    else:
+        usual = STRATEGIES["head"]["epochs"]
+        rows, best = search(args, lambda part: one_run(part, start, min(part.epochs, usual)), kinds)
+    if start.world.rank == 0:
+        write_atomic(path, json.dumps([rows, best], indent=1).encode())
+        lines = ["{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows]
+        print("\n".join(["{:12}{:>10}{:>8}{:>8}{:>9}{:>7}".format("strategy", "lr", "epochs", "top-1", "loss", "s"),
+                         *lines, f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
+    return rows, best
+
+
+def classify(args, world, stop, asked=None, before=lambda: None):
+    """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more,
+    which `before` begins once nothing can be refused any more"""
+    begin, resume = time.perf_counter(), open_run(args, world)
+    start, extra = open_start(args, world, stop), {}
+    kinds = try_out(args, start, asked)
     before()
     begin_run(args, world, resume)
-
-    def run(args, most=STRATEGIES["head"]["epochs"]):
-        """`most`: epochs of the head that gradual begins with"""
-        note = resolve(args, model, len(sets[0]))
-        begun, said, new_head, spent = model, notes + [note], not known, 0.0
-        leads = args.strategy == "gradual" and not known and linear
-        last = os.path.join(args.out, "last.pt") if args.resume == "auto" else args.resume
-        if leads and last and os.path.exists(last):  # which holds what the head has become
-            begun, new_head = rebuilt(model, args.seed, True, num_classes=len(classes)), False
-        elif leads:
-            # linear probing first leaves the features less to unlearn (Kumar et al., arXiv 2202.10054)
-            first = changed(args, **BEYOND_HEAD, strategy="head", epochs=most, target_domain=None,
-                            out=os.path.join(args.out, "head"), resume=args.resume and "auto")
-            plan = FineTuning(first, world, stop, model, sets, notes + [f"{note}: the head alone"], True, cache)
-            head = train.train(first, world, stop, plan)
-            path, spent = head["checkpoint"], head["seconds"]
-            world.barrier()
-            begun, said, new_head = build_model(load_checkpoint(path), path), [f"network: {path}", note], False
-        plan = FineTuning(args, world, stop, begun, sets, said, new_head, cache)
-        if args.lr_find and resume:  # a part's args.json is not read again
-            args.lr = load_checkpoint(resume)["args"]["lr"]
-        elif args.lr_find:
-            args.lr = find_lr(plan, args, world)
-            plan.notes.append(f"learning rate {args.lr:.3g} by the range test, see {args.out}/lr.svg")
-        plan.asked = asked
-        result = train.train(args, world, stop, plan)
-        return dict(result, seconds=round(spent + result["seconds"], 1))
-
-    cache, extra = os.path.join(args.out, "features.pt"), {}
     if args.search:
-        found = os.path.join(args.out, "search.json")
-        if args.resume and os.path.exists(found):
-            with open(found, encoding="utf-8") as file:
-                rows, best = json.load(file)
-            if (tried := sum(row["epochs"] == 1 for row in rows)) != args.search:
-                raise UserError(f"--search {args.search}: --resume found one of {tried} settings in {args.out}", 2)
-        else:
-            rows, best = search(args, lambda args: run(args, min(args.epochs, STRATEGIES["head"]["epochs"])), kinds)
-        extra["search"] = rows
-        if world.rank == 0:
-            write_atomic(found, json.dumps([rows, best], indent=1).encode())
-            lines = ["{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows]
-            print("\n".join(["{:12}{:>10}{:>8}{:>8}{:>9}{:>7}".format("strategy", "lr", "epochs", "top-1", "loss", "s"),
-                             *lines, f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
+        extra["search"], best = searched(args, start, kinds)
         asked = train.saved(args)  # with its strategy they would ask for a search of that one alone
         vars(args).update(best)
     args.overwrite = True  # open_run has looked; now the folder holds what this run put there
-    result = run(args)
+    result = one_run(args, start, STRATEGIES["head"]["epochs"], resume, asked)
     world.barrier()
     with contextlib.suppress(FileNotFoundError):
         if world.rank == 0:
-            os.unlink(cache)
-    best = build_model(load_checkpoint(result["checkpoint"]), result["checkpoint"]).to(world.device)
-    found = report(best, sets[1], classes, args, world)
+            os.unlink(start.cache)
+    best, classes = build_model(load_checkpoint(result["checkpoint"]), result["checkpoint"]), list(start.sets[2])
+    found = report(best.to(world.device), start.sets[1], classes, args, world)
     if args.target_domain:
-        extra.update(score_target(best, classes, sets[3], args, world))
+        extra.update(score_target(best, classes, start.sets[3], args, world))
     if args.strategy == "head":
         result["images_per_second"] = None  # of features, it says nothing
     return dict(result, **found, strategy=args.strategy, seconds=round(time.perf_counter() - begin, 1), **extra)
