@@ -300,8 +300,7 @@ def stages_of(model):
     head = head_of(model)
 
     def below(name):
-        return [p for n, p in model.named_parameters()
-                if n.startswith(name + ".") and not n.startswith(head + ".")]
+        return [p for n, p in model.named_parameters() if n.startswith(name + ".") and not n.startswith(head + ".")]
 
     def size(name):
         return sum(p.numel() for p in below(name))
@@ -854,9 +853,7 @@ def confusion_svg(matrix, classes):
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + n * cell + 20} {left + n * cell + 30}" '
            'font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>',
            f'<text x="{left}" y="{left + n * cell + 20}">rows: what it is; columns: what it was taken for</text>']
-    for i, j in itertools.product(range(n), range(n)):
-        if not matrix[i, j] and i != j:
-            continue
+    for i, j in np.argwhere((matrix > 0) | np.eye(n, dtype=bool)).tolist():
         red, x, y = i != j, left + j * cell, left + i * cell
         svg.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
                    f'fill="{"#c05020" if red else "#4878a8"}" fill-opacity="{0.08 + 0.92 * shares[i, j]:.3f}"><title>'
@@ -909,12 +906,9 @@ def report(model, val, classes, args, world, most=24):
         for name, text in (("csv", table.getvalue()), ("svg", confusion_svg(matrix, classes))):
             # a class has its folder's name, which may be any bytes
             write_atomic(os.path.join(args.out, f"confusion.{name}"), text.encode(errors="backslashreplace"))
-        tiles = []
-        for i in wrong[:most]:
-            image = data.load(val.path(i), args.exif)
-            p = logits[i].softmax(0)[predicted[i]].item()
-            tiles.append((image, f"{os.path.basename(val.path(i))}\nis {classes[labels[i]]}\n"
-                          f"taken for {classes[predicted[i]]}, {100 * p:.0f} %"))
+        tiles = [(data.load(val.path(i), args.exif), f"{os.path.basename(val.path(i))}\nis {classes[labels[i]]}\ntaken "
+                  f"for {classes[predicted[i]]}, {100 * logits[i].softmax(0)[predicted[i]].item():.0f} %")
+                 for i in wrong[:most]]
         path = os.path.join(args.out, "mistakes.png")
         if tiles:
             write_atomic(path, contact_sheet(tiles))
@@ -1069,44 +1063,33 @@ def annotations(root, eval_only):
     return found
 
 
-ODD_BOXES = (  # what a person should look at
-    "images have another size than was annotated, made smaller or turned by a tag that is not followed here: their "
-    "boxes may lie elsewhere:",
-    "images have boxes that lie outside of them: were they annotated at another size?",
-    "boxes without an area, or outside of their image, are left out:")
-
-
-def cut_boxes(boxes, index, width, height):
-    """What read_voc() says of one image's boxes, and {class: label} -> Boxes, cut to the image, of those that have an
-    area then; how many have none; whether one lies beyond the image"""
-    corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
-    beyond = bool((corners[:, :2] >= (width, height)).any())
-    corners = np.clip(corners, 0, [width, height, width, height])
-    good = (corners[:, 2:] - corners[:, :2] > 0.01).all(1)  # less may be nothing in float32
-    rows = [(index[b[0]], *b[5:]) for b, use in zip(boxes, good) if use]
-    columns = (np.array([r[i] for r in rows], dtype=kind) for i, kind in enumerate((int, float, bool, bool)))
-    return Boxes(corners[good], *columns), int((~good).sum()), beyond
-
-
 def open_split(root, entries, classes, args, odd):
-    """What read_voc() says of one split -> Files, {path: Boxes}, notes on what is left out. Adds to `odd`, lists of the
-    paths that ODD_BOXES speaks of"""
+    """What read_voc() says of one split -> Files, {path: Boxes}, notes on what is left out. Boxes are cut to the image,
+    and those without an area are left out. The lists `odd` get the paths of images of another size than stated, of
+    those with boxes beyond them, and of each box without an area"""
     kept, known, notes, index = [], {}, [], {name: i + 1 for i, name in enumerate(classes)}
+    other, beyond, empty = odd
     for path, stated, boxes in entries:
         name = os.path.relpath(path, root)  # without what a COCO file_name may have, ./ and ../
         path = os.path.join(root, name)
         try:
             with Image.open(path) as image:
-                size = image.size
+                width, height = image.size
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             train.check_corrupt([f"{path}: {error}"], args.on_corrupt)
             notes.append(f"{path} is left out: {error}")
             continue
         if strange := sorted({b[0] for b in boxes} - set(index)):
             raise UserError(f"{path}: class {strange[0]} is not among the training set's: {some(classes, 10)}")
-        known[path], empty, beyond = cut_boxes(boxes, index, *size)
-        for paths, times in zip(odd, (stated not in (None, size), beyond, empty)):
-            paths += [path] * times
+        corners = np.array([b[1:5] for b in boxes], dtype=np.float64).reshape(-1, 4)
+        cut = np.clip(corners, 0, [width, height, width, height])
+        good = (cut[:, 2:] - cut[:, :2] > 0.01).all(1)  # less may be nothing in float32
+        rows = [(index[b[0]], *b[5:]) for b, use in zip(boxes, good) if use]
+        known[path] = Boxes(cut[good], *(np.array([r[i] for r in rows], dtype=kind)
+                                         for i, kind in enumerate((int, float, bool, bool))))
+        other += [path] * (stated not in (None, (width, height)))
+        beyond += [path] * bool((corners[:, :2] >= (width, height)).any())
+        empty += [path] * int((~good).sum())
         kept.append(name)
     return data.Files(root, kept, np.zeros(len(kept))), known, notes
 
@@ -1118,8 +1101,7 @@ def hold_out(files, args, held):
     if args.val_split is None and held == 0:
         return dict(val=files), none + "all of it is scored; --val-split 0.1 scores what training here holds out"
     first, last = data.hash_split(files, held if args.val_split is None else args.val_split)
-    return (dict(train=first, val=last),
-            none + f"{len(last)} of {len(files)} images held out by a hash of their names")
+    return dict(train=first, val=last), f"{none}{len(last)} of {len(files)} images held out by a hash of their names"
 
 
 def open_boxes(root, args, classes=None, held=None, stop=None):
@@ -1132,14 +1114,17 @@ def open_boxes(root, args, classes=None, held=None, stop=None):
     classes = classes or sorted({box[0] for *_, boxes in found["train"][0] for box in boxes})
     if not classes:
         raise UserError(f"{root}: not one box in the training annotations")
-    odd = [[] for _ in ODD_BOXES]
+    odd = other, beyond, empty = [], [], []
     for split, (entries, complaints) in found.items():
-        if complaints:
-            notes.append(f"{len(complaints)} {split} annotations are left out: {some(complaints)}")
+        notes += [f"{len(complaints)} {split} annotations are left out: {some(complaints)}"] * bool(complaints)
         files[split], boxes, more = open_split(root, entries, classes, args, odd)
         known.update(boxes)
         notes += more
-    notes += [f"{len(paths)} {what} {some(paths)}" for what, paths in zip(ODD_BOXES, odd) if paths]
+    notes += [f"{len(paths)} {what} {some(paths)}" for paths, what in (
+        (other, "images have another size than was annotated, made smaller or turned by a tag that is not followed "
+                "here: their boxes may lie elsewhere:"),
+        (beyond, "images have boxes that lie outside of them: were they annotated at another size?"),
+        (empty, "boxes without an area, or outside of their image, are left out:")) if paths]
     if "val" not in files:
         files, note = hold_out(files["train"], args, held)
         notes.append(note)
@@ -1285,9 +1270,8 @@ class Detector(nn.Module):
                            image_size=image_size, max_size=max_size, nms=nms, detections=detections)
         anchors = AnchorGenerator(tuple((s,) for s in sizes), (tuple(ratios),) * len(sizes))
         parts = FasterRCNN(Pyramid(backbone), num_classes + 1, rpn_anchor_generator=anchors, box_nms_thresh=nms,
-                           box_score_thresh=0.01, box_detections_per_img=detections,
-                           box_batch_size_per_image=PROPOSALS, rpn_post_nms_top_n_train=1000,
-                           rpn_post_nms_top_n_test=300)
+                           box_score_thresh=0.01, box_detections_per_img=detections, rpn_post_nms_top_n_test=300,
+                           box_batch_size_per_image=PROPOSALS, rpn_post_nms_top_n_train=1000)
         self.backbone, self.rpn, self.roi_heads = parts.backbone, parts.rpn, parts.roi_heads
         # the pooler takes the levels' scales from the first image it sees, and with much padding finds wrong ones
         pool, side = self.roi_heads.box_roi_pool, 1024 if backbone.get("stem") == "small" else 256
@@ -1534,11 +1518,8 @@ def detect(args, world, stop, most=16):
     score, found = find_boxes(model, BoxImages(val, known, args, replace=False), args.batch_size, world,
                               workers=args.workers, on_corrupt=args.on_corrupt)
     if world.rank == 0 and not args.eval_only:
-        tiles = []
-        for i in sorted(found)[:most]:
-            picture = data.load(val.path(i))
-            tiles.append((draw_boxes(picture, found[i], known[val.path(i)], classes, args.score_threshold),
-                          os.path.basename(val.path(i))))
+        tiles = [(draw_boxes(data.load(path := val.path(i)), found[i], known[path], classes, args.score_threshold),
+                  os.path.basename(path)) for i in sorted(found)[:most]]
         write_atomic(os.path.join(args.out, "predictions.png"), contact_sheet(tiles))
     score["per_class"] = dict(zip(classes, score["per_class"]))
     return {**result, **score, "seconds": round(time.perf_counter() - begin, 1)}
@@ -1563,13 +1544,13 @@ def begin_run(args, world, resume):
     train.begin_run(args, world, resume)
 
 
-# What a FineTuning has beside its flags, and the runs of a classify() in common. sets: training and validation Files,
-# classes, wnids
+# What a FineTuning has beside its flags; sets: training and validation Files, classes, wnids
 Start = collections.namedtuple("Start", "world stop source sets notes new_head cache")
 
 
-def open_start(args, world, stop):
-    """-> Start, from the network and the data that the flags name"""
+def open_start(args, world, stop, asked):
+    """The network and the data that the flags name, tried out, as far as something may be refused, before what
+    --overwrite deletes is gone -> Start, strategies that --search chooses from"""
     model, checkpoint, source = load_source(args)
     *sets, notes = check_data(train.Plan().open(args, world), args, stop)
     if sets[3] is None:
@@ -1580,23 +1561,18 @@ def open_start(args, world, stop):
     known = checkpoint["classes"] == classes and model.config["num_classes"] == len(classes)
     notes += [f"network: {source}", f"its head is kept: it knows these {len(classes)} classes" if known else
               f"a new head for {len(classes)} classes instead of its {model.config['num_classes']}"]
-    return Start(world, stop, model, sets, notes, not known, os.path.join(args.out, "features.pt"))
-
-
-def try_out(args, start, asked):
-    """Refuses what can be, before what --overwrite deletes is gone -> the strategies that --search chooses from"""
-    model = start.source
+    start = Start(world, stop, model, sets, notes, not known, os.path.join(args.out, "features.pt"))
     kinds = ["head"] * head_alone(args, model) + ["gradual", "full"] if args.strategy == "auto" else [args.strategy]
     if args.search and args.search > (most := len(SEARCHED) * len(kinds)):
         raise UserError(f"--search {args.search}: of {', '.join(kinds)} there are {most} settings", code=2)
     trial = changed(args, strategy=kinds[-1] if args.search else args.strategy)
-    resolve(trial, model, len(start.sets[0]))
-    leads = linear_head(model) and (start.new_head or args.then)  # or the next part's does
+    resolve(trial, model, len(sets[0]))
+    leads = linear_head(model) and (not known or args.then)  # or the next part's does
     if other_views(args) and trial.strategy == "gradual" and not leads and not args.search and not asked:
         raise UserError(f"--views {args.views}: no head is trained on features here, it is "
                         f"{'kept' if linear_head(model) else 'a convolution'}", code=2)
     FineTuning(trial, *start).rehearse()
-    return kinds
+    return start, kinds
 
 
 def lead(args, start, epochs):
@@ -1647,9 +1623,10 @@ def searched(args, start, kinds):
         rows, best = search(args, lambda part: one_run(part, start, min(part.epochs, usual)), kinds)
     if start.world.rank == 0:
         write_atomic(path, json.dumps([rows, best], indent=1).encode())
-        lines = ["{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows]
-        print("\n".join(["{:12}{:>10}{:>8}{:>8}{:>9}{:>7}".format("strategy", "lr", "epochs", "top-1", "loss", "s"),
-                         *lines, f"trained in full: {best['strategy']} at {best['lr']:.2g}"]), file=sys.stderr)
+        lines = ["strategy            lr  epochs   top-1     loss      s",
+                 *("{:12}{:>10.2g}{:>8}{:>8.2f}{:>9.4f}{:>7.0f}".format(*r.values()) for r in rows),
+                 f"trained in full: {best['strategy']} at {best['lr']:.2g}"]
+        print("\n".join(lines), file=sys.stderr)
     return rows, best
 
 
@@ -1657,10 +1634,10 @@ def classify(args, world, stop, asked=None, before=lambda: None):
     """One fine-tuning run, from the flags to the report; args.json gets the `asked` ones where it is a part of more,
     which `before` begins once nothing can be refused any more"""
     begin, resume = time.perf_counter(), open_run(args, world)
-    start, extra = open_start(args, world, stop), {}
-    kinds = try_out(args, start, asked)
+    start, kinds = open_start(args, world, stop, asked)
     before()
     begin_run(args, world, resume)
+    extra = {}
     if args.search:
         extra["search"], best = searched(args, start, kinds)
         asked = train.saved(args)  # with its strategy they would ask for a search of that one alone
