@@ -1133,9 +1133,9 @@ def open_boxes(root, args, classes=None, held=None, stop=None):
         files, notes = dict(zip(("train", "val"), parts)), notes + more
     for split, part in files.items():
         boxes = [known[part.path(i)] for i in range(len(part))]
-        labels = np.concatenate([b.labels for b in boxes])
         if all((b.crowd | b.ignored).all() for b in boxes):
             raise UserError(f"{root}: no box in the {split} annotations that is to be found")
+        labels = np.concatenate([b.labels for b in boxes])
         counts = np.bincount(labels, minlength=len(classes) + 1)[1:]
         notes.append(f"{split}: {len(part)} images, {len(labels)} boxes: "
                      + some([f"{c} {n}" for c, n in zip(classes, counts)], 20))

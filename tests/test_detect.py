@@ -431,6 +431,11 @@ def test_annotations_without_a_box_to_find_are_refused_at_once(split, change, tm
     with pytest.raises(UserError, match=f"no box in the {split} annotations") as caught:
         opened(tmp_path / "set")
     assert caught.value.code == 3
+    for path in (tmp_path / "set" / name).glob("*.jpg"):
+        path.write_bytes(b"damaged")
+    if split == "val":  # of which nothing is left to score
+        with pytest.raises(UserError, match="no box in the val annotations"):
+            finetune.open_boxes(str(tmp_path / "set"), parse("--eval-only", "--on-corrupt", "skip"), CLASSES)
 
 
 def test_no_annotations(tiny, tmp_path):
