@@ -1256,6 +1256,9 @@ def make_demo(root=DEMO, train=220, val=60):
 
 # ------------------------------------------------------------------------------------------- ImageNet archives
 
+DEVKIT_BYTES = 2 ** 24  # at most, of a file in it and of what that unpacks to: no few bytes shall fill the memory
+
+
 def read_mat(buffer):
     """Elements of a MATLAB 5 file's data section, as nested Python values: enough of the format for ILSVRC2012's
     meta.mat (numbers, as flat arrays, text, cells, structures). Layout: MathWorks, "MAT-File Format", 2019, ch. 1."""
@@ -1263,7 +1266,7 @@ def read_mat(buffer):
              7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8", 16: "u1", 17: "<u2"}
 
     def elements(buffer):  # -> types and payloads
-        at = 0
+        at, buffer = 0, memoryview(buffer)  # whose slices, of matrices in matrices, are no copies
         while at + 8 <= len(buffer):
             kind, size = struct.unpack_from("<II", buffer, at)
             if kind >> 16:  # up to four bytes packed into the tag
@@ -1280,7 +1283,7 @@ def read_mat(buffer):
             return [matrix(p) for _, p in inner]
         if flags[0] == 2:  # structure array: field names, then the fields of each element in turn
             length = struct.unpack("<i", next(inner)[1])[0]
-            text = next(inner)[1]
+            text = bytes(next(inner)[1])
             fields = [text[i:i + length].split(b"\0")[0].decode() for i in range(0, len(text), length)]
             parts = [matrix(p) for _, p in inner]
             return [dict(zip(fields, parts[at:at + len(fields)])) for at in range(0, len(parts), len(fields))]
@@ -1291,8 +1294,8 @@ def read_mat(buffer):
     values = []
     for kind, payload in elements(buffer):
         if kind == 15:  # compressed
-            values += read_mat(zlib.decompress(payload))
-        elif kind == 14:
+            kind, payload = next(elements(zlib.decompressobj().decompress(payload, DEVKIT_BYTES)))
+        if kind == 14:
             values.append(matrix(payload))
     return values
 
@@ -1308,17 +1311,29 @@ def val_wnids(archives, labels):
         return {name + ".JPEG": wnid for name, wnid in rows}
     with tarfile.open(os.path.join(archives, "ILSVRC2012_devkit_t12.tar.gz")) as devkit:
         def member(ending):
-            return devkit.extractfile(next(m for m in devkit.getmembers() if m.name.endswith(ending))).read()
+            found = next(m for m in devkit.getmembers() if m.name.endswith(ending))
+            return devkit.extractfile(found).read(DEVKIT_BYTES)
         synsets = read_mat(member("data/meta.mat")[128:])[0]  # behind the header
         wnid_of = {int(s["ILSVRC2012_ID"].item()): s["WNID"] for s in synsets}
         truth = member("ILSVRC2012_validation_ground_truth.txt").split()
     return {f"ILSVRC2012_val_{i:08d}.JPEG": wnid_of[int(number)] for i, number in enumerate(truth, 1)}
 
 
-def extract(member_file, folder, name):
-    """Copies an open tar member to folder/name; an interrupted import never leaves a half-written image."""
+def members(archive):
+    """The regular files of an open tar. tarfile takes a damaged or missing header for the end; here it must be one."""
+    yield from filter(tarfile.TarInfo.isfile, archive)
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"no header and no end at byte {archive.offset}")
+
+
+def extract(member_file, split, wnid, name):
+    """Copies an open tar member to split/wnid/name; an interrupted import never leaves a half-written image."""
+    folder, name = os.path.join(split, wnid), os.path.basename(name)
+    if not re.fullmatch(r"n\d{8}", wnid) or not name.strip("."):  # both may come from the archives
+        raise ValueError(f"{wnid!r} and {name!r} are not a wnid and an image")
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, os.path.basename(name))
+    path = os.path.join(folder, name)
     if not os.path.exists(path):
         with open(path + ".part", "wb") as f:
             shutil.copyfileobj(member_file, f)
@@ -1332,19 +1347,19 @@ def import_imagenet(archives, out, labels=None):
     try:
         wnid_of = val_wnids(archives, labels)
         with tarfile.open(os.path.join(archives, "ILSVRC2012_img_train.tar")) as outer:
-            for inner_member in filter(tarfile.TarInfo.isfile, outer):
+            for inner_member in members(outer):
                 wnid = os.path.splitext(os.path.basename(inner_member.name))[0]
                 with tarfile.open(fileobj=outer.extractfile(inner_member)) as inner:
-                    for member in filter(tarfile.TarInfo.isfile, inner):
-                        extract(inner.extractfile(member), os.path.join(out, "train", wnid), member.name)
+                    for member in members(inner):
+                        extract(inner.extractfile(member), os.path.join(out, "train"), wnid, member.name)
                         counts["train"] += 1
                 progress(f"{wnid} {counts['train']} images")
         with tarfile.open(os.path.join(archives, "ILSVRC2012_img_val.tar")) as val:
-            for member in filter(tarfile.TarInfo.isfile, val):
+            for member in members(val):
                 name = os.path.basename(member.name)
                 if name not in wnid_of:
                     raise UserError(f"{archives}: no label for {name}")
-                extract(val.extractfile(member), os.path.join(out, "val", wnid_of[name]), name)
+                extract(val.extractfile(member), os.path.join(out, "val"), wnid_of[name], name)
                 counts["val"] += 1
         progress(f"{counts['train']} and {counts['val']} images", last=True)
     except FileNotFoundError as error:
@@ -1352,7 +1367,7 @@ def import_imagenet(archives, out, labels=None):
                         "ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz in one folder "
                         "(or --val-labels FILE for the last)") from error
     except (tarfile.TarError, zlib.error, struct.error, EOFError, StopIteration, LookupError, ValueError, TypeError,
-            AttributeError) as error:  # the last ones: what meta.mat holds is something else
+            AttributeError, OverflowError, RecursionError) as error:  # the last: what meta.mat holds is something else
         raise UserError(f"{archives}: damaged or unexpected archive ({type(error).__name__}: {error})") from error
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}") from error

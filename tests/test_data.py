@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import signal
+import struct
 import tarfile
 import threading
 import types
@@ -812,13 +813,21 @@ def test_imagenet_with_the_devkit(archives, compressed):
                                       ("children", "O")])
     synsets[0, 0] = (1.0, "n02119789", "kit fox", "a small grey fox", np.zeros((1, 0)))
     synsets[1, 0] = (2.0, "n01440764", "tench", "freshwater dace-like game fish", np.array([[3.0, 400.5]]))
-    mat = io.BytesIO()
-    scipy.savemat(mat, {"synsets": synsets}, do_compression=compressed)
-    tar(archives / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/data/meta.mat": mat.getvalue(),
-        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n2\n"}, "w:gz")
+
+    def imported(out):
+        mat = io.BytesIO()
+        scipy.savemat(mat, {"synsets": synsets}, do_compression=compressed)
+        tar(archives / "ILSVRC2012_devkit_t12.tar.gz", {"ILSVRC2012_devkit_t12/data/meta.mat": mat.getvalue(),
+            "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": b"2\n1\n2\n"}, "w:gz")
+        return data.import_imagenet(str(archives), str(archives / out))
     for _ in range(2):  # the second run finds everything there
-        assert data.import_imagenet(str(archives), str(archives / "out")) == {"train": 4, "val": 3}
+        assert imported("out") == {"train": 4, "val": 3}
         assert below(archives / "out") == EXPECTED
+    for number, wnid, said in ((2.0, "../../astray", "not a wnid"), (np.inf, "n01440764", "infinity")):
+        synsets[1, 0] = (number, wnid, "tench", "freshwater dace-like game fish", np.zeros((1, 0)))
+        with pytest.raises(UserError, match=f"unexpected archive .*{said}"):
+            imported("new/out")
+    assert not (archives / "new" / "astray").exists()
 
 
 def test_an_import_that_was_killed_leaves_no_half_image(archives, monkeypatch):
@@ -857,7 +866,10 @@ def test_imagenet_mistakes(archives, run):
         with pytest.raises(UserError, match=said) as caught:
             data.main(data.get_args_parser().parse_args([str(f) for f in flags]))
         assert caught.value.code == 2
-    for content in (b"", b"no matrices, but bytes enough for a header" * 9):
+    deep = b""  # cells in cells
+    for _ in range(2000):
+        deep = struct.pack("<12I", 14, 40 + len(deep), 6, 8, 1, 0, 5, 8, 1, 1, 1, 0) + deep
+    for content in (b"", b"no matrices, but bytes enough for a header" * 9, bytes(128) + deep):
         tar(archives / "ILSVRC2012_devkit_t12.tar.gz", {"kit/data/meta.mat": content,
             "kit/data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}, "w:gz")
         with pytest.raises(UserError, match="unexpected archive"):
@@ -866,6 +878,9 @@ def test_imagenet_mistakes(archives, run):
     with pytest.raises(UserError, match="no label for ILSVRC2012_val_00000002.JPEG"):
         data.import_imagenet(str(archives), str(archives / "out"), str(archives / "labels"))
     content = (archives / "ILSVRC2012_img_train.tar").read_bytes()
-    (archives / "ILSVRC2012_img_train.tar").write_bytes(content[:len(content) // 2])
-    with pytest.raises(UserError, match="damaged"):
-        data.import_imagenet(str(archives), str(archives / "out2"), str(archives / "labels"))
+    second = content.index(b"train/n02119789.tar")
+    for damaged in (content[:len(content) // 2], content[:second], content[:second + 100],
+                    content[:second] + b"?" + content[second + 1:]):  # tarfile takes the last three for the end
+        (archives / "ILSVRC2012_img_train.tar").write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            data.import_imagenet(str(archives), str(archives / "out2"), str(archives / "labels"))
