@@ -1252,6 +1252,9 @@ def find_state_dict(raw, path):
     return state
 
 
+ARGS_READ = dict(data=str, val_split=float)  # of what a run was told, by others than its own --resume
+
+
 def is_sound(field, value):
     """Whether a file's field may be as_checkpoint's; what is in a state dict is fitting's business."""
     try:
@@ -1263,10 +1266,12 @@ def is_sound(field, value):
             value = {**PREPROCESS, **value}
             return (all(isinstance(value[k], int) and 0 < value[k] < 10 ** 4 for k in ("resize", "crop"))
                     and value["interpolation"] in ("bilinear", "bicubic") and len(value["mean"]) == 3
-                    and len(value["std"]) == 3 and all(map(math.isfinite, [*value["mean"], *value["std"]]))
-                    and min(value["std"]) > 0)
+                    and len(value["std"]) == 3 and all(abs(v) < 1e30 for v in [*value["mean"], *value["std"]])
+                    and min(value["std"]) > 1e-30)  # as float32 knows them, times 255
+        if field == "args" and not all(isinstance(value.get(k) or kind(), kind) for k, kind in ARGS_READ.items()):
+            return False
         return isinstance(value, dict) and all(isinstance(k, str) for k in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError, RecursionError):
         return False
 
 

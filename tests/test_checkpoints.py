@@ -1,6 +1,7 @@
 """What a checkpoint can hold beside a plain ResNet-50: encoded weights, torchvision's classifiers, cascades, int8
 networks with float layers."""
 import copy
+import functools
 import json
 import os
 
@@ -144,8 +145,9 @@ def test_damaged_fields_and_weights_name_the_file(tmp_path):
     whole, view = torch.load(path, weights_only=True), resnet50.get_args_parser().parse_args(["--checkpoint", path])
     changes = [(dict([change]), f"has no {change[0]} of use") for change in (
         ("classes", 3), ("classes", [3] * 7), ("wnids", 3), ("preprocess", 3), ("preprocess", dict(crop=10 ** 9)),
-        ("preprocess", dict(mean=torch.zeros(3))), ("preprocess", dict(std=[1, 1, 0])), ("config", {3: 4}),
-        ("config", dict(stem=torch.zeros(3))), ("metrics", torch.zeros(3)), ("args", [1]), ("ema", 3))]
+        ("preprocess", dict(mean=torch.zeros(3))), ("preprocess", dict(std=[1, 1, 0])),
+        ("preprocess", dict(mean=[10 ** 400, 0, 0])), ("config", {3: 4}), ("config", dict(stem=torch.zeros(3))),
+        ("metrics", torch.zeros(3)), ("args", [1]), ("args", dict(data=1)), ("args", dict(val_split="x")), ("ema", 3))]
     changes += [(dict(config={**whole["config"], **config}), words) for config, words in (
         (dict(num_classes=10 ** 9), "does not fit this network: .*fc.weight"), (dict(num_classes=-1), "num_classes=-1"),
         (dict(dropout=2.0), "dropout=2.0 is no rate"), (dict(adapter=-1), "negative"))]
@@ -157,6 +159,8 @@ def test_damaged_fields_and_weights_name_the_file(tmp_path):
         with pytest.raises(UserError, match=f"e.pt: .*{words}") as caught:
             resnet50.load_model(view)
         assert "\n" not in str(caught.value)
+    deep = functools.reduce(lambda inner, _: [inner], range(2000), 0)
+    assert not resnet50.is_sound("metrics", dict(deep=deep))
 
 
 def test_what_cannot_be_encoded_is_refused_before_the_file_is_touched(tmp_path):
