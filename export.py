@@ -971,8 +971,10 @@ def main(args):
     for name in [name for path in paths.values() for name in (path, path + ".json")]:
         if os.path.isdir(name):
             raise UserError(f"{name}: is a folder", code=2)
-        if os.path.exists(name) and not args.overwrite:
+        if os.path.lexists(name) and not args.overwrite:
             raise UserError(f"{name}: exists; --overwrite replaces it", code=2)
+        if os.path.realpath(name) == os.path.realpath(source):
+            raise UserError(f"{name}: is the network that is read; --out or --name must be another", code=2)
     for member in members.values():
         check_sizes(member, {args.image_size: "--image-size"})
         check_fit(member, args, source)

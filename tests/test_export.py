@@ -549,6 +549,14 @@ def test_existing_files_stay(checkpoint, call):
     with pytest.raises(UserError, match="resnet50.onnx: is a folder") as caught:
         call(path, "--overwrite")
     assert caught.value.code == 2
+    os.rmdir(found["file"])
+    os.symlink("nothing", found["file"])
+    with pytest.raises(UserError, match="resnet50.onnx: exists; --overwrite"):
+        call(path)
+    os.unlink(found["file"])
+    os.link(path, found["file"])
+    with pytest.raises(UserError, match="resnet50.onnx: is the network that is read"):
+        call(found["file"], "--overwrite")
 
 
 def test_a_file_that_does_not_get_its_name_leaves_the_old_description(checkpoint, call, monkeypatch):
