@@ -812,6 +812,8 @@ class Int8ResNet50(Flat, nn.Module):
             model = ResNet50(**config)
         self.config, self.preprocess = model.config, dict(PREPROCESS)
         self.steps = fold_downsample(flatten(model))
+        if self.config["classifier"] != "float":
+            raise ValueError("Int8ResNet50: classifier='int8' is of float networks")
         if unknown := sorted(set(float_layers) - {s.name for s in self.steps if s.kind in ("conv", "linear")}):
             raise ValueError("Int8ResNet50: float_layers names no convolution or linear layer of this network, or one "
                              f"that is part of another: {', '.join(unknown)}")
@@ -1265,8 +1267,9 @@ def is_sound(field, value):
         if field == "preprocess":
             value = {**PREPROCESS, **value}
             return (all(isinstance(value[k], int) and 0 < value[k] < 10 ** 4 for k in ("resize", "crop"))
-                    and value["interpolation"] in ("bilinear", "bicubic") and len(value["mean"]) == 3
-                    and len(value["std"]) == 3 and all(abs(v) < 1e30 for v in [*value["mean"], *value["std"]])
+                    and value["interpolation"] in ("bilinear", "bicubic")
+                    and all(isinstance(value[k], (list, tuple)) and len(value[k]) == 3 for k in ("mean", "std"))
+                    and all(abs(v) < 1e30 for v in [*value["mean"], *value["std"]])
                     and min(value["std"]) > 1e-30)  # as float32 knows them, times 255
         if field == "args" and not all(isinstance(value.get(k) or kind(), kind) for k, kind in ARGS_READ.items()):
             return False

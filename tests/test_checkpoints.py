@@ -147,7 +147,8 @@ def test_damaged_fields_and_weights_name_the_file(tmp_path):
         ("classes", 3), ("classes", [3] * 7), ("wnids", 3), ("preprocess", 3), ("preprocess", dict(crop=10 ** 9)),
         ("preprocess", dict(mean=torch.zeros(3))), ("preprocess", dict(std=[1, 1, 0])),
         ("preprocess", dict(mean=[10 ** 400, 0, 0])), ("config", {3: 4}), ("config", dict(stem=torch.zeros(3))),
-        ("metrics", torch.zeros(3)), ("args", [1]), ("args", dict(data=1)), ("args", dict(val_split="x")), ("ema", 3))]
+        ("metrics", torch.zeros(3)), ("args", [1]), ("args", dict(data=1)), ("args", dict(val_split="x")), ("ema", 3),
+        ("preprocess", dict(std={1: 1, 2: 2, 3: 3})))]
     changes += [(dict(config={**whole["config"], **config}), words) for config, words in (
         (dict(num_classes=10 ** 9), "does not fit this network: .*fc.weight"), (dict(num_classes=-1), "num_classes=-1"),
         (dict(dropout=2.0), "dropout=2.0 is no rate"), (dict(adapter=-1), "negative"))]
@@ -159,6 +160,8 @@ def test_damaged_fields_and_weights_name_the_file(tmp_path):
         with pytest.raises(UserError, match=f"e.pt: .*{words}") as caught:
             resnet50.load_model(view)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="classifier='int8' is of float networks"):
+        resnet50.Int8ResNet50(classifier="int8")
     deep = functools.reduce(lambda inner, _: [inner], range(2000), 0)
     assert not resnet50.is_sound("metrics", dict(deep=deep))
 
