@@ -70,11 +70,33 @@ def finite(value):
 ONE_LINE = "^RESNET50_|can't allocate memory|Storage size calculation overflowed|CUDA out of memory"
 
 
+class Told(io.FileIO):
+    """A stream that may be a terminal that was closed, a pipe without a reader or a file on a full disk: what it does
+    not take is dropped, since telling of a run must not end it."""
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            return super().write(text) or len(text)
+        return len(text)
+
+
 def run_script(main, args, prog):
     """main(args) -> a dict or None; the dict becomes the last line of stdout, a UserError or Ctrl-C one line and a
     status."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # was closed: the next file would get its number, and what libraries say
+            setattr(sys, name, open(os.devnull, "w"))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(Told(2, "w", closefd=False)), sys.stderr.encoding,
+                                      sys.stderr.errors, line_buffering=True)
     try:
         result = main(args)
+        if result is not None:
+            try:
+                print(json.dumps(finite(result)), flush=True)
+            except OSError as error:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter's end flushes once more
+                raise UserError(f"the run is done, and its result not told: stdout: {error.strerror}") from error
     except (UserError, RuntimeError) as error:
         message, _, _ = str(error).partition("\n")
         if not isinstance(error, UserError) and not re.search(ONE_LINE, message):
@@ -84,8 +106,6 @@ def run_script(main, args, prog):
     except KeyboardInterrupt:  # where nothing is to be kept: while something is loaded, or in a script that only reads
         print(f"{prog}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    if result is not None:
-        print(json.dumps(finite(result)), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- network

@@ -394,13 +394,32 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_ctrl_c_is_one_line():
-    """In a process of its own: libraries that other tests load leave a signal's handler without a valid stack."""
-    code = f"import sys, signal; sys.path.insert(0, {ROOT!r}); import resnet50\n" \
-           "signal.signal(signal.SIGINT, signal.default_int_handler)\n" \
-           "resnet50.run_script(lambda args: signal.raise_signal(signal.SIGINT), None, 'test')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "test: interrupted\n")
+def test_streams_that_take_nothing_and_ctrl_c(tmp_path):
+    """Full or closed, stderr is no reason to end; a result that stdout does not take is an error, and Ctrl-C one line.
+    In a process of its own: libraries that other tests load leave a signal's handler without a valid stack."""
+    code = f"""if 1:
+        import os, signal, sys; sys.path.insert(0, {ROOT!r}); import resnet50
+        def main(how):
+            print("half way", file=sys.stderr, flush=True)
+            with open("file", "w") as f:
+                assert f.fileno() > 2
+            os.rename("file", how)
+            return {{}}
+        for how in ("full", "closed"):
+            if not os.fork():
+                for number in (1, 2):
+                    os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+                if how == "closed":
+                    sys.stdout = sys.stderr = sys.__stderr__ = None
+                    os.closerange(1, 3)
+                resnet50.run_script(main, how, "test")
+                sys.exit()
+            print(how, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        resnet50.run_script(lambda args: signal.raise_signal(signal.SIGINT), None, "test")"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "full 3\nclosed 0\n", "test: interrupted\n")
+    assert sorted(os.listdir(tmp_path)) == ["closed", "full"]
 
 
 def test_what_is_too_large_is_one_line(capsys):
