@@ -27,6 +27,7 @@ import re
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -161,8 +162,17 @@ def find_build(folders, versions):
     """-> path of a library, or None. Without a compiler (None) what any has built will do."""
     for folder in folders:  # "cpu", which is no hexadecimal number, comes last
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), build_name(versions), "resnet50*.so"))):
-            if not os.path.dirname(path).endswith(".tmp"):  # half a library, by a version that gave it such a name
+            # half a library, by a version that gave it such a name
+            if not os.path.dirname(path).endswith(".tmp") and is_whole(path):
                 return path
+
+
+def is_whole(path):
+    """Whether a library is as long as its ELF header says: to load one that was cut short would be a bus error."""
+    with contextlib.suppress(OSError, struct.error), open(path, "rb") as f:
+        offset, size, count = struct.unpack("<40xQ10xHH2x", f.read(64))  # of the sections' headers, which end it
+        return os.path.getsize(path) >= offset + size * count
+    return False
 
 
 @contextlib.contextmanager
