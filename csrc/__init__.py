@@ -191,8 +191,8 @@ def locked(folder):
                 break
             except BlockingIOError:
                 if not time.monotonic() < deadline:  # nor a NaN
-                    raise RuntimeError(f"another process has been building the extension for over {seconds} s and "
-                                       f"holds {path}; wait for it, or set RESNET50_BUILD_TIMEOUT or "
+                    raise RuntimeError(f"RESNET50_BUILD_TIMEOUT={seconds}: for longer than that another process has "
+                                       f"been building the extension and holds {path}; wait for it, or set "
                                        "RESNET50_EXT=off") from None
                 time.sleep(0.05)
         try:
