@@ -318,8 +318,13 @@ def read(path):
     pack, i = in_pack(path)
     if pack:
         return pack.record(i).tobytes()
-    with open(path, "rb") as f:
+    with open_image(path) as f:
         return f.read()
+
+
+def open_image(path):
+    """-> a file to read, which a named pipe with nobody at its other end would be waited for without O_NONBLOCK"""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
 
 
 def load(path, exif=False):
@@ -574,8 +579,8 @@ class Files:
         parts = []
         for i in index:
             part = ()
-            with contextlib.suppress(OSError):
-                part = np.fromfile(self.path(i), np.uint8)
+            with contextlib.suppress(OSError), open_image(self.path(i)) as f:
+                part = np.fromfile(f, np.uint8)
             parts.append(part if len(part) else np.zeros(1, np.uint8))  # no JPEG
         files = [torch.from_numpy(p) for p in parts]
         places = torch.tensor([[i, 0, len(p)] for i, p in enumerate(parts)])

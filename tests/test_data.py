@@ -884,3 +884,9 @@ def test_imagenet_mistakes(archives, run):
         (archives / "ILSVRC2012_img_train.tar").write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
             data.import_imagenet(str(archives), str(archives / "out2"), str(archives / "labels"))
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "0.jpg")
+    assert data.read(str(tmp_path / "0.jpg")) == b""
+    assert data.Files(str(tmp_path), ["0.jpg"], [0]).content(np.array([0]))[2].tolist() == [[0, 0]]
