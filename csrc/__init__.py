@@ -42,6 +42,7 @@ FOLDER = os.path.dirname(os.path.abspath(__file__))
 TARGET = "0x020b000000000000"  # PyTorch 2.11: its stable ABI is all that ops.cpp uses, and later ones run it
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TARGET}"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+PROBED = 60  # seconds for what a compiler is asked before it builds; nothing else would end one that hangs
 ISAS = ("plain", "avx2", "vnni", "amx")  # in the order of csrc/cpu/kernels.h
 
 
@@ -81,7 +82,7 @@ def compilers():
     there is none, and "cpu" for an nvcc that is not wanted."""
     def version(*command, more=""):
         try:
-            said = subprocess.run([*command, "--version"], capture_output=True, check=True).stdout
+            said = subprocess.run([*command, "--version"], capture_output=True, check=True, timeout=PROBED).stdout
             return hashlib.sha256(said + more.encode()).hexdigest()[:8]
         except (OSError, subprocess.SubprocessError):
             return None
@@ -99,8 +100,8 @@ def cxx():
 def libjpeg():
     """-> flags of a compiler that finds the headers of libjpeg-turbo, whose crop and skip csrc/cpu/jpeg.cpp needs"""
     about = "#include <stdio.h>\n#include <jpeglib.h>\n#ifndef LIBJPEG_TURBO_VERSION\n#error\n#endif\n"
-    with contextlib.suppress(OSError):
-        found = subprocess.run([*cxx(), *cflags(), "-x", "c++", "-E", "-"], input=about, text=True,
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run([*cxx(), *cflags(), "-x", "c++", "-E", "-"], input=about, text=True, timeout=PROBED,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return ["-DUSE_LIBJPEG"] * (not found.returncode)
     return []

@@ -1024,6 +1024,13 @@ def test_a_variable_that_means_nothing_is_one_line(tmp_path):
     assert run.stderr.count("\n") == 1
 
 
+def test_a_compiler_that_hangs_is_none(package, monkeypatch):
+    monkeypatch.setattr(package, "PROBED", 0.1)
+    monkeypatch.setenv("CXX", f"{sys.executable} -c 'import time; time.sleep(600)'")
+    package.libjpeg.cache_clear()
+    assert package.libjpeg() == [] and package.compilers()[0] is None
+
+
 def test_errors_are_the_compilers_first_lines(package):
     with open(os.path.join(package.FOLDER, "ops.cpp"), "a") as f:
         f.write("int wrong = nowhere;\n")
