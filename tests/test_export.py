@@ -174,7 +174,7 @@ def test_every_opset_loads(precision, checkpoint, call):
     shown = photographs(1, SIDE, SIDE, seed=5)
     path = checkpoint("split" if precision == "float" else "pruned", precision)
     wanted = logits(path, shown)
-    for opset in export.OPSETS:
+    for opset in export.OPSETS if precision == "int8" else (13, 17, 18, 20):  # float files are PyTorch's exporter's
         found = call(path, "--opset", opset, "--name", f"opset{opset}", "--top-k", 2, "--softmax")
         assert onnx.load(found["file"]).opset_import[0].version == opset == found["opset"]
         x = export.feed(shown, load(path), False).numpy()
