@@ -146,6 +146,8 @@ class Parser(argparse.ArgumentParser):
         if first.eval_only:  # the checkpoint says how it wants its images, unless the command line does
             recipe.update(dict.fromkeys(known & {"image_size", "val_size", "val_resize", "interpolation", "max_size"}))
         self.set_defaults(**{**recipe, **saved, **({"recipe": name} if "recipe" in known else {})})
+        for action in self._actions:  # argparse shows no default without any help
+            action.help = action.help or "(default: %(default)s)"
         return super().parse_known_args(args, namespace)
 
     def checked(self, path, action, value):

@@ -710,8 +710,9 @@ def test_help_shows_the_defaults_that_its_command_line_has(module, flags, capsys
         module.get_args_parser().parse_args([*flags, "--help"])
     shown, wanted = capsys.readouterr().out, module.get_args_parser().parse_args(flags)
     assert caught.value.code == 0
-    for key in ("weight_decay", "lr", "lr_base_size", "batch_size", "crop_scale", "image_size", "model_ema_decay"):
-        value, = re.findall(rf"^ *--{key.replace('_', '-')} \S+\s+\S.*\(default:? (\S+)\)$", shown, re.M)
+    for key in ("weight_decay", "lr", "lr_base_size", "batch_size", "crop_scale", "image_size", "model_ema_decay",
+                "epochs", "opt", "loss", "label_smoothing"):
+        value, = re.findall(rf"^ *--{key.replace('_', '-')} \S+\s+.*\(default:? (\S+)\)$", shown, re.M)
         assert value == str(getattr(wanted, key)), key
 
 
