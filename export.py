@@ -899,7 +899,7 @@ def real_images(args, model, checkpoint, exported):
 # ----------------------------------------------------------------------------------------------------------- main
 
 def get_args_parser():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="export.py", description="Write a network as one file that other runtimes load.")
     add_model_args(p)
     p.add_argument("--format", choices=SUFFIX, default="onnx")
     p.add_argument("--out", default="runs/export", metavar="FOLDER")

@@ -605,6 +605,11 @@ def test_what_cannot_be_honoured_is_refused(precision, flags, complaint, checkpo
     assert complaint in str(caught.value) and caught.value.code == 2
 
 
+def test_help_needs_no_docstrings(monkeypatch):
+    monkeypatch.setattr(export, "__doc__", None)  # as python -OO has it
+    assert export.get_args_parser().format_help().startswith("usage: export.py")
+
+
 def test_a_folder_that_is_not_there_is_named(checkpoint, call, tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder") as caught:
         call(checkpoint("pruned", "float"), "--data", tmp_path / "nowhere")
