@@ -1486,8 +1486,11 @@ def prepare_out(args, world, inputs):
         if any(os.path.samefile(name, other) for other in old):
             raise UserError(f"--overwrite would delete {name}, which is read: --out names another folder", code=2)
     if args.resume and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            saved = json.load(f)
+        try:
+            with open(path, encoding="utf-8") as f:
+                saved = dict(json.load(f))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"--resume: {path}: {error}", code=2) from error
         for key in (k for k in flags if k in saved and saved[k] != flags[k]):
             raise UserError(f"--resume: --{key.replace('_', '-')} was {json.dumps(saved[key])} in {args.out}'s run", 2)
     world.barrier()  # nobody writes before everybody has looked
@@ -1496,8 +1499,7 @@ def prepare_out(args, world, inputs):
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}", code=2) from error
     if world.rank == 0:
-        for name in old:
-            os.unlink(name)
+        train.delete(old)
         write_atomic(path, json.dumps(flags, indent=1).encode())
         world.begin(args.out)
     world.barrier()

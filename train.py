@@ -677,10 +677,13 @@ class RunLog:
         if not self.on:
             return
         if resumed and os.path.exists(self.path):  # a killed run has logged past its last checkpoint
-            with open(self.path, encoding="utf-8") as f:
-                lines = [line for line in f if line.endswith("\n")]
-            self.records = [r for r in map(json.loads, lines) if r["step"] <= resumed["step"]
-                            and (r["event"] != "epoch" or r["epoch"] <= resumed["epoch"])]
+            try:
+                with open(self.path, encoding="utf-8") as f:
+                    lines = [line for line in f if line.endswith("\n")]
+                self.records = [r for r in map(json.loads, lines) if r["step"] <= resumed["step"]
+                                and (r["event"] != "epoch" or r["epoch"] <= resumed["epoch"])]
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{self.path}: {type(error).__name__}: {error}") from error
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in self.records).encode())
         self.file = open(self.path, "a", encoding="utf-8")
         self.add_sinks(args, resumed["step"] + 1 if resumed else 0)
@@ -947,6 +950,15 @@ def open_run(args, world, source=None):
     return path
 
 
+def delete(files):
+    for name in files:
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+        except OSError as error:
+            raise UserError(f"--overwrite: {name}: {error.strerror}", code=2) from error
+
+
 def begin_run(args, world, resume):
     """From here on --out holds this run: what it overwrites goes, and if another folder's goes on here, that one's best
     network, metrics and state come (a run that has ended writes none). By the first process, once nothing can be
@@ -955,9 +967,7 @@ def begin_run(args, world, resume):
         return
     there = resume and os.path.dirname(os.path.abspath(resume))
     if there != os.path.abspath(args.out):
-        for name in RUN_FILES if args.overwrite else ():
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(args.out, name))
+        delete(os.path.join(args.out, name) for name in RUN_FILES if args.overwrite)
         for name in ("best.pt", "metrics.jsonl", "last.pt") if there else ():
             source = resume if name == "last.pt" else os.path.join(there, name)
             with contextlib.suppress(FileNotFoundError), open(source, "rb") as f:

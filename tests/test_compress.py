@@ -1030,6 +1030,12 @@ def test_other_flags_do_not_resume_and_inputs_are_not_overwritten(call, tmp_path
     with pytest.raises(UserError, match="--overwrite would delete"):
         call("--cascade", trained, only / "best.pt", "--overwrite", "--out", only)
     assert os.listdir(only) == ["best.pt"]
+    (tmp_path / "odd" / "best.pt").mkdir(parents=True)
+    for content, flag, said in (("[1", "--resume", "Expecting"), ("[1]", "--resume", "cannot convert"),
+                                ("{}", "--overwrite", "Is a directory")):
+        (tmp_path / "odd" / "args.json").write_text(content)
+        with pytest.raises(UserError, match=f"{flag}: .*odd/.*: {said}"):
+            call("--int8", flag, "--out", tmp_path / "odd")
 
 
 def test_overwriting_leaves_nothing_to_resume(call, tmp_path, monkeypatch):

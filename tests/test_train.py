@@ -668,6 +668,15 @@ def test_batch_size_auto_fits_and_is_bounded(monkeypatch):
     assert train.find_batch_size(model, 32, None, world, 64) == 8  # what fits everywhere
 
 
+def test_files_of_an_earlier_run_that_are_none(tmp_path):
+    (tmp_path / "r" / "metrics.jsonl").mkdir(parents=True)
+    args = parse("--out", tmp_path / "r", "--overwrite")
+    with pytest.raises(UserError, match="--overwrite: .*metrics.jsonl: Is a directory"):
+        train.begin_run(args, train.World(), None)
+    with pytest.raises(UserError, match="metrics.jsonl: IsADirectoryError"):
+        train.RunLog(args, train.World(), dict(step=2, epoch=0))
+
+
 def test_tensorboard_log(tiny, tmp_path, run):
     pytest.importorskip("tensorboard")
     done = run("--data", tiny, "--recipe", "demo", "--epochs", 1, "--image-size", 32, "--batch-size", 10,
