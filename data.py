@@ -18,6 +18,7 @@ import collections
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -465,6 +466,13 @@ class PackLog:
 
     def open(self):
         self.file = open(self.path, "a")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no fork holds on to
+            alone = os.path.getsize(self.path) >= self.kept  # else another has ended since this was read
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            alone = False
+        if not alone:
+            raise UserError(f"{self.path}: another process is writing this pack", code=2)
         self.file.truncate(self.kept)  # what is written next would not follow from the rest
         self.file.seek(self.kept)
         if not self.kept:

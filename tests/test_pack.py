@@ -3,6 +3,7 @@ with one."""
 import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -96,6 +97,18 @@ def test_the_bytes_do_not_depend_on_workers_nor_on_being_stopped(mode, folder, p
     monkeypatch.setattr(data, "packed", lambda path, inner=data.packed, **k: read.append(path) or inner(path, **k))
     pack(folder, out, *MODES[mode], "--workers", 0)
     assert len(read) == 104 - 40 and out.read_bytes() == wanted and sorted(os.listdir(tmp_path)) == ["one", "two"]
+
+
+def test_one_process_at_a_time_writes_a_pack(folder, packs, tmp_path, monkeypatch):
+    def other(*args, inner=data.write_block):
+        monkeypatch.undo()
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool, pytest.raises(
+                UserError, match="x.part.log: another process is writing this pack"):
+            pool.submit(pack, folder, tmp_path / "x", *MODES["raw"], "--workers", 0).result()
+        return inner(*args)
+    monkeypatch.setattr(data, "write_block", other)
+    pack(folder, tmp_path / "x", *MODES["raw"], "--workers", 0)
+    assert (tmp_path / "x").read_bytes() == Path(packs["raw"]).read_bytes()
 
 
 def test_quality_is_that_of_the_jpegs(folder, packs, tmp_path):
