@@ -1348,9 +1348,10 @@ def extract(member_file, split, wnid, name):
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name)
     if not os.path.exists(path):
-        with open(path + ".part", "wb") as f:
+        temporary = f"{path}.{os.getpid()}.part"  # another import may write the same image
+        with open(temporary, "wb") as f:
             shutil.copyfileobj(member_file, f)
-        os.replace(path + ".part", path)
+        os.replace(temporary, path)
 
 
 def import_imagenet(archives, out, labels=None):

@@ -846,6 +846,20 @@ def test_an_import_that_was_killed_leaves_no_half_image(archives, monkeypatch):
     assert {(archives / "out" / name).read_bytes() for name in EXPECTED} == {encode(picture(), "JPEG")}
 
 
+def test_two_imports_at_once(archives, monkeypatch):
+    (archives / "labels").write_text("".join(f"ILSVRC2012_val_{i:08d}.JPEG n01440764\n" for i in (1, 2, 3)))
+    flags = str(archives), str(archives / "out"), str(archives / "labels")
+
+    def other(source, target, inner=data.shutil.copyfileobj):
+        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 0)
+            data.import_imagenet(*flags)
+        inner(source, target)
+    monkeypatch.setattr(data.shutil, "copyfileobj", other)
+    assert data.import_imagenet(*flags) == {"train": 4, "val": 3} and len(list((archives / "out").rglob("*.*"))) == 7
+
+
 @pytest.mark.parametrize("text", [
     "ILSVRC2012_val_00000001.JPEG n01440764\nILSVRC2012_val_00000002.JPEG n02119789\n"
     "ILSVRC2012_val_00000003.JPEG n01440764\n",
