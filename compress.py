@@ -1182,7 +1182,7 @@ class Pipeline(train.Plan):
         self.network = prune(model, keep)
         if args.sensitivity:
             self.say_sensitivity(model, importance)
-        if args.recalibrate:
+        if args.recalibrate and any(len(keep[name]) < len(score) for name, score in importance.items()):
             pixels = self.calibration()[0]
             if len(pixels) == 1:
                 raise UserError("one calibration image has no batch-norm statistics: more, or --no-recalibrate", 2)

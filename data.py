@@ -468,9 +468,10 @@ class PackLog:
         self.file = open(self.path, "a")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which no fork holds on to
-            alone = os.path.getsize(self.path) >= self.kept  # else another has ended since this was read
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            alone = False
+        except OSError as error:  # others than these are of file systems without locks
+            alone = error.errno not in (errno.EAGAIN, errno.EACCES)
+        else:  # or another has ended since this was read
+            alone = os.path.exists(self.path) and os.path.getsize(self.path) >= self.kept
         if not alone:
             raise UserError(f"{self.path}: another process is writing this pack", code=2)
         self.file.truncate(self.kept)  # what is written next would not follow from the rest

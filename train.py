@@ -1212,7 +1212,7 @@ def check_args(args, usual):
         "--fused-bn: float16 is for CUDA, on the CPU --amp-dtype float32 or bfloat16":
             args.fused_bn and (args.device, args.amp_dtype) == ("cpu", "float16"),
         "--sync-bn: PyTorch has synchronised batch-norm on CUDA only":
-            args.sync_bn and args.device == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1,
+            args.sync_bn and args.device == "cpu" and not args.eval_only,
         "--elastic: takes images of more than 20 pixels (a --progressive below 24 is 16)":
             args.elastic and (px < 24 if args.progressive else most <= 20) and not args.eval_only,
         f"--progressive {px:g} {begin:g} {end:g}: PX must be at least 16 and at most --image-size, and FROM and TO lie "

@@ -573,6 +573,11 @@ def test_prune_and_int8(call, tmp_path, trained, tiny, run):
     assert len(result["signal_to_noise_db"]) > 50 and again["signal_to_noise_db"] == result["signal_to_noise_db"]
 
 
+def test_a_target_that_is_met_already_changes_nothing(call):
+    result = call("--target-macs", 1e12, "--epochs", 0, "--calib-images", 2)
+    assert result["after"]["agreement"] == 100 and result["after"]["top1"] == result["before"]["top1"]
+
+
 @pytest.mark.parametrize("flags", [
     ("--target-macs", 5e5), ("--target-macs", 5e5, "--rounds", 2), ("--target-params", 4e4, "--importance", "taylor"),
     ("--prune", 0.4, "--ranking", "global", "--importance", "bn", "--sensitivity"),

@@ -180,6 +180,7 @@ def test_numbers_out_of_their_range_are_refused_by_name(flag, values, capsys):
 
 @pytest.mark.parametrize("flags, complaint", [
     (["--compile", "--grad-checkpointing"], "exclude each other"), (["--sync-bn", "--fused-bn"], "exclude each other"),
+    (["--sync-bn", "--device", "cpu"], "--sync-bn: PyTorch has synchronised batch-norm on CUDA only"),
     (["--fused-bn", "--amp-dtype", "float16"], "--fused-bn: float16 is for CUDA"),
     (["--elastic", 1, "--progressive", 23, 0, 1], "--elastic: takes images of more than 20"),
     (["--balanced", "--repeated-aug", 2], "exclude each other"),
