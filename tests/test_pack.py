@@ -2,6 +2,7 @@
 with one."""
 import concurrent.futures
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -109,6 +111,8 @@ def test_one_process_at_a_time_writes_a_pack(folder, packs, tmp_path, monkeypatc
     monkeypatch.setattr(data, "write_block", other)
     pack(folder, tmp_path / "x", *MODES["raw"], "--workers", 0)
     assert (tmp_path / "x").read_bytes() == Path(packs["raw"]).read_bytes()
+    monkeypatch.setattr(data.fcntl, "lockf", mock.Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    pack(folder, tmp_path / "y", *MODES["raw"], "--workers", 0)  # such file systems there are
 
 
 def test_quality_is_that_of_the_jpegs(folder, packs, tmp_path):
