@@ -44,6 +44,7 @@ from resnet50 import (
     Bottleneck,
     Cascade,
     Flat,
+    Help,
     Int8Conv,
     Int8Linear,
     ResNet50,
@@ -1355,7 +1356,7 @@ def widths_line(model, keep):
 def get_args_parser():
     above = between(0.0, kind=float, above=True)
     p = argparse.ArgumentParser(prog="compress.py", description="Prune, distil and quantize a trained network.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     g = p.add_argument_group("run")
     g.add_argument("--data", metavar="FOLDER", help="images; default: the checkpoint's own, else the demo set")
     g.add_argument("--out", default="runs/compress", metavar="FOLDER")

@@ -45,7 +45,7 @@ import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
 import csrc
-from resnet50 import UserError, above_zero, amount, between, fraction, positive, run_script
+from resnet50 import Help, UserError, above_zero, amount, between, fraction, positive, run_script
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # what a stranger may send to a server
 TRAIN_FORMATS = FORMATS + ("BMP", "GIF", "PPM", "TIFF")
@@ -772,14 +772,14 @@ def add_augment_args(parser):
 
     def number(name, kind, default, metavar, text):
         group.add_argument(name, type=kind, default=default, metavar=metavar, help=text)
-    number("--crop-scale", above_zero, 0.08, "A", "smallest area of a random crop (default %(default)s)")
-    number("--hflip", fraction, 0.5, "P", "probability of a left-right flip (default %(default)s)")
+    number("--crop-scale", above_zero, 0.08, "A", "smallest area of a random crop")
+    number("--hflip", fraction, 0.5, "P", "probability of a left-right flip")
     number("--color-jitter", amount, 0.0, "S", "brightness, contrast, saturation, up to +-S")
     number("--rotation", amount, 0.0, "DEG", "random rotation, up to +-DEG")
     number("--elastic", amount, 0.0, "PX", "elastic deformation, strength in pixels")
     group.add_argument("--auto-augment", choices=("none", "ra", "ta_wide"), default="none",
                        help="RandAugment or TrivialAugmentWide")
-    number("--ra-magnitude", between(0, 30), 9, "0..30", "RandAugment strength (default %(default)s)")
+    number("--ra-magnitude", between(0, 30), 9, "0..30", "RandAugment strength")
     number("--ra-std", amount, 0.0, "S", "normal noise on that strength, same scale")
     number("--random-erase", fraction, 0.0, "P", "probability of erasing a rectangle")
     number("--mixup-alpha", amount, 0.0, "A", "mixup, Beta(A, A)")
@@ -1390,11 +1390,12 @@ def import_imagenet(archives, out, labels=None):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="data.py", description="Make, import, pack or describe a data set.")
+    parser = argparse.ArgumentParser(prog="data.py", formatter_class=Help,
+                                     description="Make, import, pack or describe a data set.")
     parser.add_argument("--data", metavar="FOLDER",
                         help=f"folder or pack to describe (default: the demo set, made under {DEMO})")
     parser.add_argument("--val-split", type=float, metavar="F",
-                        help="share held out where there is no val/ (default 0.1)")
+                        help="share held out where there is no val/ (default: 0.1)")
     parser.add_argument("--out", metavar="PATH", help="the folder that --import-imagenet, the file that --pack writes")
     group = parser.add_argument_group("ImageNet")
     group.add_argument("--import-imagenet", metavar="FOLDER", help="folder with the three ILSVRC2012 archives")
@@ -1404,7 +1405,7 @@ def get_args_parser():
     group.add_argument("--lossless", action="store_true", help="the files' own pixels, JPEGs with restart markers")
     group.add_argument("--max-side", type=positive, metavar="N", help="as JPEGs whose long side is N at most")
     group.add_argument("--raw", type=positive, metavar="N", help="as pixels, the short side N at most")
-    group.add_argument("--quality", type=between(1, 100), metavar="Q", help="with --max-side: of JPEG (default 90)")
+    group.add_argument("--quality", type=between(1, 100), metavar="Q", help="with --max-side: of JPEG (default: 90)")
     group.add_argument("--shards", type=between(0, 1000), default=0, metavar="N",
                        help="put the images into N files beside it, FILE.000 and so on")
     group.add_argument("--exif", action="store_true", help="turn images as their orientation tags say")

@@ -42,6 +42,7 @@ from csrc.reference import GATE_BITS, MULT_BITS, gate_int8
 from resnet50 import (
     Cascade,
     FloatStep,
+    Help,
     UserError,
     add_model_args,
     atomic_file,
@@ -899,17 +900,18 @@ def real_images(args, model, checkpoint, exported):
 # ----------------------------------------------------------------------------------------------------------- main
 
 def get_args_parser():
-    p = argparse.ArgumentParser(prog="export.py", description="Write a network as one file that other runtimes load.")
+    p = argparse.ArgumentParser(prog="export.py", formatter_class=Help,
+                                description="Write a network as one file that other runtimes load.")
     add_model_args(p)
     p.add_argument("--format", choices=SUFFIX, default="onnx")
     p.add_argument("--out", default="runs/export", metavar="FOLDER")
-    p.add_argument("--name", default="resnet50", help="of the file, without its ending (default: %(default)s)")
+    p.add_argument("--name", default="resnet50", help="of the file, without its ending")
     p.add_argument("--overwrite", action="store_true", help="replace a file of that name")
     g = p.add_argument_group("input and output")
-    g.add_argument("--batch-size", type=positive, default=1, metavar="N", help="that the file is for (default: 1)")
+    g.add_argument("--batch-size", type=positive, default=1, metavar="N", help="that the file is for")
     g.add_argument("--dynamic-batch", action="store_true", help="any batch size instead")
     g.add_argument("--max-batch", type=positive, default=32, metavar="N",
-                   help="with --dynamic-batch: the largest that torch.export and TensorRT provide for (default: 32)")
+                   help="with --dynamic-batch: the largest that torch.export and TensorRT provide for")
     g.add_argument("--image-size", type=positive, metavar="N", help="default: the checkpoint's")
     g.add_argument("--pixels", action="store_true",
                    help="uint8 (N, H, W, 3) in, normalised inside; default: normalised float32 (N, 3, H, W)")
@@ -925,7 +927,7 @@ def get_args_parser():
     g.add_argument("--script", action="store_true", help="TorchScript by its compiler instead of its tracer")
     g = p.add_argument_group("checks")
     g.add_argument("--data", metavar="FOLDER", help="images on which installed runtimes are compared too")
-    g.add_argument("--images", type=positive, default=64, metavar="N", help="of these at most (default: 64)")
+    g.add_argument("--images", type=positive, default=64, metavar="N", help="of these at most")
     g.add_argument("--bench", action="store_true", help="time every runtime that is installed, in alternation")
     return p
 

@@ -116,7 +116,7 @@ def strategy(text):
 def get_args_parser():
     p = train.Parser(RECIPES, lambda args: args.task, prog="finetune.py",
                      description="Fine-tune a pretrained network on a folder of images.",
-                     epilog="The defaults are those of --task. Where None is shown, --strategy or the checkpoint may "
+                     epilog="The defaults are those of --task. Where none is shown, --strategy or the checkpoint may "
                             "have one.")
     g = p.add_argument_group("fine-tuning")
     g.add_argument("--task", choices=RECIPES, default="classify")

@@ -1472,6 +1472,17 @@ def find_device(name):
     return device
 
 
+class Help(argparse.HelpFormatter):
+    """Shows a flag's default behind its help, or alone, but for None, False and what the help itself speaks of"""
+
+    def add_argument(self, action):
+        if not (action.default in (None, [], argparse.SUPPRESS) or action.default is False
+                or "default" in (action.help or "")):
+            action = copy.copy(action)
+            action.help = f"{action.help or ''} (default: %(default)s)"
+        super().add_argument(action)
+
+
 def add_model_args(parser):
     """The flags that every script with a --checkpoint shares; a checkpoint from elsewhere carries no config."""
     group = parser.add_argument_group("network")
@@ -1652,12 +1663,12 @@ def environment():
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(prog="resnet50.py",
+    parser = argparse.ArgumentParser(prog="resnet50.py", formatter_class=Help,
                                      description="What the network costs, layer by layer, and where it runs.")
     add_model_args(parser)
     parser.add_argument("--image-size", type=positive, metavar="PX", help="default: the checkpoint's crop, else 224")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N",
-                        help="images per timed batch (default %(default)s)")
+                        help="images per timed batch")
     parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fused", action="store_true",
                         help="run a float network's convolutions and batch-norms as one kernel each")

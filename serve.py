@@ -57,6 +57,7 @@ from csrc.graphs import KEPT, bucket
 from resnet50 import (
     Cascade,
     Flat,
+    Help,
     ResNet50,
     UserError,
     add_model_args,
@@ -1443,9 +1444,8 @@ def read_tls(args):
 
 def get_args_parser():
     p = argparse.ArgumentParser(prog="serve.py", description="Answer over HTTP with the networks of checkpoints.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = p.add_argument_group("network")
-    add_model_args(p)
+                                formatter_class=Help)
+    g = add_model_args(p)
     g.add_argument("--model", action="append", default=[], metavar="NAME=FILE",
                    help="serve FILE under this name; may be given several times (default: resnet50 alone)")
     g.add_argument("--amp-dtype", choices=("float32", "bfloat16"), default="float32",

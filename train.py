@@ -40,6 +40,7 @@ from torch.optim.swa_utils import update_bn
 import data
 from resnet50 import (
     PREPROCESS,
+    Help,
     ResNet50,
     UserError,
     add_model_args,
@@ -112,7 +113,7 @@ class Parser(argparse.ArgumentParser):
     args.json; flags win over both. --help shows those that its own command line would have."""
 
     def __init__(self, recipes, usual, **options):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+        super().__init__(formatter_class=Help, **options)
         self.recipes, self.usual = recipes, usual
 
     def parse_known_args(self, args=None, namespace=None):
@@ -146,8 +147,6 @@ class Parser(argparse.ArgumentParser):
         if first.eval_only:  # the checkpoint says how it wants its images, unless the command line does
             recipe.update(dict.fromkeys(known & {"image_size", "val_size", "val_resize", "interpolation", "max_size"}))
         self.set_defaults(**{**recipe, **saved, **({"recipe": name} if "recipe" in known else {})})
-        for action in self._actions:  # argparse shows no default without any help
-            action.help = action.help or "(default: %(default)s)"
         return super().parse_known_args(args, namespace)
 
     def checked(self, path, action, value):
