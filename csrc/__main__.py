@@ -32,7 +32,8 @@ def main(args):
         sys.exit("csrc: error: RESNET50_EXT=off: asks for no build")
     start = time.perf_counter()
     try:
-        csrc.load()
+        if not csrc.load():
+            sys.exit(1)  # it has said why
         folder = os.path.dirname(csrc.build())
         result = dict(folder=folder, seconds=round(time.perf_counter() - start, 2), isa=csrc.isa(),
                       cuda=csrc.has_cuda())

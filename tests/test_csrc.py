@@ -1205,6 +1205,13 @@ def test_ahead_of_time_by_variables_that_forbid_it(name, value, said, native, mo
         main(argparse.Namespace(clean=False))
 
 
+def test_ahead_of_time_a_library_that_cannot_be_loaded_is_a_failure(monkeypatch):
+    monkeypatch.setenv("RESNET50_EXT", "cpu")
+    monkeypatch.setattr(csrc, "load", lambda: False)
+    with pytest.raises(SystemExit, match="^1$"):
+        main(argparse.Namespace(clean=False))
+
+
 def test_schemas_are_those_of_the_native_library(native):
     """What plain PyTorch registers is parsed from ops.cpp; the library that was compiled from it knows better."""
     from torch._C import parse_schema
