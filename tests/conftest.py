@@ -1,6 +1,9 @@
 """Fixtures: small image folders made on the spot, and the shared real data where a checkout has it beside it."""
+import atexit
 import collections
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 
@@ -9,6 +12,9 @@ import torch
 
 import data
 
+FORKS = multiprocessing.get_context("forkserver")  # has imported once what a script imports in seconds
+FORKS.set_forkserver_preload(["train", "finetune", "compress", "export", "torchvision.transforms.v2"])
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # on the CPU runs repeat to the bit
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(ROOT), "shared", "data")
 
@@ -44,25 +50,50 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def script_process(command, said, env):
+    """Runs `command`, a Python file and its arguments, as the process's main program; stdout and stderr go to `said`"""
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()
+
+
+def run_forked(command, said, timeout):
+    """subprocess.run() of a script, without seconds of imports; variables that these read are the first run's"""
+    process = FORKS.Process(target=script_process, args=(command, said, {**os.environ, **NO_GPU}))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise subprocess.TimeoutExpired(command, timeout)
+    return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in said))
+
+
 @pytest.fixture
 def run(tmp_path_factory):
     """run(script arguments..., before="python code run first", processes=N) -> CompletedProcess. `before` can wrap
-    functions of the imported module `train`, to place a signal or a kill at an exact step. On the CPU, where runs
-    repeat to the bit."""
+    functions of the imported module `train`, to place a signal or a kill at an exact step."""
     entry = tmp_path_factory.mktemp("run") / "entry.py"
 
-    def call(*args, before="", processes=1, restarts=0, script="train.py", timeout=300, env=None):
+    def call(*args, before="", processes=1, restarts=0, script="train.py", timeout=300):
         module = script.removesuffix(".py")
         entry.write_text(
             f"import os, sys, signal\nsys.path.insert(0, {ROOT!r})\nimport {module}\nimport {module} as script\n"
             f"{before}\nfrom resnet50 import run_script\n"
             f"run_script(script.main, script.get_args_parser().parse_args(), {script!r})\n")
-        command = [sys.executable]
-        if processes > 1 or restarts:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                        f"--max-restarts={restarts}"]
-        return subprocess.run(command + [entry, *map(str, args)], capture_output=True, text=True, timeout=timeout,
-                              cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **(env or {})})
+        command = [str(entry), *map(str, args)]
+        if processes == 1 and not restarts:
+            return run_forked(command, [entry.with_name("stdout"), entry.with_name("stderr")], timeout)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                  f"--max-restarts={restarts}"]
+        return subprocess.run(launch + command, capture_output=True, text=True, timeout=timeout, cwd=ROOT,
+                              env={**os.environ, **NO_GPU})
     return call
 
 

@@ -516,7 +516,7 @@ LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0})
     ("torchscript", 2 * SIDE, 1_000_000)])  # has room for the file, but not for the images of a fresh process
 def test_a_full_disk_leaves_nothing(kind, size, limit, checkpoint, run, tmp_path):
     done = run("--checkpoint", checkpoint("plain", "int8"), "--image-size", size, "--out", tmp_path / "full",
-               "--format", kind, script="export.py", before=LIMITED.format(limit), env={"OMP_NUM_THREADS": "1"})
+               "--format", kind, script="export.py", before=LIMITED.format(limit))
     assert done.returncode == 3 and "not written" in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr and os.listdir(tmp_path / "full") == [] and done.stdout == ""
 
@@ -525,7 +525,7 @@ def test_sigterm_leaves_nothing(checkpoint, run, tmp_path):
     """While the file is looked at that is not yet named"""
     stop = "export.in_runtime = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\nexport.RUNTIMES = dict(json=None)\n"
     done = run("--checkpoint", checkpoint("pruned", "float"), "--image-size", SIDE, "--out", tmp_path / "out",
-               script="export.py", before=stop, env={"OMP_NUM_THREADS": "1"})
+               script="export.py", before=stop)
     assert done.returncode == 143 and "Traceback" not in done.stderr and os.listdir(tmp_path / "out") == []
 
 
@@ -703,7 +703,7 @@ QUICK = "import copy, torch\nexport.BENCH_SECONDS = 0.0\ntorch.compile = lambda 
 def test_benchmark_lists_what_is_installed(precision, checkpoint, run, tmp_path):
     """In a process of its own: the runtimes leave its main thread without a valid stack for signal handlers."""
     done = run("--checkpoint", checkpoint("pruned", precision), "--image-size", SIDE, "--dynamic-batch", "--bench",
-               "--pixels", "--out", tmp_path, script="export.py", before=QUICK, env={"OMP_NUM_THREADS": "1"})
+               "--pixels", "--out", tmp_path, script="export.py", before=QUICK)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])["bench"]
     assert set(found) == {"pytorch", "torch.compile", "extension"} | {n for n in export.RUNTIMES if export.installed(n)}
