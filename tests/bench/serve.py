@@ -18,6 +18,7 @@ leave at even intervals, as wrk2 and perf_analyzer send them unless told otherwi
 highest rate found at which ours' 99th percentile is not above FastAPI's at half of its own rate, over that.
 """
 import argparse
+import importlib.util
 import io
 import json
 import os
@@ -273,6 +274,89 @@ def start(command, port, **env):
     return process
 
 
+class Contenders:
+    """The servers, each in a process of its own with a client, and what runs without HTTP"""
+
+    def __init__(self, side):
+        folder = os.path.join("runs", "bench")
+        path, source = network(folder)
+        self.images, self.processes, self.clients = pictures(folder, side), [], {}
+        self.offline = Offline(path, self.images)
+        try:
+            self.add("ours", ["serve.py", "--checkpoint", path, "--no-access-log"])
+            if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
+                self.add("fastapi", ["-c", FASTAPI], CHECKPOINT=path)
+                self.add("fastapi_float", ["-c", FASTAPI], CHECKPOINT=source)
+            else:
+                say("no fastapi and uvicorn: pip install -r tests/requirements.txt")
+        except BaseException:
+            self.stop()
+            raise
+
+    def add(self, name, command, **env):
+        port = free_port()
+        more = ["--port", str(port)] if name == "ours" else []
+        self.processes.append(start([sys.executable, *command, *more], port, PORT=str(port), **env))
+        self.clients[name] = Client(port, self.images)
+
+    def stop(self):
+        for process in self.processes:
+            process.terminate()
+
+
+def closed_loops(contenders, args):
+    """-> {name: [requests per second of each round]}"""
+    offline, rates = contenders.offline, {}
+    offline.predict([offline.decode(0)] * 32)
+    for client in contenders.clients.values():
+        client.closed(1, 4)
+    for _ in range(args.rounds):
+        rates.setdefault("offline", []).append(offline.rate(args.seconds))
+        for name, client in contenders.clients.items():
+            rates.setdefault(name, []).append(client.closed(args.seconds, args.connections))
+    return rates
+
+
+def open_loops(contenders, rate, args):
+    """-> of each round [batch 1's latency and its parts], [median, 99th percentile], the latter at even intervals.
+    The machine's speed drifts: each open loop has its own batch 1 beside it."""
+    latencies, random_times, even_times, ours = [], [], [], contenders.clients["ours"]
+    for _ in range(args.rounds):
+        latencies.append(contenders.offline.latency())
+        answers = ours.open(2 * args.seconds, rate)
+        random_times.append([percentile(answers, q) for q in (0.5, 0.99)])
+        even_times.append(percentile(ours.open(2 * args.seconds, rate, even=True)))
+    return latencies, random_times, even_times
+
+
+def at_equal_p99(clients, rates, args):
+    """-> the rate at which ours answers as soon as FastAPI at half of its own rate, over that"""
+    half = statistics.median(rates["fastapi"]) / 2
+    limit = statistics.median(percentile(clients["fastapi"].open(2 * args.seconds, half)) for _ in range(args.rounds))
+    return rate_within(clients["ours"], limit, statistics.median(rates["ours"]), 2 * args.seconds) / half
+
+
+def crowded(ours, rate, args):
+    """-> figures of args.overload seconds at five times the rate, and of clients beside 200 that are stuck"""
+    answers = ours.open(args.overload, 5 * rate, connections=400)
+    refused = sorted(seconds for status, seconds in answers if status == 503)
+    good, others = sum(status == 200 for status, _ in answers) / args.overload, []
+    for _ in range(args.rounds):
+        alone = ours.closed(args.seconds, args.connections)
+        stuck = ours.slow(200)
+        others.append(ours.closed(args.seconds, args.connections) / alone)
+        for s in stuck:
+            s.close()
+    return {"overload.statuses": dict(Counter(str(status) for status, _ in answers)),
+            "overload.refused_ms": round(1e3 * refused[len(refused) // 2], 2) if refused else None,
+            "ratio.overload_goodput": round(good / rate, 3),
+            "ratio.beside_200_slow_clients": round(statistics.median(others), 3)}
+
+
+def median_ratio(above, below):
+    return round(statistics.median(a / b for a, b in zip(above, below)), 3)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--rounds", type=int, default=5)
@@ -281,80 +365,30 @@ def main():
     p.add_argument("--side", type=int, metavar="PIXELS", help="enlarge the photographs to this shorter side")
     p.add_argument("--overload", type=float, default=0.0, metavar="S", help="seconds at five times the rate")
     args = p.parse_args()
-    folder = os.path.join("runs", "bench")
-    (path, source), images = network(folder), pictures(folder, args.side)
-    processes, clients = {}, {}
+    contenders = Contenders(args.side)
     try:
-        port = free_port()
-        processes["ours"] = start([sys.executable, "serve.py", "--port", str(port), "--checkpoint", path,
-                                   "--no-access-log"], port)
-        clients["ours"] = Client(port, images)
-        try:
-            import fastapi  # noqa: F401
-            import uvicorn  # noqa: F401
-        except ImportError:
-            say("no fastapi and uvicorn: pip install -r tests/requirements.txt")
-        else:
-            for name, checkpoint in (("fastapi", path), ("fastapi_float", source)):
-                port = free_port()
-                processes[name] = start([sys.executable, "-c", FASTAPI], port, CHECKPOINT=checkpoint, PORT=str(port))
-                clients[name] = Client(port, images)
-        offline, rates, latencies, slow, steady = Offline(path, images), {}, [], [], []
-        offline.predict([offline.decode(0)] * 32)
-        for client in clients.values():
-            client.closed(1, 4)
-        for _ in range(args.rounds):
-            rates.setdefault("offline", []).append(offline.rate(args.seconds))
-            for name, client in clients.items():
-                rates.setdefault(name, []).append(client.closed(args.seconds, args.connections))
-        say({name: [round(rate, 1) for rate in values] for name, values in rates.items()})
-        half = statistics.median(rates["ours"]) / 2
-        for _ in range(args.rounds):  # the machine's speed drifts: each open loop has its own batch 1 beside it
-            latency = offline.latency()
-            measured = clients["ours"].open(2 * args.seconds, half)
-            latencies.append(latency)
-            slow.append([percentile(measured, q) for q in (0.5, 0.99)])
-            steady.append(percentile(clients["ours"].open(2 * args.seconds, half, even=True)))
-        equal = 0.0
-        if "fastapi" in clients:
-            theirs = statistics.median(rates["fastapi"]) / 2
-            limit = statistics.median(percentile(clients["fastapi"].open(2 * args.seconds, theirs))
-                                      for _ in range(args.rounds))
-            equal = rate_within(clients["ours"], limit, statistics.median(rates["ours"]), 2 * args.seconds) / theirs
-        crowd = {}
-        if args.overload:
-            rate = statistics.median(rates["ours"])
-            answers = clients["ours"].open(args.overload, 5 * rate, connections=400)
-            refused = sorted(seconds for status, seconds in answers if status == 503)
-            good = sum(status == 200 for status, _ in answers) / args.overload
-            others = []
-            for _ in range(args.rounds):
-                alone = clients["ours"].closed(args.seconds, args.connections)
-                stuck = clients["ours"].slow(200)
-                others.append(clients["ours"].closed(args.seconds, args.connections) / alone)
-                for s in stuck:
-                    s.close()
-            crowd = {"overload.statuses": dict(Counter(str(status) for status, _ in answers)),
-                     "overload.refused_ms": round(1e3 * refused[len(refused) // 2], 2) if refused else None,
-                     "ratio.overload_goodput": round(good / rate, 3),
-                     "ratio.beside_200_slow_clients": round(statistics.median(others), 3)}
+        rates = closed_loops(contenders, args)
+        median = {name: statistics.median(values) for name, values in rates.items()}
+        latencies, random_times, even_times = open_loops(contenders, median["ours"] / 2, args)
+        equal = at_equal_p99(contenders.clients, rates, args) if "fastapi" in rates else None
+        crowd = crowded(contenders.clients["ours"], median["ours"], args) if args.overload else {}
     finally:
-        for process in processes.values():
-            process.terminate()
-    median = {name: statistics.median(values) for name, values in rates.items()}
+        contenders.stop()
+    alone = [one for one, _, _ in latencies]
     result = {"requests_per_second": {name: round(rate, 2) for name, rate in median.items()},
               "latency_ms": dict(zip(("batch_1", "decode", "predict"),
                                      (round(1e3 * statistics.median(c), 2) for c in zip(*latencies)))),
-              "open_loop_ms": dict(zip(("p50", "p99"), (round(1e3 * statistics.median(c), 2) for c in zip(*slow)))),
-              "ratio.offline": round(statistics.median(a / b for a, b in zip(rates["ours"], rates["offline"])), 3),
-              "ratio.p99_to_latency": round(statistics.median(s[1] / one[0] for s, one in zip(slow, latencies)), 3),
-              "ratio.p99_to_latency_even": round(statistics.median(s / one[0] for s, one in zip(steady, latencies)), 3)}
-    if "fastapi" in rates:
+              "open_loop_ms": dict(zip(("p50", "p99"),
+                                       (round(1e3 * statistics.median(c), 2) for c in zip(*random_times)))),
+              "ratio.offline": median_ratio(rates["ours"], rates["offline"]),
+              "ratio.p99_to_latency": median_ratio([p99 for _, p99 in random_times], alone),
+              "ratio.p99_to_latency_even": median_ratio(even_times, alone)}
+    if equal is not None:
         for name in ("fastapi", "fastapi_float"):
-            result[f"ratio.{name}"] = round(statistics.median(a / b for a, b in zip(rates["ours"], rates[name])), 3)
+            result[f"ratio.{name}"] = median_ratio(rates["ours"], rates[name])
         result["ratio.fastapi_at_equal_p99"] = round(equal, 3)
     result.update(crowd)
-    say(f"{len(images)} JPEGs, {args.connections} connections, {args.rounds} rounds, "
+    say(f"{len(contenders.images)} JPEGs, {args.connections} connections, {args.rounds} rounds, "
         f"{resnet50.environment()}")
     for name, values in rates.items():
         say(f"{name:10}{median[name]:10.1f} requests/s  [{min(values):.1f}, {max(values):.1f}]")
