@@ -1212,7 +1212,10 @@ def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None
     checkpoint.update(state)
     # serialised in memory first: a full disk is then an OSError of write(), not an abort inside torch
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    try:
+        torch.save(checkpoint, buffer)
+    except (MemoryError, RuntimeError) as error:  # the latter of a zip file whose end does not fit either
+        raise UserError(f"{path}: not written (out of memory); what was there before is intact") from error
     write_atomic(path, buffer.getbuffer())
 
 

@@ -1,5 +1,6 @@
 """The network against torchvision, timm and plain formulas; checkpoints of every origin; what each mistake says."""
 import argparse
+import io
 import json
 import math
 import os
@@ -391,6 +392,20 @@ def test_full_disk_keeps_the_old_file(tmp_path):
             f"resnet50.run_script(lambda a: resnet50.write_atomic({str(path)!r}, b'x' * 100000), None, 'test')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 3 and "last.pt: not written" in done.stderr and done.stderr.count("\n") == 1
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_checkpoint_that_memory_does_not_take_keeps_the_old_file(tmp_path, monkeypatch):
+    class Small(io.BytesIO):
+        def write(self, part):
+            if self.tell() + len(part) > 1e6:
+                raise MemoryError
+            return super().write(part)
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(io, "BytesIO", Small)
+    with pytest.raises(UserError, match=r"last.pt: not written \(out of memory\)"):
+        resnet50.save_checkpoint(str(path), ResNet50(num_classes=2), classes=["a", "b"])
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
 
 
