@@ -1129,16 +1129,16 @@ class Ahead:
 
     def __init__(self, loader, device):
         self.loader, self.device = loader, device
+        self.stream = torch.cuda.Stream(device)  # one for all epochs: PyTorch keeps freed memory for its own stream
 
     def __len__(self):
         return len(self.loader)
 
     def copies(self):
-        stream = torch.cuda.Stream(self.device)
         for pixels, labels, complaints in self.loader:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self.stream):
                 tensors = [t.to(self.device, non_blocking=True) for t in (pixels, labels)]
-                copied = stream.record_event()
+                copied = self.stream.record_event()
             yield tensors, complaints, copied
 
     def __iter__(self):

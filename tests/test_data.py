@@ -573,7 +573,8 @@ def test_batches_are_copied_to_a_gpu_one_ahead(monkeypatch):
         yield
         streams.pop()
 
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: other)
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or other)
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: reader)
     loader = data.Ahead([(Batch(f"{i}p"), Batch(f"{i}y"), [str(i)]) for i in range(3)], "cuda")
@@ -583,6 +584,7 @@ def test_batches_are_copied_to_a_gpu_one_ahead(monkeypatch):
     assert len(loader) == 3 and said == [
         "copy 0p", "copy 0y", "copy 1p", "copy 1y", "wait 0y", "keep 0p", "keep 0y", "use 0",
         "copy 2p", "copy 2y", "wait 1y", "keep 1p", "keep 1y", "use 1", "wait 2y", "keep 2p", "keep 2y", "use 2"]
+    assert len(list(loader)) == 3 and made == ["cuda"]  # one stream for all epochs
     assert list(data.Ahead([], "cuda")) == []
 
 
