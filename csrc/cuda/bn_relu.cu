@@ -12,6 +12,7 @@ namespace r50::gpu {
 namespace {
 
 constexpr int THREADS = 256, MAX_SLICES = 256;  // slices of rows, each a block's
+constexpr int AHEAD = 4;  // rows that a thread of sum_forward reads at once: one would not keep the memory at work
 
 template <Float TYPE>
 struct Type {
@@ -112,22 +113,30 @@ R50_DEVICE void add_up(const float (&first)[V], const float (&second)[V], int ch
 }
 
 // Sums of x - x[0] and of its square: differences from one of the values lose no digits to a large mean.
+// At two blocks per multiprocessor nvcc takes the registers that all AHEAD reads need.
 template <class T, int V>
-__global__ void __launch_bounds__(THREADS) sum_forward(const __grid_constant__ BatchNorm p, float* sums) {
+__global__ void __launch_bounds__(THREADS, 2) sum_forward(const __grid_constant__ BatchNorm p, float* sums) {
   const int lanes = lanes_of(p.c, V), channel = (blockIdx.x * lanes + threadIdx.x % lanes) * V;
   float first[V] = {}, second[V] = {};
   if (channel < p.c) {
-    Values<T, V> shift, x;
+    Values<T, V> shift, x[AHEAD];
     shift.load(p.x, channel);
     const int rows = THREADS / lanes;
-    for (int64_t row = int64_t(blockIdx.y) * rows + threadIdx.x / lanes; row < p.m; row += int64_t(gridDim.y) * rows) {
-      x.load(p.x, size_t(row) * p.c + channel);
+    const int64_t step = int64_t(gridDim.y) * rows;
+    for (int64_t row = int64_t(blockIdx.y) * rows + threadIdx.x / lanes; row < p.m; row += AHEAD * step) {
 #pragma unroll
-      for (int j = 0; j < V; j++) {
-        const float difference = x.value[j] - shift.value[j];
-        first[j] += difference;
-        second[j] = __fmaf_rn(difference, difference, second[j]);
+      for (int i = 0; i < AHEAD; i++) {  // behind the last row the first again, which adds zeros
+        const int64_t at = row + i * step;
+        x[i].load(p.x, size_t(at < p.m ? at : 0) * p.c + channel);
       }
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+          const float difference = x[i].value[j] - shift.value[j];
+          first[j] += difference;
+          second[j] = __fmaf_rn(difference, difference, second[j]);
+        }
     }
   }
   add_up(first, second, channel, p.c, lanes, sums);
