@@ -109,12 +109,14 @@ def test_values(native, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", ODD.values(), ids=ODD)
 def test_the_reference(shape, dtype):
-    """What runs where nothing is compiled"""
+    """What runs where nothing is compiled, and in float32 on CUDA"""
     case = Case(*shape, dtype=dtype)
     for relu, residual in ((True, True), (False, False)):
         arguments = case.arguments(relu, residual)
         reference.check_conv_bn_relu(*arguments)
         compare(reference.conv_bn_relu(*arguments), arguments)
+        if dtype == torch.float32:
+            compare(csrc._conv_float32(*arguments), arguments)
 
 
 @pytest.mark.parametrize("relu, residual", [(True, False), (False, True)])
