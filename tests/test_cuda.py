@@ -542,8 +542,8 @@ def test_a_network_on_a_gpu_has_the_bits_of_the_cpu(name):
     logits = model(pixels)
     assert torch.equal(model.cuda()(pixels.cuda()).cpu(), logits)
     assert bool(model.sparse) == (name == "sparse")
-    many = pixels.repeat(70, 1, 1, 1)  # enough that slices are tried
-    assert torch.equal(model(many.cuda()).cpu(), logits.repeat(70, 1)) and model.graphs.chosen.keys() > {96}
+    many = pixels.repeat(70, 1, 1, 1)[:70]  # enough that slices are tried
+    assert torch.equal(model(many.cuda()).cpu(), logits.repeat(70, 1)[:70]) and model.graphs.chosen.keys() > {96}
 
 
 # --------------------------------------------------------------------------------------------------- graphs

@@ -11,6 +11,7 @@ go from uint8 pixels to logits, ours as CUDA graphs; layers are graphs, too, so 
 torch.compile comes last, and as far as --limit allows: it tunes anew for each batch.
 """
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -57,6 +58,15 @@ def recorded(call, device):
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+@contextlib.contextmanager
+def skipping(name):
+    """Names what fails and goes on, so that the others of a run have their figures."""
+    try:
+        yield
+    except RuntimeError as error:
+        say(f"  {name} skipped: {f'{error}'.strip().partition(chr(10))[0][:120]}")
 
 
 def alternate(calls, seconds, device):
@@ -106,9 +116,11 @@ def layers(args, seconds, result):
     total = dict.fromkeys(LAYERS, 0.0)
     with torch.device(args.device):
         for layer, (title, count) in todo.items():
-            made = kernels.convolutions(layer, batch)
-            times = alternate({name: recorded(made[name][1], args.device) for name in LAYERS if name in made},
-                              seconds / len(todo), args.device)
+            made, calls = kernels.convolutions(layer, batch), {}
+            for name in filter(made.get, LAYERS):
+                with skipping(name):
+                    calls[name] = recorded(made[name][1], args.device)
+            times = alternate(calls, seconds / len(todo), args.device)
             area = (layer.size // layer.stride) ** 2
             weights = layer.cin * layer.cout * layer.kernel ** 2
             macs, moved = batch * area * weights, batch * (layer.size ** 2 * layer.cin + area * layer.cout) + weights
@@ -158,11 +170,9 @@ def network(args, made, pixels, seconds):
     """One batch through each of `made`, {name: function of pixels} -> figures"""
     calls, batch, found = {}, len(pixels), {}
     for name, run in made.items():
-        try:
+        with skipping(name):
             run(pixels)
             calls[name] = lambda run=run: run(pixels)
-        except RuntimeError as error:
-            say(f"  {name} skipped: {str(error).splitlines()[0][:120]}")
     times = alternate(calls, seconds, args.device)
     say(f"\nnetwork, batch {batch}, {args.size} px")
     for name in calls:
@@ -198,8 +208,8 @@ def networks(args, seconds, result):
                  "cudnn_bf16": floating(CudnnResNet50(model, torch.bfloat16), torch.bfloat16)}
     for batch in args.batches:
         result |= network(args, made, pixels[:batch], seconds / len(args.batches))
-        if int8.graphs:
-            say(f"  int8 at batch {batch}: {int8.graphs.chosen[graphs.bucket(batch)] or 'whole'}")
+        if int8.graphs and (way := int8.graphs.chosen.get(graphs.bucket(batch))) is not None:
+            say(f"  int8 at batch {batch}: {way or 'whole'}")
         save(args, result)
 
     def compiled():
