@@ -295,7 +295,10 @@ class World:
         self.device, self.control, self.store = find_device(device), None, None
         self.begun, self.made = set(), []  # runs, and their folders
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", self.local_rank if self.device.index is None else self.device.index)
+            if self.device.index is not None and self.local_size > 1:
+                raise UserError(f"--device {device}: one GPU for {self.local_size} processes; cuda gives each its own",
+                                code=2)
+            self.device = find_device(f"cuda:{self.local_rank if self.device.index is None else self.device.index}")
             torch.cuda.set_device(self.device)
         elif self.size > 1:
             # torchrun leaves 1, however many cores

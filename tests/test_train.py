@@ -669,6 +669,15 @@ def test_batch_size_auto_fits_and_is_bounded(monkeypatch):
     assert train.find_batch_size(model, 32, None, world, 64) == 8  # what fits everywhere
 
 
+@pytest.mark.parametrize("device, message", [("cuda", "--device cuda:2: PyTorch sees 2"), ("cuda:1", "one GPU for 3")])
+def test_each_process_has_a_gpu(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        train.World(device)
+
+
 def test_files_of_an_earlier_run_that_are_none(tmp_path):
     (tmp_path / "r" / "metrics.jsonl").mkdir(parents=True)
     args = parse("--out", tmp_path / "r", "--overwrite")
