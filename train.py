@@ -877,6 +877,9 @@ def find_batch_size(model, size, amp, world, limit, told=lambda: None):
     under 80 % of the machine's free memory. told() is the signal that asks this process to stop, if one does; there is
     nothing to save yet."""
     device, probe = world.device, copy.deepcopy(model).train()
+    for module in probe.modules():  # each process tries sizes of its own, and none may wait for others' statistics
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = nn.BatchNorm2d
 
     def attempt(n):
         pixels = torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device).contiguous(
@@ -885,7 +888,9 @@ def find_batch_size(model, size, amp, world, limit, told=lambda: None):
             with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
                 probe(normalize(pixels, model.preprocess)).float().sum().backward()
             return True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # torch.OutOfMemoryError, or csrc's that its ABI makes of one
+            if "CUDA out of memory" not in str(error):
+                raise
             return False
         finally:
             probe.zero_grad(set_to_none=True)

@@ -516,6 +516,8 @@ for name, config, state, pixels, logits in torch.load({str(tmp_path / "networks.
         got = model(pixels)
     assert torch.equal(got, logits), (name, (got - logits).abs().max())
 
+with pytest.raises(RuntimeError, match="CUDA out of memory"):
+    torch.ops.resnet50.gemm_int8(*(torch.zeros(2 ** 24, 1, dtype=d) for d in (torch.uint8, torch.int8)))
 right = arguments_of("conv_int8_2_4")  # by the bindings, what the reference's checks refuse, too
 torch.ops.resnet50.conv_int8_2_4(*right.values())
 for change, message in WRONG_SPARSE:

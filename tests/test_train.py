@@ -669,6 +669,27 @@ def test_batch_size_auto_fits_and_is_bounded(monkeypatch):
     assert train.find_batch_size(model, 32, None, world, 64) == 8  # what fits everywhere
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+                                   RuntimeError("CUDA out of memory, or what else PyTorch has said above")])
+def test_batch_size_auto_is_bisected_on_a_gpu(monkeypatch, error):
+    """By what PyTorch says of its memory, and csrc/; processes do not wait for each other's batch-norms"""
+    class Network(nn.Sequential):
+        preprocess = PREPROCESS
+
+        def forward(self, x):
+            assert type(self[0]) is nn.BatchNorm2d
+            if len(x) > 100:
+                raise error
+            return self[0](x)
+    zeros, world = torch.zeros, types.SimpleNamespace(device=torch.device("cuda"), gather=lambda mine: [mine])
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **more: zeros(*size, **more))
+    model = Network(nn.SyncBatchNorm(3))
+    assert train.find_batch_size(model, 4, None, world, 1024) == 80 and type(model[0]) is nn.SyncBatchNorm
+    error.args = ("CUDA error: an illegal memory access was encountered",)
+    with pytest.raises(RuntimeError, match="illegal"):
+        train.find_batch_size(model, 4, None, world, 1024)
+
+
 @pytest.mark.parametrize("device, message", [("cuda", "--device cuda:2: PyTorch sees 2"), ("cuda:1", "one GPU for 3")])
 def test_each_process_has_a_gpu(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

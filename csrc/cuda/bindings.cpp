@@ -1,4 +1,5 @@
 // CUDA bindings of library `resnet50`, whose schemas are in csrc/ops.cpp; on torch's stable ABI.
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -9,11 +10,26 @@
 namespace {
 
 namespace gpu = r50::gpu;
-using r50::check, r50::check_vector, r50::data, r50::new_nhwc;
+using r50::check, r50::check_vector, r50::data;
 using r50::Geometry, r50::OptionalTensor, r50::ScalarType, r50::Tensor;
 
+// What make() allocates. PyTorch's words on why it could not go to stderr, and the stable ABI throws others, from which
+// nobody could tell that it was for want of memory.
+template <class Make>
+Tensor allocated(Make&& make) {
+  try {
+    return make();
+  } catch (const std::runtime_error&) {
+    throw std::runtime_error("CUDA out of memory, or what else PyTorch has said above");
+  }
+}
+
 Tensor new_flat(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device());
+  return allocated([&] { return torch::stable::empty(sizes, type, std::nullopt, like.device()); });
+}
+
+Tensor new_nhwc(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, ScalarType type) {
+  return allocated([&] { return r50::new_nhwc(like, n, c, h, w, type); });
 }
 
 // Memory for a kernel to write to between its launches; the caching allocator hands it on in stream order.
