@@ -66,8 +66,10 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# of RuntimeErrors: csrc's, which knows no UserError, and the allocators' of what is too large for this machine
-ONE_LINE = "^RESNET50_|can't allocate memory|Storage size calculation overflowed|CUDA out of memory"
+# of RuntimeErrors: csrc's, which knows no UserError, the allocators' of what is too large for this machine, and what a
+# network of torchvision may meet on CUDA with --deterministic
+ONE_LINE = ("^RESNET50_|can't allocate memory|Storage size calculation overflowed|CUDA out of memory"
+            "|does not have a deterministic implementation")
 
 
 class Told(io.FileIO):

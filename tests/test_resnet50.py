@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -444,6 +445,10 @@ def test_what_is_too_large_is_one_line(capsys):
             resnet50.run_script(resnet50.main, parse(["--device", "cpu", flag, str(10 ** 9)]), "test")
         said, = (line for line in capsys.readouterr().err.splitlines() if line.startswith("test: error: "))
         assert caught.value.code == 2 and "can't allocate memory" in said
+    error = RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you\n")
+    with pytest.raises(SystemExit):  # VGG's, with --deterministic
+        resnet50.run_script(MagicMock(side_effect=error), None, "test")
+    assert capsys.readouterr().err.startswith("test: error: adaptive_avg_pool2d_backward_cuda does not have")
     for flags in ["--batch-size", str(10 ** 30)], ["--device", "cuda:9999999999"], ["--device", "cuda:\u0663"]:
         with pytest.raises(SystemExit) as caught:
             parse(flags)
