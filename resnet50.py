@@ -527,9 +527,9 @@ class Flat:
         return {**self.__dict__, "packed": None, "graphs": None, "sparse": None}
 
     def replay(self, x):
-        """run(x), on CUDA as one launch"""
+        """run_sliced(x), on CUDA as one launch"""
         if not x.is_cuda or torch.compiler.is_compiling():
-            return self.run(x)
+            return self.run_sliced(x)
         self.graphs = self.graphs or Graphs(self.run_sliced, self.ways)
         return self.graphs(x)
 
@@ -663,11 +663,14 @@ class FusedResNet50(Flat, ResNet50):
             return module.mix(x) if residual is None else F.relu(module(x) + residual)
         return module(x)
 
+    def run_sliced(self, x, **way):  # pixels are normalised within what is recorded
+        return super().run_sliced(normalize(x, self.preprocess).to(self.dtype), **way)
+
     def forward(self, x):  # (N, 3, H, W), normalised -> (N, num_classes); uint8 pixels -> the same in float32
-        pixels, nhwc = x.dtype == torch.uint8, dict(memory_format=torch.channels_last)
+        pixels, x = x.dtype == torch.uint8, x.contiguous(memory_format=torch.channels_last)
         if (plan := self.plan_for(x)) is not None:
-            return csrc.network_float(x.contiguous(**nhwc), plan, self.config["num_classes"])
-        y = self.replay(normalize(x, self.preprocess).to(self.dtype).contiguous(**nhwc))
+            return csrc.network_float(x, plan, self.config["num_classes"])
+        y = self.replay(x)
         return y.float() if pixels else y
 
 

@@ -448,7 +448,7 @@ def spread(net, devices):
     def moved(step, x, **more):
         to = where[step.name]
         return call(step, x.to(to), **{k: v.to(to) for k, v in more.items()})
-    net.call, net.replay, net.plan_for = moved, net.run, lambda pixels: None
+    net.call, net.replay, net.plan_for = moved, net.run_sliced, lambda pixels: None
     return net
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 import csrc
 from compress import masks_2_4
 from csrc import graphs, reference
-from resnet50 import ResNet50, UserError, fuse, quantize
+from resnet50 import ResNet50, UserError, fuse, normalize, quantize
 from tests.bench import gpu
 from tests.conftest import ROOT
 from tests.emulate.kernels import ODD, Builder, Case, compare, extremes, requantize
@@ -676,6 +676,15 @@ def test_copies_of_a_network_record_their_own():
     model = fuse(ResNet50(num_classes=7, widths=WIDTHS))
     model.graphs = graphs.Graphs(model.run)
     assert copy.deepcopy(model).graphs is None and pickle.loads(pickle.dumps(model)).graphs is None and model.graphs
+
+
+def test_pixels_are_normalised_in_what_is_recorded(monkeypatch):
+    """Where it is no launch of its own"""
+    model, pixels, seen = fuse(ResNet50(num_classes=7, widths=WIDTHS)), photographs(2, 33, 33), []
+    monkeypatch.setattr(model, "plan_for", lambda pixels: None)
+    monkeypatch.setattr(model, "replay", lambda x: seen.append(x.dtype) or model.run_sliced(x))
+    assert torch.equal(model(pixels), model(normalize(pixels, model.preprocess)))
+    assert seen == [torch.uint8, torch.float32]
 
 
 @pytest.mark.cuda

@@ -200,12 +200,11 @@ def networks(args, seconds, result):
         return lambda x: network(resnet50.normalize(x, model.preprocess).to(dtype))
     eager = {name: floating(copy.deepcopy(model).to(dtype), dtype)
              for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))}
-    made = {"int8": int8, "bf16": floating(resnet50.fuse(model, torch.bfloat16), torch.bfloat16),
-            "eager_bf16": eager["bf16"]}
+    made = {"int8": int8, "bf16": resnet50.fuse(model, torch.bfloat16), "eager_bf16": eager["bf16"]}
     if args.device == "cuda":
         made |= {"int8_2_4": resnet50.quantize(sparse.cpu(), [pixels[:8].cpu()]).to(args.device),
                  "eager_fp16": eager["fp16"],
-                 "cudnn_bf16": floating(CudnnResNet50(model, torch.bfloat16), torch.bfloat16)}
+                 "cudnn_bf16": CudnnResNet50(model, torch.bfloat16)}
     for batch in args.batches:
         result |= network(args, made, pixels[:batch], seconds / len(args.batches))
         if int8.graphs and (way := int8.graphs.chosen.get(graphs.bucket(batch))) is not None:
