@@ -388,6 +388,23 @@ class Stop:
 
 # ----------------------------------------------------------------------------------------------- optimization
 
+def with_gradients(optimizer):
+    """-> its groups, and of each the parameters that have gradients, if there are any. All of them are updated at once:
+    one by one they are thousands of launches, for which a GPU waits"""
+    for group in optimizer.param_groups:
+        if weights := [p for p in group["params"] if p.grad is not None]:
+            yield group, weights
+
+
+def scale(updates, weights, others, ratio):
+    """Multiplies updates of what has more than one dimension, in place, by ratio(norms of the weights, of the others)
+    where neither is zero."""
+    if rows := [row for row in zip(updates, weights, others) if row[1].ndim > 1]:
+        updates, *pair = zip(*rows)
+        norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in pair]
+        torch._foreach_mul_(updates, torch.where((norms[0] > 0) & (norms[1] > 0), ratio(*norms), 1.0).unbind())
+
+
 class LARS(torch.optim.Optimizer):
     """SGD with momentum whose rate is scaled per layer by trust * |w| / (|g| + decay * |w|) (You et al., arXiv
     1708.03888). One-dimensional parameters are not scaled."""
@@ -397,17 +414,18 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update = p.grad.add(p, alpha=group["weight_decay"])
-                if p.ndim > 1:
-                    weight, gradient = p.norm(), p.grad.norm()
-                    ratio = group["trust"] * weight / (gradient + group["weight_decay"] * weight)
-                    update.mul_(torch.where((weight > 0) & (gradient > 0), ratio, 1.0))
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                p.sub_(state["momentum"].mul_(group["momentum"]).add_(update), alpha=group["lr"])
+        for group, weights in with_gradients(self):
+            gradients, decay = [p.grad for p in weights], group["weight_decay"]
+            updates = torch._foreach_add(gradients, weights, alpha=decay)
+            scale(updates, weights, gradients, lambda weight, gradient: group["trust"] * weight / (
+                gradient + decay * weight))
+            for p in weights:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta = [self.state[p]["momentum"] for p in weights]
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, updates)
+            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
 
 class LAMB(torch.optim.Optimizer):
@@ -419,22 +437,24 @@ class LAMB(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, first=torch.zeros_like(p), second=torch.zeros_like(p))
-                state["step"] += 1
-                first, second = (state["first"].lerp_(p.grad, 1 - b1),
-                                 state["second"].mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2))
-                update = first / (1 - b1 ** state["step"])
-                update.div_((second / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])).add_(
-                    p, alpha=group["weight_decay"])
-                if p.ndim > 1:
-                    weight, step = p.norm(), update.norm()
-                    update.mul_(torch.where((weight > 0) & (step > 0), weight / step, 1.0))
-                p.sub_(update, alpha=group["lr"])
+        for group, weights in with_gradients(self):
+            (b1, b2), gradients = group["betas"], [p.grad for p in weights]
+            for p in weights:
+                if not self.state[p]:
+                    self.state[p].update(step=0, first=torch.zeros_like(p), second=torch.zeros_like(p))
+                self.state[p]["step"] += 1
+            steps, first, second = ([self.state[p][key] for p in weights] for key in ("step", "first", "second"))
+            torch._foreach_lerp_(first, gradients, 1 - b1)
+            torch._foreach_mul_(second, b2)
+            torch._foreach_addcmul_(second, gradients, gradients, 1 - b2)
+            updates = torch._foreach_div(first, [1 - b1 ** step for step in steps])
+            roots = torch._foreach_div(second, [1 - b2 ** step for step in steps])
+            torch._foreach_sqrt_(roots)
+            torch._foreach_add_(roots, group["eps"])
+            torch._foreach_div_(updates, roots)
+            torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+            scale(updates, weights, updates, torch.div)
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
 
 
 def begin_momentum(optimizer, *_):
