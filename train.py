@@ -1597,12 +1597,13 @@ def run_processes(args, work):
         if "more than 1 value per channel" in str(error):
             raise UserError("--batch-size: leaves a batch-norm a single value per channel, at least 2 are needed here",
                             code=2) from error
-        if "by peer" in str(error) or "Broken pipe" in str(error):  # gloo's words
-            raise UserError("another process has ended (killed, or its own line says why), and process "
-                            f"{os.environ['RANK']} with it", code=1) from error
-        if "imed out" in str(error):  # gloo's and the rendezvous's
+        rank = os.environ.get("RANK")  # without others these words are not of them: a kernel may have timed out
+        if rank and ("by peer" in str(error) or "Broken pipe" in str(error)):  # gloo's words
+            raise UserError(f"another process has ended (killed, or its own line says why), and process {rank} with it",
+                            code=1) from error
+        if rank and "imed out" in str(error):  # gloo's and the rendezvous's
             raise UserError(f"another process has not been heard of for {args.dist_timeout} seconds (--dist-timeout), "
-                            f"and process {os.environ['RANK']} ends with it", code=1) from error
+                            f"and process {rank} ends with it", code=1) from error
         # killed: almost always shared memory, of which </torch_... is a file
         if "DataLoader worker (pid" in str(error) or "</torch_" in str(error):
             why = str(error).strip().splitlines()[-1].removeprefix("RuntimeError: ")

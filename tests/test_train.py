@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 import xml.dom.minidom
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -688,6 +689,15 @@ def test_batch_size_auto_is_bisected_on_a_gpu(monkeypatch, error):
     error.args = ("CUDA error: an illegal memory access was encountered",)
     with pytest.raises(RuntimeError, match="illegal"):
         train.find_batch_size(model, 4, None, world, 1024)
+
+
+def test_a_kernel_that_timed_out_is_no_other_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    error = RuntimeError("CUDA error: the launch timed out and was terminated")
+    for rank in (None, "1"):
+        with pytest.raises(UserError if rank else RuntimeError, match="process 1 ends" if rank else "terminated"):
+            train.run_processes(parse("--device", "cpu", "--eval-only"), MagicMock(side_effect=error))
+        monkeypatch.setenv("RANK", "1")
 
 
 @pytest.mark.parametrize("device, message", [("cuda", "--device cuda:2: PyTorch sees 2"), ("cuda:1", "one GPU for 3")])
