@@ -5,6 +5,7 @@ import fcntl
 import fractions
 import hashlib
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -1173,6 +1174,15 @@ def test_threads_that_load_at_once_register_once(native, monkeypatch):
     monkeypatch.setattr(csrc, "_load", lambda: loads.append(time.sleep(0.05)) or (True, None))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda _: csrc.load(), range(4))) and len(loads) == 1
+
+
+def test_what_is_dense_is_what_pytorch_says():
+    for size in itertools.product((1, 2, 3), repeat=4):
+        for order in itertools.permutations(range(4)):
+            x = torch.zeros([size[d] for d in order]).permute([order.index(d) for d in range(4)])
+            for layout in (NHWC, torch.contiguous_format):
+                for view in (x, x[:, :2], x[::2], x[..., 1:]) if x.shape[3] > 1 else (x,):
+                    assert reference.is_dense(view, layout) == view.is_contiguous(memory_format=layout)
 
 
 def test_clean_removes_our_other_builds_only(tmp_path):
