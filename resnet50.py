@@ -496,6 +496,13 @@ def fold_downsample(steps):
             for step in steps if step.name not in gone]
 
 
+def is_exporting():
+    return torch.compiler.is_exporting()
+
+
+is_exporting._dynamo_marked_constant = True  # asked while torch.compile traces: what PyTorch 2.11 traces says true
+
+
 class Flat:
     """A network that runs by its list `steps`; call(step, x, residual, x2) is the subclass's, and so is program(): the
     steps as csrc.plan.build_plan takes them, or None where csrc/ cannot run them all as one operation."""
@@ -520,7 +527,7 @@ class Flat:
 
     def plan_for(self, pixels):
         """plan(), where it is of use. An exported program shall run on machines of other kinds."""
-        fits = pixels.dtype == torch.uint8 and pixels.device.type == "cpu" and not torch.compiler.is_exporting()
+        fits = pixels.dtype == torch.uint8 and pixels.device.type == "cpu" and not is_exporting()
         return self.plan() if fits else None
 
     def __getstate__(self):  # a copy may run on another instruction set, and records graphs of its own
