@@ -1226,7 +1226,9 @@ def save_checkpoint(path, model, *, classes, wnids=None, metrics=None, args=None
     buffer = io.BytesIO()
     try:
         torch.save(checkpoint, buffer)
-    except (MemoryError, RuntimeError) as error:  # the latter of a zip file whose end does not fit either
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "unexpected pos" not in str(error):  # of an end that does not fit either
+            raise
         raise UserError(f"{path}: not written (out of memory); what was there before is intact") from error
     write_atomic(path, buffer.getbuffer())
 

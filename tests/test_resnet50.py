@@ -407,6 +407,10 @@ def test_a_checkpoint_that_memory_does_not_take_keeps_the_old_file(tmp_path, mon
     monkeypatch.setattr(io, "BytesIO", Small)
     with pytest.raises(UserError, match=r"last.pt: not written \(out of memory\)"):
         resnet50.save_checkpoint(str(path), ResNet50(num_classes=2), classes=["a", "b"])
+    for error, said in (MemoryError(), "out of memory"), (RuntimeError("CUDA error: illegal address"), "^CUDA error"):
+        monkeypatch.setattr(torch, "save", MagicMock(side_effect=error))
+        with pytest.raises(Exception, match=said):
+            resnet50.save_checkpoint(str(path), ResNet50(num_classes=2), classes=["a", "b"])
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
 
 
