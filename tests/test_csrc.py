@@ -1218,6 +1218,7 @@ def test_ahead_of_time_by_variables_that_forbid_it(name, value, said, native, mo
 def test_ahead_of_time_a_library_that_cannot_be_loaded_is_a_failure(monkeypatch):
     monkeypatch.setenv("RESNET50_EXT", "cpu")
     monkeypatch.setattr(csrc, "load", lambda: False)
+    monkeypatch.setattr(csrc, "build", lambda: pytest.fail("it went on"))
     with pytest.raises(SystemExit, match="^1$"):
         main(argparse.Namespace(clean=False))
 

@@ -288,6 +288,20 @@ def test_lars_and_lamb_against_a_plain_loop(name):
             assert torch.allclose(p, q, rtol=1e-10), t
 
 
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_lars_and_lamb_where_a_norm_is_zero(name):
+    """Weights without a gradient stay, and weights that are zero move, by the rate itself"""
+    model, zeros = nn.Linear(3, 2, bias=False), nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(zeros.weight)
+    optimizer = train.make_optimizer(nn.Sequential(model, zeros), name, 0.0, 0.0)
+    before = model.weight.detach().clone()
+    model.weight.grad, zeros.weight.grad = torch.zeros(2, 3), torch.ones(2, 3)
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    torch.testing.assert_close(zeros.weight.detach(), torch.full((2, 3), -0.25))
+
+
 def test_ema_includes_batch_norm_statistics():
     torch.manual_seed(2)
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
