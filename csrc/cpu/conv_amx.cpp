@@ -27,6 +27,7 @@ constexpr int ROWS = 32, WIDTH = 64, HALF = 32, STEP = 64;  // a unit, in halves
 constexpr int SCRATCH = ROWS * WIDTH;
 constexpr int BLOCK_BYTES = 32 << 10;  // of activations per pass over the panels: they stay in L1
 constexpr int HEAVY_BYTES = 768 << 10;  // of weights that will not stay in L2
+constexpr int STREAMED_BYTES = 16 << 10;  // of weights, from which on they pass L1 by and leave it to the rows
 constexpr int FEW = 8;  // units; with so few per panel the weights are used hardly faster than they arrive
 
 // A unit whose rows wait in the scratch, or, on the way there, is multiplied.
@@ -120,16 +121,16 @@ R50_INLINE void tile_dot() {
 }
 
 // 64 bytes of k of a half. The first step of a half also stores what the tiles hold of the half before, into `done`.
-template <bool FIRST, int BYTES, class Rows>
+template <bool FIRST, int BYTES, bool STREAM, class Rows>
 R50_INLINE void half_step(const uint8_t* x0, const uint8_t* x1, int64_t lda, const int8_t* b, Rows& leaving,
                           const int32_t* start = nullptr, int32_t* done = nullptr) {
   if constexpr (FIRST) tile_store<0>(done, 4 * WIDTH), tile_load<0>(start, 0);
   tile_load<4>(x0, lda);
-  tile_load<6>(b, STEP);
+  tile_load<6, STREAM>(b, STEP);
   tile_dot<BYTES, 0, 4, 6>();
   leaving.step();
   if constexpr (FIRST) tile_store<1>(done + 16, 4 * WIDTH), tile_load<1>(start + 16, 0);
-  tile_load<7>(b + STEP * HALF / 2, STEP);
+  tile_load<7, STREAM>(b + STEP * HALF / 2, STEP);
   tile_dot<BYTES, 1, 4, 7>();
   leaving.step();
   if constexpr (FIRST) tile_store<2>(done + 16 * WIDTH, 4 * WIDTH), tile_load<2>(start, 0);
@@ -141,16 +142,16 @@ R50_INLINE void half_step(const uint8_t* x0, const uint8_t* x1, int64_t lda, con
   leaving.step();
 }
 
-template <int BYTES, class Rows>
+template <int BYTES, bool STREAM, class Rows>
 R50_INLINE void first_step(const Conv& conv, const Unit& unit, int h, int32_t* done, Rows& leaving) {
   const Operand& in = conv.in[0];
   const uint8_t* a = in.a + in.taps[0];
-  half_step<true, BYTES>(a + in.rows[unit.m], a + in.rows[unit.m + unit.rows - 16], in.lda,
-                         conv.w->panel(unit.panel) + h * conv.w->ktotal * HALF, leaving,
-                         conv.w->start(unit.panel) + HALF * h, done);
+  half_step<true, BYTES, STREAM>(a + in.rows[unit.m], a + in.rows[unit.m + unit.rows - 16], in.lda,
+                                 conv.w->panel(unit.panel) + h * conv.w->ktotal * HALF, leaving,
+                                 conv.w->start(unit.panel) + HALF * h, done);
 }
 
-template <int BYTES, class Rows>
+template <int BYTES, bool STREAM, class Rows>
 R50_INLINE void other_steps(const Conv& conv, const Unit& unit, int h, Rows& leaving) {
   const int8_t* b = conv.w->panel(unit.panel) + (h * conv.w->ktotal + STEP) * HALF;
   const int8_t* fetch = unit.fetch + h * conv.w->ktotal * unit.lines;
@@ -159,7 +160,7 @@ R50_INLINE void other_steps(const Conv& conv, const Unit& unit, int h, Rows& lea
     const uint8_t *a0 = in.a + in.rows[unit.m], *a1 = in.a + in.rows[unit.m + unit.rows - 16];
     const int64_t lda = in.lda;
     for (const int32_t *tap = in.taps + (s == 0), *end = in.taps + in.ntaps; tap < end; tap++, b += STEP * HALF) {
-      half_step<false, BYTES>(a0 + *tap, a1 + *tap, lda, b, leaving);
+      half_step<false, BYTES, STREAM>(a0 + *tap, a1 + *tap, lda, b, leaving);
       for (int i = 0; i < unit.lines; i++, fetch += 64) __builtin_prefetch(fetch, 0, 2);
     }
   }
@@ -172,7 +173,7 @@ R50_INLINE void store_half(int32_t* done) {
   tile_store<3>(done + 16 * WIDTH + 16, 4 * WIDTH);
 }
 
-template <class Epilogue, int RATE>
+template <class Epilogue, int RATE, bool STREAM>
 void sweep(const Conv& conv, int m0, int m1, int p0, int p1, int block) {
   constexpr int BYTES = Epilogue::BYTES;
   alignas(64) int32_t acc[2 * SCRATCH];
@@ -182,18 +183,18 @@ void sweep(const Conv& conv, int m0, int m1, int p0, int p1, int block) {
   Units units(conv, m0, m1, p0, p1, block, acc, single ? 0 : SCRATCH);
   Nothing nothing;
   Unit last{acc, m0, 0, p0}, unit = units.next();
-  first_step<BYTES>(conv, unit, 0, acc, nothing);
+  first_step<BYTES, STREAM>(conv, unit, 0, acc, nothing);
   while (true) {
     const Unit next = units.next();
     Leaving<Epilogue, RATE> leaving(conv, last, unit);
-    other_steps<BYTES>(conv, unit, 0, leaving);
-    first_step<BYTES>(conv, unit, 1, unit.acc, leaving);
-    other_steps<BYTES>(conv, unit, 1, leaving);
+    other_steps<BYTES, STREAM>(conv, unit, 0, leaving);
+    first_step<BYTES, STREAM>(conv, unit, 1, unit.acc, leaving);
+    other_steps<BYTES, STREAM>(conv, unit, 1, leaving);
     if (!next.rows) {
       while (leaving.left > 0) leaving.step();
       break;
     }
-    first_step<BYTES>(conv, next, 0, unit.acc + HALF, leaving);
+    first_step<BYTES, STREAM>(conv, next, 0, unit.acc + HALF, leaving);
     last = unit;
     unit = next;
   }
@@ -211,8 +212,8 @@ void wide_rows(const Conv& conv, int m0, int m1, int p0, int p1) {
     for (int p = p0; p < p1; p++) {
       const Unit unit{acc, m, std::min(m1, m + ROWS) - m, p};
       for (int h = 0; h < 2; h++) {
-        first_step<BYTES>(conv, unit, h, acc, nothing);
-        other_steps<BYTES>(conv, unit, h, nothing);
+        first_step<BYTES, false>(conv, unit, h, acc, nothing);
+        other_steps<BYTES, false>(conv, unit, h, nothing);
         store_half(acc + HALF * h);
       }
       for (int r = 0; r < unit.rows; r++)
@@ -233,16 +234,20 @@ void conv_amx(const Conv& conv, int m0, int m1, int p0, int p1) {
   const int block = std::clamp(wanted, 1, 2 * FEW) * ROWS;
   tile_configure();
   const int multiplies = 4 * conv.w->ktotal / STEP;  // of a half
-  with_epilogue(conv, [&]<class Epilogue>() {
+  const bool streams = conv.w->ktotal > STEP && int64_t(p1 - p0) * conv.w->ktotal * WIDTH >= STREAMED_BYTES;
+  const auto run = [&]<class Epilogue, bool STREAM>() {
     // one row per multiply is hidden; two also are where that makes one scratch serve
     if constexpr (Epilogue::wide)
       wide_rows<Epilogue::BYTES>(conv, m0, m1, p0, p1);
     else if (multiplies >= ROWS + 4 || (2 * multiplies >= ROWS && multiplies < ROWS / 2 + 4))
-      sweep<Epilogue, 1>(conv, m0, m1, p0, p1, block);
+      sweep<Epilogue, 1, STREAM>(conv, m0, m1, p0, p1, block);
     else if (4 * multiplies >= ROWS)
-      sweep<Epilogue, 2>(conv, m0, m1, p0, p1, block);
+      sweep<Epilogue, 2, STREAM>(conv, m0, m1, p0, p1, block);
     else
-      sweep<Epilogue, 4>(conv, m0, m1, p0, p1, block);
+      sweep<Epilogue, 4, STREAM>(conv, m0, m1, p0, p1, block);
+  };
+  with_epilogue(conv, [&]<class Epilogue>() {
+    streams ? run.template operator()<Epilogue, true>() : run.template operator()<Epilogue, false>();
   });
   tile_release();
 }

@@ -20,9 +20,12 @@ inline void tile_configure() {
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 inline void tile_release() { __asm__ volatile("tilerelease"); }
-template <int T>
-inline void tile_load(const void* from, int64_t stride) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T));
+template <int T, bool PAST_L1 = false>
+inline void tile_load(const void* from, int64_t stride) {  // PAST_L1: what is there already stays
+  if constexpr (PAST_L1)
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T));
+  else
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T));
 }
 template <int T>
 inline void tile_store(void* to, int64_t stride) {

@@ -39,7 +39,7 @@ template <int T>
 void tile_zero() {
   std::memset(emulated_tile<T>(), 0, sizeof emulated_tiles.tile[T]);
 }
-template <int T>
+template <int T, bool = false>
 void tile_load(const void* from, int64_t stride) {  // stride 0: one row sixteen times
   uint8_t* tile = emulated_tile<T>();
   for (int r = 0; r < EmulatedTiles::ROWS; r++)
