@@ -495,8 +495,10 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                                 "pixels + int64_t(FAULT ? 0 : mine.begin)", "plain", "network"),
     "sums beyond 16 bits": ("pooling.cpp", "if (i % FIT == FIT - 1 ||", "if ((i % FIT == FIT - 1 && !FAULT) ||",
                             "plain", "network"),
-    "window of the maximum": ("pooling.cpp", "clamp(2 * x - 1 + i,", "clamp(2 * x - 1 + i + FAULT,",
+    "window of the maximum": ("pooling.cpp", "column(2 * x + 1) : here", "column(2 * x + !FAULT) : here",
                               "plain", "network"),
+    "first column of a strip": ("pooling.cpp", "column(std::max(2 * x0 - 1,", "column(std::max(2 * x0 - !FAULT,",
+                                "vnni,amx", "network"),
     "bf16: second half of a row": ("epilogue512.h", "loadu_epi16(valid1, from + 64)",
                                    "loadu_epi16(valid1, from + (FAULT ? 32 : 64))", "vnni,amx", "network"),
     "bf16: last channels": ("epilogue512.h", "mask_of(left) >> 32", "(FAULT ? 0 : mask_of(left)) >> 32", "vnni,amx",
@@ -512,8 +514,8 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                              "vnni", "network"),
     "bf16: no centre": ("network.cpp", "type != Type::int8 ?", "type != Type::int8 && !FAULT ?", "vnni,amx", "network"),
     "bf16: average cut": ("pooling.cpp", "bits + 0x7fff +", "bits + (FAULT ? 0 : 0x7fff) +", "vnni,amx", "network"),
-    "bf16: order of maxima": ("pooling.cpp", "max_pool_of<uint16_t>", "(FAULT ? max_pool_of<uint8_t> : "
-                              "max_pool_of<uint16_t>)", "vnni,amx", "network"),
+    "bf16: order of maxima": ("pooling.cpp", "max_pool_of<uint16_t, BYTES>", "(FAULT ? max_pool_of<uint8_t, BYTES> "
+                              ": max_pool_of<uint16_t, BYTES>)", "vnni,amx", "network"),
     "f32: last channels": ("conv_vnni.cpp", "__mmask16(valid >> 16 * v), _mm512_castsi512_ps(bits)",
                            "__mmask16(valid >> 16 * (FAULT ? 0 : v)), _mm512_castsi512_ps(bits)", "vnni,amx",
                            "network"),
@@ -533,8 +535,8 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                               "avx2,vnni", "network"),
     "f32: Winograd beyond the image": ("winograd.h", "y < out.h && x < out.w ?", "y < out.h && (FAULT || x < out.w) ?",
                                        "avx2,vnni", "network"),
-    "f32: order of maxima": ("pooling.cpp", "max_pool_of<uint32_t>", "(FAULT ? max_pool_of<uint16_t> : "
-                             "max_pool_of<uint32_t>)", "avx2,vnni", "network"),
+    "f32: order of maxima": ("pooling.cpp", "max_pool_of<uint32_t, BYTES>", "(FAULT ? max_pool_of<uint16_t, BYTES> "
+                             ": max_pool_of<uint32_t, BYTES>)", "avx2,vnni", "network"),
     "residual without its stride": ("layout.cpp", "x * residual_stride)", "(FAULT ? x : x * residual_stride))",
                                     "plain,vnni,amx", "network"),
     "residual of other channels": ("network.cpp", "residuals[m] + first,", "residuals[m] + (FAULT ? 0 : first),",

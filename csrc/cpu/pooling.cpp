@@ -5,6 +5,8 @@
 #include <cstring>
 #include <vector>
 
+#include "vec.h"
+
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #endif
@@ -99,48 +101,71 @@ void fill_border(uint8_t* out, const Layout& to, const uint8_t* value) {
   for (int64_t i = 0; i < to.bytes; i++) out[i] = value[i % to.c];  // origin and all distances are multiples of c
 }
 
-template <class T>
-__attribute__((always_inline)) static inline void max_pool_of(const uint8_t* in, const Layout& from, uint8_t* out,
-                                                              const Layout& to, int n0, int n1, int y0, int y1) {
-  typedef T Line __attribute__((vector_size(64), aligned(1), may_alias));
+template <class T, int BYTES>  // of a vector
+static INLINE void max_pool_of(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1,
+                               int y0, int y1) {
+  typedef T Line __attribute__((vector_size(BYTES), aligned(1), may_alias));
   typedef T One __attribute__((aligned(1), may_alias));
-  const int bytes = from.c;
-  std::vector<int64_t> columns(from.w);
-  for (int x = 0; x < from.w; x++) columns[x] = from.at(0, 0, x) - from.at(0, 0, 0);
+  constexpr int STRIP = 4;  // pixels; one slice of their channels is made after the other, and they stay in L1
+  const int bytes = from.c, width = from.w;
+  std::vector<int64_t> offsets(width + to.w);  // of columns; behind pointers, whose use calls no function
+  int64_t *const columns = offsets.data(), *const results = columns + width;
+  for (int x = 0; x < width; x++) columns[x] = from.at(0, 0, x) - from.at(0, 0, 0);
+  for (int x = 0; x < to.w; x++) results[x] = to.at(0, 0, x) - to.at(0, 0, 0);
   for (int n = n0; n < n1; n++)
     for (int y = y0; y < y1; y++) {
       // at the edges a pixel is looked at twice, which does not change the largest
-      const uint8_t* rows[3];
-      for (int i = 0; i < 3; i++) rows[i] = in + from.at(n, std::clamp(2 * y - 1 + i, 0, from.h - 1), 0);
-      for (int x = 0; x < to.w; x++) {
-        const uint8_t* window[9];
-        for (int i = 0; i < 3; i++) {
-          const int64_t column = columns[std::clamp(2 * x - 1 + i, 0, from.w - 1)];
-          for (int r = 0; r < 3; r++) window[3 * i + r] = rows[r] + column;
-        }
-        uint8_t* best = out + to.at(n, y, x);
-        const auto largest = [&]<class V>(int k) __attribute__((always_inline)) {
-          V most = *reinterpret_cast<const V*>(window[0] + k);
-          for (int i = 1; i < 9; i++) {
-            const V other = *reinterpret_cast<const V*>(window[i] + k);
-            most = most > other ? most : other;
+      const auto row = [&](int i) { return in + from.at(n, std::clamp(i, 0, from.h - 1), 0); };
+      const uint8_t *const above = row(2 * y - 1), *const middle = row(2 * y), *const below = row(2 * y + 1);
+      uint8_t* const line = out + to.at(n, y, 0);
+      for (int x0 = 0; x0 < to.w; x0 += STRIP) {
+        const int x1 = std::min(x0 + STRIP, to.w);
+        const auto slice = [&]<class V>(int k) __attribute__((always_inline)) {
+          const auto largest = [](V a, V b) __attribute__((always_inline)) { return a > b ? a : b; };
+          const auto column = [&](int x) __attribute__((always_inline)) {
+            const int64_t at = columns[x] + k;
+            return largest(largest(*reinterpret_cast<const V*>(above + at), *reinterpret_cast<const V*>(middle + at)),
+                           *reinterpret_cast<const V*>(below + at));
+          };
+          V before = column(std::max(2 * x0 - 1, 0));
+          for (int x = x0; x < x1; x++) {
+            const V here = column(2 * x), after = 2 * x + 1 < width ? column(2 * x + 1) : here;
+            *reinterpret_cast<V*>(line + results[x] + k) = largest(largest(before, here), after);
+            before = after;
           }
-          *reinterpret_cast<V*>(best + k) = most;
         };
         int k = 0;
-        for (; k + 64 <= bytes; k += 64) largest.template operator()<Line>(k);
-        for (; k < bytes; k += sizeof(T)) largest.template operator()<One>(k);
+        for (; k + BYTES <= bytes; k += BYTES) slice.template operator()<Line>(k);
+        for (; k < bytes; k += sizeof(T)) slice.template operator()<One>(k);
       }
     }
 }
 
-WIDEST void max_pool(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1,
-                     int y0, int y1) {
+template <int BYTES>
+static INLINE void max_pool_by(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0,
+                               int n1, int y0, int y1) {
   switch (type) {  // numbers without a sign are ordered as their bits
-    case Type::int8: return max_pool_of<uint8_t>(in, from, out, to, n0, n1, y0, y1);
-    case Type::bf16: return max_pool_of<uint16_t>(in, from, out, to, n0, n1, y0, y1);
-    case Type::f32: return max_pool_of<uint32_t>(in, from, out, to, n0, n1, y0, y1);
+    case Type::int8: return max_pool_of<uint8_t, BYTES>(in, from, out, to, n0, n1, y0, y1);
+    case Type::bf16: return max_pool_of<uint16_t, BYTES>(in, from, out, to, n0, n1, y0, y1);
+    case Type::f32: return max_pool_of<uint32_t, BYTES>(in, from, out, to, n0, n1, y0, y1);
   }
+}
+TARGET("avx512f,avx512bw")
+static void max_pool_64(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0,
+                        int n1, int y0, int y1) {
+  max_pool_by<64>(type, in, from, out, to, n0, n1, y0, y1);
+}
+TARGET("avx2")
+static void max_pool_32(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0,
+                        int n1, int y0, int y1) {
+  max_pool_by<32>(type, in, from, out, to, n0, n1, y0, y1);
+}
+
+void max_pool(Type type, const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int n0, int n1, int y0,
+              int y1) {
+  if (isa() >= Isa::vnni) return max_pool_64(type, in, from, out, to, n0, n1, y0, y1);
+  if (isa() >= Isa::avx2) return max_pool_32(type, in, from, out, to, n0, n1, y0, y1);
+  max_pool_by<16>(type, in, from, out, to, n0, n1, y0, y1);
 }
 
 WIDEST void average_pool(const uint8_t* in, const Layout& from, uint8_t* out, const Layout& to, int32_t mult, int n0,

@@ -4,8 +4,10 @@
 #include "layout.h"
 
 // Of functions with plain loops, which the compiler vectorizes; the loader picks a body.
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED)
-#define WIDEST __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED) && __GNUC__ >= 12
+#define WIDEST __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#elif defined(__x86_64__) && defined(__gnu_linux__) && !defined(RESNET50_EMULATED)
+#define WIDEST __attribute__((target_clones("avx2", "default")))  // other names of processors mean them alone
 #else
 #define WIDEST
 #endif
