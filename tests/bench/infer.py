@@ -7,17 +7,19 @@
   python -m tests.bench.infer --device cuda                      # tests.bench.gpu --part networks
 
 The contenders alternate in one process, round by round, on the same bytes; a ratio is the median over rounds of the
-two rates in one round. Some machines change speed by a factor of two from one second to the next, so the multiply-add
-peak is timed right before and right after every sample: percent of peak uses that pair, and a ratio is also given for
-the rounds in the machine's good state and in its bad one alone. Percent of peak is of the multiply-adds that the
-network defines: engines that do not compute what nobody reads, or do with fewer (Winograd), can pass 100 (--per-layer
-counts what is read). The first run quantizes and exports the peers into runs/bench, which takes half a minute more.
+two rates in one round. Some machines change speed by a factor of two or more within fractions of a second, so that one
+round can hold both: fast and slow are the ratios of the upper and of the lower tenths of the two rates instead. The
+multiply-add peak is timed right before and right after every sample; percent of peak uses that pair, and is of the
+multiply-adds that the network defines: engines that do not compute what nobody reads, or do with fewer (Winograd), can
+pass 100 (--per-layer counts what is read). The first run quantizes and exports the peers into runs/bench, which takes
+half a minute more.
 """
 import argparse
 import copy
 import functools
 import itertools
 import math
+import operator
 import os
 import statistics
 import subprocess
@@ -48,7 +50,6 @@ CORES = os.sched_getaffinity(0)
 PIECE = 0.1  # seconds of a sample: many states of the machine last longer
 PEAK_MS = 4
 SETTLE = 0.02  # seconds in which the last contender's worker threads stop spinning
-GOOD, BAD = 0.83, 0.6  # of the run's 90th percentile of peaks: a good state is above, a bad one below
 
 Contender = namedtuple("Contender", "name kind threads call")
 Sample = namedtuple("Sample", "rate before after")  # calls per second, peaks in multiply-adds per second
@@ -129,36 +130,16 @@ def quartiles(values):
     return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
 
 
-class States:
-    """Which of the machine's states a sample saw, from the peaks beside it and the best ones of the run so far."""
-
-    def __init__(self):
-        self.peaks = defaultdict(list)
-
-    def add(self, contenders, samples):
-        for c in contenders:
-            for s in samples[c.name, c.threads].values():
-                self.peaks[c.kind, c.threads] += [s.before, s.after]
-
-    def of(self, contender, sample):
-        peaks = self.peaks[contender.kind, contender.threads]
-        best = statistics.quantiles(peaks, n=10)[-1]
-        if min(sample.before, sample.after) > GOOD * best:
-            return "good"
-        return "bad" if max(sample.before, sample.after) < BAD * best else "between"
+def tenths(samples):
+    """-> rates that a tenth of the samples did not reach, and that a tenth exceeded"""
+    rates = [s.rate for s in samples.values()]
+    return statistics.quantiles(rates, n=10, method="inclusive")[::8] if len(rates) > 1 else rates * 2
 
 
-def ratios(a, b, samples, states):
-    """-> {"all" | "good" | "bad": [rate of a / rate of b in one round, ...]}; a state is said only if both saw it."""
-    found = {"all": [], "good": [], "bad": []}
+def ratios(a, b, samples):
+    """-> [rate of a / rate of b in one round, ...]"""
     ours, theirs = samples[a.name, a.threads], samples[b.name, b.threads]
-    for number in sorted(ours.keys() & theirs.keys()):
-        ratio = ours[number].rate / theirs[number].rate
-        found["all"].append(ratio)
-        state = {states.of(a, ours[number]), states.of(b, theirs[number])}
-        if len(state) == 1 and (name := state.pop()) in found:
-            found[name].append(ratio)
-    return found
+    return [ours[number].rate / theirs[number].rate for number in sorted(ours.keys() & theirs.keys())]
 
 
 def hardware():
@@ -297,7 +278,7 @@ class Networks:
 
 # ------------------------------------------------------------------------------------------------------ report
 
-def report(contenders, samples, states, same, batch, macs):
+def report(contenders, samples, same, batch, macs):
     """Prints one configuration's table. -> its figures, flat."""
     threads, result = contenders[0].threads, {}
     tail = f"bs{batch}.t{threads}"
@@ -311,27 +292,25 @@ def report(contenders, samples, states, same, batch, macs):
             result[f"peak_share.{c.name}.{tail}"] = round(share, 4)
         texts = []
         for a in (a for a in contenders if a.name in OURS and a.threads == threads and c.name not in OURS):
-            found = ratios(a, c, samples, states)
-            q1, median, q3 = quartiles(found["all"])
+            found = ratios(a, c, samples)
+            q1, median, q3 = quartiles(found)
             key = f"ratio.{a.name}.{c.name}.{tail}"
             result[key] = round(median, 3)
             if a.kind != c.kind:
                 texts.append(f"{a.name} {median:.2f}")
                 continue
-            result |= {f"{key}.q1": round(q1, 3), f"{key}.q3": round(q3, 3), f"{key}.n": len(found["all"])}
-            text = f"{a.name} {median:.2f} [{q1:.2f}, {q3:.2f}] n={len(found['all'])}"
-            for state in ("good", "bad"):
-                if found["good"] and found["bad"]:
-                    result[f"{key}.{state}"] = round(statistics.median(found[state]), 3)
-                    text += f", {state} {result[f'{key}.{state}']:.2f} (n={len(found[state])})"
+            slow, fast = map(operator.truediv, tenths(samples[a.name, threads]), tenths(samples[c.name, threads]))
+            figures = dict(q1=q1, q3=q3, slow=slow, fast=fast)
+            result |= {f"{key}.n": len(found), **{f"{key}.{k}": round(v, 3) for k, v in figures.items()}}
+            text = f"{a.name} {median:.2f} [{q1:.2f}, {q3:.2f}] n={len(found)}, fast {fast:.2f}, slow {slow:.2f}"
             texts.append(text)
         spread = f"[{low:.1f}, {high:.1f}]"
         say(f"  {c.name:17}{rate:8.1f}{spread:>18}{share:7.1%}{same[c.name]:>7}   " + "; ".join(texts))
     for one in (c for c in contenders if c.threads < threads):
-        found = ratios(one._replace(threads=threads), one, samples, states)
-        q1, median, q3 = quartiles(found["all"])
+        found = ratios(one._replace(threads=threads), one, samples)
+        q1, median, q3 = quartiles(found)
         result[f"scaling.{one.name}.bs{batch}"] = round(median, 3)
-        say(f"  {one.name:17}{threads} threads over one: {median:.2f} [{q1:.2f}, {q3:.2f}] n={len(found['all'])}")
+        say(f"  {one.name:17}{threads} threads over one: {median:.2f} [{q1:.2f}, {q3:.2f}] n={len(found)}")
     return result
 
 
@@ -429,7 +408,7 @@ def main(args):
     result = hardware()
     ceilings(dict.fromkeys(KINDS.values()), threads, result)
     limit(len(CORES))
-    networks, states = Networks(args), States()
+    networks = Networks(args)
     weights = {batch: 32 + batch for batch in args.batches}  # large batches: fewer samples in the same time
     for t in threads:
         for batch in args.batches:
@@ -441,8 +420,7 @@ def main(args):
             contenders, same = networks.contenders(batch, t, seconds / 8)
             if contenders:
                 samples = alternate(contenders, seconds)
-                states.add(contenders, samples)
-                result |= report(contenders, samples, states, same, batch, networks.macs)
+                result |= report(contenders, samples, same, batch, networks.macs)
     return result
 
 

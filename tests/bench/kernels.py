@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import csrc
 import resnet50
 from tests.bench import infer, peers
-from tests.bench.infer import CORES, Contender, States, quartiles, ratios, say
+from tests.bench.infer import CORES, Contender, quartiles, ratios, say
 
 OPS = {"conv_int8": ("conv2d_fp32", "conv2d_bf16"), "conv_bn_relu_fp32": ("conv2d_fp32",),
        "conv_bn_relu_bf16": ("conv2d_bf16",), "gemm_int8": ("int_mm",), "bn_relu": ("batch_norm",),
@@ -151,7 +151,7 @@ def wanted(ops):
     return list(names)
 
 
-def measure(layer, args, seconds, states):
+def measure(layer, args, seconds):
     """-> contenders, their samples, multiply-adds of a call."""
     made = {**convolutions(layer, args.batch_size), **products(layer, args.batch_size), **norms(layer, args.batch_size)}
     contenders = []
@@ -164,7 +164,6 @@ def measure(layer, args, seconds, states):
             except RuntimeError as error:
                 say(f"  {name} skipped: {str(error).splitlines()[0][:100]}")
     samples = infer.alternate(contenders, seconds, PIECE) if contenders else {}
-    states.add(contenders, samples)
     area = (layer.size // layer.stride) ** 2
     return contenders, samples, args.batch_size * area * layer.cout * layer.cin * layer.kernel**2
 
@@ -192,9 +191,9 @@ def main(args):
     args.names = wanted(args.ops)
     infer.ceilings(("int8", "bf16", "fp32"), [args.threads], result)
     todo = layers(args.layers)
-    states, total = States(), defaultdict(float)
+    total = defaultdict(float)
     for layer, (name, count) in todo.items():
-        contenders, samples, macs = measure(layer, args, args.seconds / len(todo), states)
+        contenders, samples, macs = measure(layer, args, args.seconds / len(todo))
         say(f"\n{name} ({count}x): {layer.cin} -> {layer.cout}, {layer.kernel}x{layer.kernel}, stride {layer.stride}, "
             f"{layer.size} px, batch {args.batch_size}")
         by_name = {c.name: c for c in contenders}
@@ -209,7 +208,7 @@ def main(args):
             elif c.name != "pack":
                 text += f"  {statistics.median(s.rate * macs * 2 / (s.before + s.after) for s in mine):.1%} of peak"
             for other in (by_name[o] for o in OPS.get(c.name, ()) if o in by_name):
-                found = ratios(c, other, samples, states)["all"]
+                found = ratios(c, other, samples)
                 q1, median, q3 = quartiles(found)
                 result[f"ratio.{c.name}.{other.name}.{name}"] = round(median, 3)
                 text += f"  {median:.2f}x {other.name} [{q1:.2f}, {q3:.2f}] n={len(found)}"
