@@ -270,14 +270,15 @@ def tune(plan, size):
         return plan
     table, classes, at = steps_of(plan), int(plan[48:56].view(torch.int64)), FIELDS.index
     convs = [i for i in range(len(table)) if table[i, 0] == KINDS["conv"]]
-    geometry = [at(name) for name in ("kh", "kw", "stride", "stride2")]
+    # of all steps: on AMX a first convolution's own lies in the step that loads its windows
+    geometry = table[:, [at(name) for name in ("kind", "kh", "kw", "stride", "stride2")]].tolist()
 
     def signature(i):
         packed = plan[int(table[i, at("packed")]):][:64].view(torch.int32)  # cpu/conv.h: struct Packed
-        return " ".join(map(str, packed[:15].tolist() + [int(table[i, f]) for f in geometry]))
+        return " ".join(map(str, packed[:15].tolist()))
     cpu = cpuinfo("model name") or platform.machine()
     here = f"{cpu} {kernels} {torch.get_num_threads()} threads {size} px {build_key()} {METHOD}"
-    digest = hashlib.sha256(" | ".join([here, *map(signature, convs)]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(" | ".join([here, str(geometry), *map(signature, convs)]).encode()).hexdigest()[:16]
     path = os.path.join(cache_folders()[-1], f"blocks-{digest}.json")
     try:
         with open(path) as f:
