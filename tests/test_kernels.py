@@ -491,8 +491,14 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
     "distance of rows": ("layout.cpp", "all[next].in == first.in + i * step &&",
                          "(FAULT || all[next].in == first.in + i * step) &&", "amx", "odd"),
     "taps of odd widths": ("network.cpp", "f.planes && f.whole", "f.planes && (FAULT || f.whole)", "amx", "network"),
-    "another thread's images": ("network.cpp", "pixels + int64_t(mine.begin)",
-                                "pixels + int64_t(FAULT ? 0 : mine.begin)", "plain", "network"),
+    "another thread's images": ("network.cpp", "pixels + int64_t(begin)",
+                                "pixels + int64_t(FAULT ? 0 : begin)", "plain", "network"),
+    "rows of a piece": ("network.cpp", "units.part(begin, end, all);",
+                        "units.part(begin + (FAULT && begin), end, all);", "plain,avx2", "network"),
+    "panels of a piece": ("network.cpp", "units.part(begin, end, conv.w->panels)",
+                          "units.part(begin + (FAULT && begin), end, conv.w->panels)", "plain,avx2", "network"),
+    "a piece of others": ("pool.cpp", "first = int(own ? begin : end - piece)",
+                          "first = int(own ? begin : end - piece + (FAULT && piece > 1))", "plain", "network"),
     "sums beyond 16 bits": ("pooling.cpp", "if (i % FIT == FIT - 1 ||", "if ((i % FIT == FIT - 1 && !FAULT) ||",
                             "plain", "network"),
     "window of the maximum": ("pooling.cpp", "column(2 * x + 1) : here", "column(2 * x + !FAULT) : here",
@@ -564,10 +570,10 @@ FAULTS = {  # what: (file, text, the same with a mistake where FAULT is true, in
                           "vnni,avx2", "winograd"),
     "Winograd: odd channels": ("pack.cpp", "const int pairs = (c + 1) / 2;", "const int pairs = (c + !FAULT) / 2;",
                                "vnni,avx2", "winograd"),
-    "Winograd: tiles of a thread": ("network.cpp", "mine.begin, mine.end, panels", "mine.begin + FAULT, mine.end, "
-                                    "panels", "vnni,avx2", "network"),
-    "Winograd: panels of a thread": ("network.cpp", "mine.end, panels.begin, panels.end);", "mine.end, panels.begin, "
-                                     "panels.end - (FAULT && panels.end > 1));", "vnni,avx2", "network"),
+    "Winograd: tiles of a thread": ("network.cpp", "most, rows.begin", "most, rows.begin + FAULT",
+                                    "vnni,avx2", "network"),
+    "Winograd: panels of a thread": ("network.cpp", "panels.end);\n        break;", "panels.end - (FAULT && "
+                                     "panels.end > 1));\n        break;", "vnni,avx2", "network"),
     "no values around": ("network.cpp", "fill >= 0 &&", "fill >= 0 && !FAULT &&", "amx", "network"),
 }
 

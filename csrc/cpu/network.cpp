@@ -1,6 +1,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstring>
 #include <list>
@@ -22,7 +23,7 @@ namespace {
 constexpr int64_t SLACK = 64;              // kernels read whole vectors past the last pixel
 constexpr int LARGEST_GROUP = 32;          // images at a time where weights outweigh activations most
 constexpr int FEWEST_TOGETHER = 8;         // of a batch's rest, in one pass
-constexpr int FEWEST_APART = 4;            // images per thread, from which on threads never share one
+constexpr int FEWEST_APART = 4;            // images per thread, from which on threads never share one; AMX's at a time
 constexpr int64_t WINOGRAD = -1;           // in place of a block (csrc/plan.py)
 constexpr int CROWDED = 1024;              // bytes; a column of such pixels lies in few sets of L1
 constexpr size_t CACHED_BYTES = 2u << 30;  // idle workspaces kept, least recently used dropped first
@@ -47,6 +48,10 @@ struct Workspace {
   std::vector<bool> wide;  // the buffer holds all images, not only those of one pass
   std::vector<Tables> tables;
   std::vector<int> group;
+  struct Turn {
+    int step, image;  // of `group` images the first
+  };
+  std::vector<Turn> order;
   Bytes memory;
   size_t bytes = 0;
 
@@ -199,6 +204,12 @@ Workspace::Workspace(const Plan& plan, int images, int h, int w) : key(plan.head
     if (const int64_t fill = plan.buffer(b).fill; fill >= 0 && layouts[b].border)
       fill_border(buffers[b], layouts[b], plan.data + fill);
   }
+  for (int64_t first = 0, end; first < header.steps; first = end) {  // steps [first, end) are one pass
+    for (end = first + 1; end < header.steps && passes[end] == passes[first]; end++) {
+    }
+    for (int n = 0; n < images; n += group[first])
+      for (int64_t i = first; i < end; i++) order.push_back({int(i), n});
+  }
   tables.resize(header.steps);
   for (int64_t i = 0; i < header.steps; i++) {
     const PlanStep& s = plan.step(i);
@@ -243,17 +254,77 @@ void give_back(std::unique_ptr<Workspace> workspace) {
   }
 }
 
+// A batch's parts, of which each thread takes the next when it is done with one: where a core is slower than another,
+// as one that other work shares or a virtual one, its thread has fewer images. The larger ones come first, as many of a
+// size as there are threads. -> where each ends
+std::vector<int> parts(int n, int threads, int least) {
+  if (threads == 1) return {n};
+  std::vector<int> ends;
+  for (int at = 0; at < n;) {
+    const int rest = n - at;
+    int images = least;
+    while (images < LARGEST_GROUP && 3 * images * threads <= rest) images *= 2;
+    images = std::min(images, (rest + threads - 1) / threads);
+    for (int i = 0; i < threads && at < n; i++) ends.push_back(at = std::min(n, at + images));
+  }
+  return ends;
+}
+
 struct Part {
   int begin, end;
 };
-Part part(int n, int unit, int thread, int threads) {  // thread's share of n, in multiples of unit
-  const int units = (n + unit - 1) / unit;
-  return {std::min(n, units * thread / threads * unit), std::min(n, units * (thread + 1) / threads * unit)};
+
+// What a team divides a step into
+struct Units {
+  int count, size;  // lines of a map, images, rows of a convolution, tiles of winograd.h; the last unit may have fewer
+  bool panels;      // or panels of weights
+  Part part(int begin, int end, int all) const { return {std::min(all, begin * size), std::min(all, end * size)}; }
+};
+
+int tiles_of(const Layout& out, Type type) { return tiles_along(out.h, type) * tiles_along(out.w, type); }
+
+bool by_winograd(const Plan& plan, int64_t i, int images) {
+  const PlanStep& s = plan.step(i);
+  if (Step(s.kind) != Step::conv || !reinterpret_cast<const Packed*>(plan.data + s.packed)->winograd) return false;
+  return s.block[images > 1] == WINOGRAD || isa() == Isa::avx2 || plan.type() == Type::f32;
 }
 
-// One step for the images [n0, n0 + group) of this workspace.
+Units units_of(const Plan& plan, const Workspace& ws, int64_t i, int threads) {
+  const PlanStep& s = plan.step(i);
+  const int g = ws.group[i];
+  const Type type = plan.type();
+  const auto of = [](int n, int size, bool panels) { return Units{(n + size - 1) / size, size, panels}; };
+  switch (Step(s.kind)) {
+    case Step::load:
+    case Step::load_windows:
+    case Step::max_pool:
+      return of(ws.layouts[s.out].h, 1, false);
+    case Step::average_pool:
+      return of(g, 1, false);
+    default: {
+      const Packed& w = *reinterpret_cast<const Packed*>(plan.data + s.packed);
+      if (by_winograd(plan, i, g)) {
+        const auto share = [&](int n) { return (n + threads - 1) / threads; };
+        const int tiles = g * tiles_of(ws.layouts[s.out], type);
+        // each call transforms all it reads: no more calls than threads
+        if (tiles < FEW_TILES * threads && w.panels >= threads) return of(w.panels, share(w.panels), true);
+        const int most = tiles_at_once(ws.layouts[s.in].c / bytes_of(type), type);
+        const int calls = (share(tiles) + most - 1) / most;
+        return of(tiles, (share(tiles) + calls - 1) / calls, false);
+      }
+      // where there are more weights than activations each thread takes its share of the weights; VNNI, slower than
+      // they arrive, where they are many times as much: activations would come from the other core's cache
+      const int64_t share = isa_of(type) == Isa::vnni ? 8 : 1;
+      const int64_t rows = int64_t(ws.tables[i].outs.size());
+      if (w.panels >= threads && w.weight_bytes() > share * rows * w.ktotal) return of(w.panels, 1, true);
+      return of(int(rows), isa_of(type) == Isa::amx ? 32 : 12, false);  // AMX's rows; a multiple of the others' 4 and 6
+    }
+  }
+}
+
+// Units [begin, end) of one step, for the images [n0, n0 + group) of this workspace.
 void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const uint8_t* pixels, int h, int w,
-              float* logits, int thread, int threads) {
+              float* logits, const Units& units, int begin, int end) {
   const PlanStep& s = plan.step(i);
   const int g = ws.group[i], c = int(plan.header().channels);
   const Type type = plan.type();
@@ -261,27 +332,23 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
   const int64_t of_load = type != Type::int8 ? s.scale : s.out < 0 ? -1 : plan.buffer(s.out).fill;
   const uint8_t* value = of_load < 0 ? nullptr : plan.data + of_load;  // of pixels that stands for 0
   const Layout* to = s.out >= 0 ? &ws.layouts[s.out] : nullptr;
-  const Part lines = part(to ? to->h : 0, 1, thread, threads);
   pixels += int64_t(n0) * h * w * c;
   switch (Step(s.kind)) {
     case Step::load:
-      load_images(pixels, c, value, type, at(s.out), *to, 0, g, lines.begin, lines.end);
+      load_images(pixels, c, value, type, at(s.out), *to, 0, g, begin, end);
       break;
     case Step::load_windows:
-      load_windows(pixels, h, w, c, value, type, int(s.stride), int(s.pad), at(s.out), *to, 0, g, lines.begin,
-                   lines.end);
+      load_windows(pixels, h, w, c, value, type, int(s.stride), int(s.pad), at(s.out), *to, 0, g, begin, end);
       break;
     case Step::max_pool:
-      max_pool(type, at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, lines.begin, lines.end);
+      max_pool(type, at(s.in), ws.layouts[s.in], at(s.out), *to, 0, g, begin, end);
       break;
-    case Step::average_pool: {
-      const Part images = part(g, 1, thread, threads);
+    case Step::average_pool:
       if (type == Type::int8)
-        average_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, int32_t(s.mult), images.begin, images.end);
+        average_pool(at(s.in), ws.layouts[s.in], at(s.out), *to, int32_t(s.mult), begin, end);
       else
-        average_pool_floats(type, at(s.in), ws.layouts[s.in], at(s.out), *to, images.begin, images.end);
+        average_pool_floats(type, at(s.in), ws.layouts[s.in], at(s.out), *to, begin, end);
       break;
-    }
     default: {
       Conv conv;
       conv.w = reinterpret_cast<const Packed*>(plan.data + s.packed);
@@ -302,24 +369,16 @@ void run_step(const Plan& plan, const Workspace& ws, int64_t i, int n0, const ui
         conv.out = at(s.out);
         conv.residual = s.residual >= 0 ? at(s.residual) : nullptr;
       }
-      if (conv.w->winograd && (block == WINOGRAD || isa() == Isa::avx2 || type == Type::f32)) {
+      const bool winograd = by_winograd(plan, i, g);
+      const int all = winograd ? g * tiles_of(*to, type) : conv.m;
+      const Part rows = units.panels ? Part{0, all} : units.part(begin, end, all);
+      const Part panels = units.panels ? units.part(begin, end, conv.w->panels) : Part{0, conv.w->panels};
+      if (winograd) {
         const Layout& in = ws.layouts[s.in];
-        const int tiles = g * tiles_along(to->h, type) * tiles_along(to->w, type);
-        const bool by_panels = tiles < FEW_TILES * threads && conv.w->panels >= threads;
-        const Part mine = by_panels ? Part{0, tiles} : part(tiles, 1, thread, threads);
-        const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
         const int most = tiles_at_once(in.c / bytes_of(type), type);
-        winograd_function(*conv.w)(conv, in, *to, most, mine.begin, mine.end, panels.begin, panels.end);
+        winograd_function(*conv.w)(conv, in, *to, most, rows.begin, rows.end, panels.begin, panels.end);
         break;
       }
-      // where there are more weights than activations each thread takes its share of the weights; VNNI, slower than
-      // they arrive, where they are many times as much: activations would come from the other core's cache
-      const int64_t share = isa_of(type) == Isa::vnni ? 8 : 1;
-      const bool by_panels = conv.w->panels >= threads && conv.w->weight_bytes() > share * conv.m * conv.w->ktotal;
-      const int unit = isa_of(type) == Isa::amx ? 32 : 12;  // AMX's rows; a multiple of the others' 4 and 6
-      const Part rows = by_panels ? Part{0, conv.m} : part(conv.m, unit, thread, threads);
-      const Part panels = by_panels ? part(conv.w->panels, 1, thread, threads) : Part{0, conv.w->panels};
-      if (rows.begin >= rows.end || panels.begin >= panels.end) break;
       if (s.residual_stride > 1) {  // the thread's own part of it, to where the kernel looks for it
         const int64_t panel = int64_t(conv.w->width) * bytes_of(type), first = panels.begin * panel;
         const int64_t count = std::min(panels.end * panel, int64_t(conv.w->o) * bytes_of(type)) - first;
@@ -345,11 +404,16 @@ void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, i
     throw std::runtime_error("network: the plan was packed for another instruction set than this process uses");
   const PlanHeader& header = plan.header();
   // each thread its own images: nobody waits, and no cache is shared. AMX is so fast that few images wait for weights
-  if (threads > 1 && (n >= FEWEST_APART * threads || (n % threads == 0 && isa_of(plan.type()) != Isa::amx))) {
+  const bool amx = isa_of(plan.type()) == Isa::amx;
+  if (threads > 1 && (n >= FEWEST_APART * threads || (n % threads == 0 && !amx))) {
+    std::atomic<size_t> next{0};
     parallel(threads, [&](int thread, int count) {
-      const Part mine = part(n, 1, thread, count);
-      network(data, bytes, pixels + int64_t(mine.begin) * h * w * header.channels, mine.end - mine.begin, h, w,
-              logits + int64_t(mine.begin) * header.classes, 1, thread == 0 ? nanoseconds : nullptr);
+      const std::vector<int> ends = parts(n, count, amx ? FEWEST_APART : 2);
+      for (size_t i; (i = next.fetch_add(1)) < ends.size();) {
+        const int begin = i ? ends[i - 1] : 0;
+        network(data, bytes, pixels + int64_t(begin) * h * w * header.channels, ends[i] - begin, h, w,
+                logits + int64_t(begin) * header.classes, 1, thread == 0 ? nanoseconds : nullptr);
+      }
     });
     return;
   }
@@ -359,25 +423,34 @@ void network(const uint8_t* data, int64_t bytes, const uint8_t* pixels, int n, i
     images = std::min(images, n - done);
     auto workspace = take(plan, images, h, w);
     const Workspace& ws = *workspace;
-    Barrier barrier(threads);
     const uint8_t* from = pixels + int64_t(done) * h * w * header.channels;
     float* to = logits + int64_t(done) * header.classes;
+    Barrier barrier(threads);
+    Shares shares(threads);
+    Units units;
+    const auto prepare = [&](size_t turn) {
+      if (turn == ws.order.size()) return;
+      units = units_of(plan, ws, ws.order[turn].step, threads);
+      shares.begin(units.count);
+    };
     const auto run_steps = [&](int thread, int count) {
-      for (int64_t first = 0, end; first < header.steps; first = end) {  // steps [first, end) are one pass
-        for (end = first + 1; end < header.steps && ws.group[end] == ws.group[first]; end++) {
+      for (size_t turn = 0; turn < ws.order.size(); turn++) {
+        const auto [i, n0] = ws.order[turn];
+        const auto begin = std::chrono::steady_clock::now();
+        if (count > 1) {
+          for (int first, last; shares.take(thread, first, last);)
+            run_step(plan, ws, i, n0, from, h, w, to, units, first, last);
+          if (!barrier.wait([&] { prepare(turn + 1); })) return;
+        } else {
+          const Units all = units_of(plan, ws, i, 1);
+          run_step(plan, ws, i, n0, from, h, w, to, all, 0, all.count);
         }
-        for (int n0 = 0; n0 < images; n0 += ws.group[first])
-          for (int64_t i = first; i < end; i++) {
-            const auto begin = std::chrono::steady_clock::now();
-            run_step(plan, ws, i, n0, from, h, w, to, thread, count);
-            if (count > 1 && !barrier.wait()) return;
-            if (nanoseconds && thread == 0)
-              nanoseconds[i] +=
-                  std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin)
-                      .count();
-          }
+        if (nanoseconds && thread == 0)
+          nanoseconds[i] +=
+              std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
       }
     };
+    prepare(0);
     parallel(threads, [&](int thread, int count) {
       try {
         run_steps(thread, count);

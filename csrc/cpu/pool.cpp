@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <exception>
 #include <mutex>
 
@@ -18,6 +19,8 @@ namespace {
 
 constexpr int SPINS = 4000;   // 50 to 200 us: longer than the gap between two layers, shorter than a scheduler's tick
 constexpr int YIELDS = 4000;  // some ms: longer than a virtual CPU that was halted takes to go on
+
+constexpr uint32_t FEWEST_UNITS = 2;  // in a piece, whose beginning and end cost time
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -116,11 +119,12 @@ void parallel(int threads, const std::function<void(int, int)>& body) {
   if (error) std::rethrow_exception(error);
 }
 
-bool Barrier::wait() {
+bool Barrier::wait(const std::function<void()>& last) {
   const int round = round_.load(std::memory_order_acquire);
   if (round == ABANDONED) return false;
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
     arrived_.store(0, std::memory_order_relaxed);
+    if (last) last();
     round_.fetch_add(1, std::memory_order_acq_rel);
     round_.notify_all();
   } else {
@@ -132,6 +136,34 @@ bool Barrier::wait() {
 void Barrier::abandon() {  // whoever does has not arrived, so nobody is about to begin the next round
   round_.store(ABANDONED, std::memory_order_release);
   round_.notify_all();
+}
+
+void Shares::begin(int count) {
+  const int threads = int(parts_.size());
+  for (int i = 0; i < threads; i++) {
+    const uint64_t first = uint64_t(count) * i / threads, end = uint64_t(count) * (i + 1) / threads;
+    parts_[i].piece = uint32_t(2 * (end - first) + 2) / 3;
+    parts_[i].left.store(end << 32 | first, std::memory_order_relaxed);
+  }
+}
+
+bool Shares::take(Part& part, bool own, int& first, int& last) {
+  uint64_t left = part.left.load(std::memory_order_relaxed), rest;
+  do {
+    const uint32_t begin = uint32_t(left), end = uint32_t(left >> 32), count = end - begin;
+    if (!count) return false;
+    const uint32_t piece = std::min(count, std::max(FEWEST_UNITS, own ? part.piece : count - count / 2));
+    first = int(own ? begin : end - piece), last = first + int(piece);
+    rest = own ? uint64_t(end) << 32 | uint32_t(last) : uint64_t(first) << 32 | begin;
+  } while (!part.left.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+  return true;
+}
+
+bool Shares::take(int thread, int& first, int& last) {
+  const int threads = int(parts_.size());
+  for (int i = 0; i < threads; i++)
+    if (take(parts_[(thread + i) % threads], i == 0, first, last)) return true;
+  return false;
 }
 
 }  // namespace r50

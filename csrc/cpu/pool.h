@@ -2,7 +2,9 @@
 // since they go on spinning for milliseconds after an operation.
 #pragma once
 #include <atomic>
+#include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace r50 {
 
@@ -16,13 +18,31 @@ void parallel(int threads, const std::function<void(int thread, int threads)>& b
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
-  [[nodiscard]] bool wait();  // false: the barrier is abandoned, the body has to return
+  // last: what the last to arrive does before any goes on. -> false: the barrier is abandoned, the body has to return
+  [[nodiscard]] bool wait(const std::function<void()>& last = nullptr);
   void abandon();
 
  private:
   static constexpr int ABANDONED = -1;
   const int threads_;
   std::atomic<int> arrived_{0}, round_{0};
+};
+
+// Units of work that a team shares: each thread takes two thirds of its own part, then the rest of it, then half of
+// what another has not begun, so that all end together though one be slower: its core has other work, or is virtual.
+class Shares {
+ public:
+  explicit Shares(int threads) : parts_(threads) {}
+  void begin(int count);  // of so many units; while nobody takes
+  bool take(int thread, int& first, int& last);  // -> units [first, last), or false: none are left
+
+ private:
+  struct alignas(64) Part {
+    std::atomic<uint64_t> left{0};  // [low half, high half)
+    uint32_t piece = 0;  // that its owner takes
+  };
+  bool take(Part& part, bool own, int& first, int& last);
+  std::vector<Part> parts_;
 };
 
 }  // namespace r50

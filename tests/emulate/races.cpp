@@ -1,5 +1,6 @@
 // pool.cpp as several programs' threads use it at the same time, for ThreadSanitizer: unsynchronized writes whose order
 // only the pool and its barriers guarantee, changing thread counts, and an exception now and then.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -55,13 +56,45 @@ void call(int round) {
   }
 }
 
+// Every unit is taken once, also where a thread does not come back from its first piece until all others are done.
+void share(int round, int units) {
+  const int threads = 1 + round % 4, rounds = 3;
+  std::vector<int> taken(units);
+  std::atomic<int> done{0};
+  r50::Shares shares(threads);
+  r50::Barrier barrier(threads);
+  const auto begin = [&] {
+    done = 0;
+    shares.begin(units);
+  };
+  begin();
+  r50::parallel(threads, [&](int thread, int count) {
+    for (int i = 0; i < rounds; i++) {
+      for (int first, last; shares.take(thread, first, last);) {
+        expect(0 <= first && first < last && last <= units, "units that are none");
+        for (int unit = first; unit < last; unit++) taken[unit]++;
+        done += last - first;
+        while (count > 1 && thread == (round + i) % count && done < units) std::this_thread::yield();
+      }
+      if (count == 1)
+        begin();
+      else
+        expect(barrier.wait(begin), "a barrier was abandoned by nobody");
+    }
+  });
+  for (int times : taken) expect(times == rounds, "a unit was not taken once in each round");
+}
+
 }  // namespace
 
 int main() {
   std::vector<std::thread> callers;
   for (int i = 0; i < CALLERS; i++)
     callers.emplace_back([i] {
-      for (int round = 0; round < CALLS; round++) call(round + i);
+      for (int round = 0; round < CALLS; round++) {
+        call(round + i);
+        for (int units : {0, 1, 2, 7, 50}) share(round + i, units);
+      }
     });
   for (auto& caller : callers) caller.join();
   std::puts("done");
