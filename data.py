@@ -830,23 +830,25 @@ class Transform:
         return self(decode(content, formats, exif, gap * self.resize)) if found is None else found
 
     def single(self, values, size, gap, seed=0):
-        """RGB pixels of that size, or a file and None -> uint8 (size, size, 3), None if that is no intact JPEG"""
-        files, places = [torch.from_numpy(values)], torch.tensor([[0, 0, values.size]])
+        """RGB pixels of that size, or a file and None -> uint8 (size, size, 3), None if that is no intact JPEG. Arrays
+        are NumPy's: each operation of PyTorch gives Python's lock away, for which a server's threads queue."""
+        files, places = [torch.from_numpy(values)], torch.from_numpy(np.array([[0, 0, values.size]]))
         seen = np.array([size]) if size else csrc.jpeg_sizes(files, places).numpy()
-        out = torch.empty(1, self.size, self.size, 3, dtype=torch.uint8)
-        return out[0] if self.fill(out, files, places, seen, bool(size), np.array([seed], np.uint64), gap) else None
+        out = np.empty((1, self.size, self.size, 3), np.uint8)
+        done = self.fill(torch.from_numpy(out), files, places, seen, bool(size), np.array([seed], np.uint64), gap)
+        return torch.from_numpy(out[0]) if done.numpy()[0] else None
 
     def fill(self, out, files, places, seen, raw, seeds, gap):
         """Writes images into out uint8 (N, size, size, 3), as csrc.crop_images takes them out of files and places;
         seen int64 (N, 2): their heights and widths, zeros for what is not to be decoded; raw: they are RGB pixels. The
         rest draws from torch's default generator at the image's seed, which is then where it was. -> bool (N): which
         were written"""
-        places[torch.from_numpy(seen[:, 0] == 0), 2] = 0
+        places.numpy()[seen[:, 0] == 0, 2] = 0
         # what has no size gets a box, but no pixels
         crops = torch.from_numpy(self.crops(*np.maximum(seen, 1).T, seeds))
-        done = csrc.crop_images(out.permute(0, 3, 1, 2), files, places, torch.from_numpy(seen * raw), crops,
-                                self.kernel, gap)
-        rows = done.nonzero()[:, 0].tolist()
+        done = csrc.crop_images(torch.from_numpy(out.numpy().transpose(0, 3, 1, 2)), files, places,
+                                torch.from_numpy(seen * raw), crops, self.kernel, gap)
+        rows = np.flatnonzero(done.numpy()) if self.rest or self.erase else ()
         if self.rest:
             with torch.random.fork_rng(devices=()):  # without workers this is the training process's own generator
                 for row in rows:
@@ -913,11 +915,9 @@ def erasures(seeds, size, probability):
 
 def centre_crops(heights, widths, seeds, resize, crop):
     """torchvision's Resize, which gives the short side `resize` pixels, and CenterCrop"""
-    short = np.minimum(heights, widths)
-    h, w = resize * heights // short, resize * widths // short
-    top, left = (np.rint((n - crop) / 2).astype(np.int64) for n in (h, w))
-    zero = np.zeros_like(h)
-    return np.stack([zero, zero, heights, widths, h, w, top, left, zero], 1)
+    sides = np.stack([heights, widths])
+    resized, zero = resize * sides // sides.min(0), np.zeros_like(sides)
+    return np.concatenate([zero, sides, resized, np.rint((resized - crop) / 2).astype(np.int64), zero[:1]]).T.copy()
 
 
 def train_transform(size, preprocess, args):

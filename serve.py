@@ -207,8 +207,21 @@ def enough_images(one, many, batch, unit):
     return min(batch, math.ceil(max(1.0, (one - each) / (DEAR * each)) / unit) * unit)
 
 
+class Scores(NamedTuple):
+    """What a request's images got, arrays of NumPy (n, classes)"""
+    logits: np.ndarray  # float32
+    probabilities: np.ndarray  # float32
+    order: np.ndarray  # int64: the classes, the likeliest first
+
+    @classmethod
+    def of(cls, logits):
+        with np.errstate(invalid="ignore"):  # rows that are not finite are refused
+            values = np.exp(logits - logits.max(1, keepdims=True))
+            return cls(logits, values / values.sum(1, keepdims=True), (-logits).argsort(1))
+
+
 class Ticket(concurrent.futures.Future):
-    """One request's images on their way through the batcher. Its result: float32 logits (n, classes), NumPy's"""
+    """One request's images on their way through the batcher. Its result: their Scores"""
 
     def __init__(self, network, pixels, deadline, alive):
         super().__init__()
@@ -417,12 +430,13 @@ class Model:
         for first in range(0, count, most):  # a single request may hold more images
             size, waits = min(most, count - first), [] if first else [ticket.waited for ticket in tickets]
             self.statistics.batch(size, seconds * size / count, waits)
-        finite, end = np.isfinite(logits).all(1), 0
+        # of all at once: each operation on so many numbers gives Python's lock away
+        finite, scores, end = np.isfinite(logits).all(1), Scores.of(logits), 0
         for ticket in tickets:
             rows = slice(end, end := end + len(ticket.pixels))
             ticket.computed, ticket.batch = seconds, min(count, most)
             if finite[rows].all():
-                ticket.set_result(logits[rows])
+                ticket.set_result(Scores(*(values[rows] for values in scores)))
             else:  # JSON has no word for that
                 ticket.set_exception(Refusal(500, "the network's outputs are not finite"))
 
@@ -474,7 +488,7 @@ def turn(lock, deadline, alive):
 
 
 def decode(network, encoded, args, gate):
-    """Encoded bytes -> uint8 (crop, crop, 3). The size is looked at before any pixel is decoded, in a context of
+    """Encoded bytes -> uint8 array (crop, crop, 3). The size is looked at before any pixel is decoded, in a context of
     gate()."""
     require(encoded, "the image is empty")
     try:
@@ -486,7 +500,7 @@ def decode(network, encoded, args, gate):
         require(kind not in ("JPEG", "MPO") or encoded.count(b"\xff\xda") <= SCANS, f"the JPEG has over {SCANS} scans")
         with gate():
             gap = 0 if args.full_decode else 2
-            return network.transform.encoded(encoded, FORMATS, network.exif, gap)
+            return network.transform.encoded(encoded, FORMATS, network.exif, gap).numpy()
     except Refusal:
         raise
     except Image.UnidentifiedImageError:
@@ -813,23 +827,18 @@ def wanted_outputs(request, classes):
     return found
 
 
-def softmax(logits):
-    values = np.exp(logits - logits.max(1, keepdims=True))
-    return values / values.sum(1, keepdims=True)
+def best(values, order, top):
+    """float32 (n, classes), their order in Scores -> for each of n [(value, class)], the likeliest first"""
+    return [list(zip(row[first].tolist(), first.tolist())) for row, first in zip(values, order[:, :top])]
 
 
-def best(values, top):
-    """(n, classes) -> for each of n [(value, class)], the largest first"""
-    return [[(row[i].item(), i) for i in order] for row, order in zip(values, (-values).argsort(1)[:, :top].tolist())]
-
-
-def infer_response(name, classes, request, outputs, logits):
+def infer_response(name, classes, request, outputs, scores):
     """-> (headers, body)"""
     entries, tails = [], []
     for output, binary, top in outputs:
-        values = logits if output == "logits" else softmax(logits)
+        values = scores.logits if output == "logits" else scores.probabilities
         if top:
-            strings = [f"{v:f}:{i}:{classes[i]}" for row in best(values, top) for v, i in row]
+            strings = [f"{v:f}:{i}:{classes[i]}" for row in best(values, scores.order, top) for v, i in row]
         entry = dict(name=output, datatype="BYTES" if top else "FP32", shape=[len(values), top or values.shape[1]])
         if binary:
             tails.append(b"".join(len(s).to_bytes(4, "little") + s for s in map(str.encode, strings)) if top else
@@ -1180,7 +1189,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.arrived + min(int(timeout), self.args.timeout_ms) / 1e3
 
     def infer(self, model, network, images, limit=math.inf):
-        """Pixels uint8 (n, 3, H, W) or a list of encoded images -> logits (n, classes), within `limit` seconds at most;
+        """Pixels uint8 (n, 3, H, W) or a list of encoded images -> their Scores, within `limit` seconds at most;
         self.ticket, self.decoded and self.inferred say what it took and when that was. Here as in all that a
         connection's thread does, arrays are NumPy's: PyTorch's operations would give each thread a team of OpenMP's, as
         many threads again as cores."""
@@ -1188,16 +1197,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         gate = functools.partial(turn, self.server.gate, deadline, self.alive)
         with model.expecting(len(images), deadline):
             if isinstance(images, list):
-                images = np.stack([decode(network, e, self.args, gate) for e in images])
-                images = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels_last, as networks want it
+                images = [decode(network, e, self.args, gate)[None] for e in images]
+                images = images[0] if len(images) == 1 else np.concatenate(images)
+                images = torch.from_numpy(images.transpose(0, 3, 1, 2))  # channels_last, as networks want it
             self.decoded, self.images = time.monotonic() - begin, len(images)
             self.ticket = model.submit(network, images, deadline, self.alive)
         try:
-            logits = self.ticket.result(max(deadline - time.monotonic(), 0))
+            scores = self.ticket.result(max(deadline - time.monotonic(), 0))
         except concurrent.futures.TimeoutError:
             raise Refusal(504, "no answer within the request's time") from None
         self.inferred = time.monotonic()
-        return logits
+        return scores
 
     def predict(self, model):
         self.model = model = model or next(iter(self.server.models.values()))
@@ -1210,8 +1220,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             encoded = read_form(self.body, kind, max(PARTS, self.args.max_images))
         if len(encoded) > self.args.max_images:
             raise Refusal(413, f"more than {self.args.max_images} images")
-        found = []
-        for row in best(softmax(self.infer(model, network, encoded)), top):
+        scores, found = self.infer(model, network, encoded), []
+        for row in best(scores.probabilities, scores.order, top):
             listed = [{"class_id": i, "class": network.classes[i], "probability": round(p, 6)} for p, i in row]
             found.append({**listed[0], "top": listed})
         times = dict(decode_ms=self.decoded, queue_ms=self.ticket.waited, compute_ms=self.ticket.computed,
@@ -1235,8 +1245,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         outputs = wanted_outputs(request, len(network.classes))
         microseconds = parameter(request or {}, "timeout", 0)  # tritonclient's infer(timeout=), without one 0
         require(0 <= microseconds < 1 << 63, "parameter timeout is no number of microseconds")
-        logits = self.infer(model, network, images, microseconds / 1e6 or math.inf)
-        return 200, *infer_response(model.name, network.classes, request, outputs, logits)
+        scores = self.infer(model, network, images, microseconds / 1e6 or math.inf)
+        return 200, *infer_response(model.name, network.classes, request, outputs, scores)
 
     def ready(self, model):
         told = {"name": model.name} if model else {"live": True}

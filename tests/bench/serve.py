@@ -194,18 +194,6 @@ def percentile(answers, share=0.99):
     return sorted(seconds for _, seconds in answers)[int(len(answers) * share)]
 
 
-def rate_within(client, limit, highest, seconds):
-    """-> a rate up to `highest` at which the 99th percentile stays below `limit` seconds, to 3 % of `highest`"""
-    low, high = 0.0, highest
-    for _ in range(5):
-        rate = (low + high) / 2
-        if percentile(client.open(seconds, rate)) <= limit:
-            low = rate
-        else:
-            high = rate
-    return low
-
-
 def run_threads(function, count):
     with ThreadPoolExecutor(count) as pool:
         list(pool.map(function, range(count)))
@@ -317,12 +305,13 @@ def closed_loops(contenders, args):
     return rates
 
 
-def open_loops(contenders, rate, args):
-    """-> of each round [batch 1's latency and its parts], [median, 99th percentile], the latter at even intervals.
-    The machine's speed drifts: each open loop has its own batch 1 beside it."""
+def open_loops(contenders, args):
+    """-> of each round [batch 1's latency and its parts], [median, 99th percentile], the latter at even intervals. The
+    machine's speed drifts: each round has its own batch 1 and its own rate, half of what a closed loop reaches."""
     latencies, random_times, even_times, ours = [], [], [], contenders.clients["ours"]
     for _ in range(args.rounds):
         latencies.append(contenders.offline.latency())
+        rate = ours.closed(args.seconds, args.connections) / 2
         answers = ours.open(2 * args.seconds, rate)
         random_times.append([percentile(answers, q) for q in (0.5, 0.99)])
         even_times.append(percentile(ours.open(2 * args.seconds, rate, even=True)))
@@ -330,10 +319,17 @@ def open_loops(contenders, rate, args):
 
 
 def at_equal_p99(clients, rates, args):
-    """-> the rate at which ours answers as soon as FastAPI at half of its own rate, over that"""
-    half = statistics.median(rates["fastapi"]) / 2
-    limit = statistics.median(percentile(clients["fastapi"].open(2 * args.seconds, half)) for _ in range(args.rounds))
-    return rate_within(clients["ours"], limit, statistics.median(rates["ours"]), 2 * args.seconds) / half
+    """-> the highest rate found, to 3 % of what ours reaches, at which ours answers as soon as FastAPI at half of its
+    own rate, over that. Both are measured anew in each step."""
+    half, low, high = statistics.median(rates["fastapi"]) / 2, 0.0, statistics.median(rates["ours"])
+    for _ in range(5):
+        rate = (low + high) / 2
+        limit = percentile(clients["fastapi"].open(2 * args.seconds, half))
+        if percentile(clients["ours"].open(2 * args.seconds, rate)) <= limit:
+            low = rate
+        else:
+            high = rate
+    return low / half
 
 
 def crowded(ours, rate, args):
@@ -369,7 +365,7 @@ def main():
     try:
         rates = closed_loops(contenders, args)
         median = {name: statistics.median(values) for name, values in rates.items()}
-        latencies, random_times, even_times = open_loops(contenders, median["ours"] / 2, args)
+        latencies, random_times, even_times = open_loops(contenders, args)
         equal = at_equal_p99(contenders.clients, rates, args) if "fastapi" in rates else None
         crowd = crowded(contenders.clients["ours"], median["ours"], args) if args.overload else {}
     finally:
