@@ -832,7 +832,7 @@ class Transform:
     def single(self, values, size, gap, seed=0):
         """RGB pixels of that size, or a file and None -> uint8 (size, size, 3), None if that is no intact JPEG. Arrays
         are NumPy's: each operation of PyTorch gives Python's lock away, for which a server's threads queue."""
-        files, places = [torch.from_numpy(values)], torch.from_numpy(np.array([[0, 0, values.size]]))
+        files, places = [torch.from_numpy(values)], torch.from_numpy(np.array([[0, 0, values.size]], np.int64))
         seen = np.array([size]) if size else csrc.jpeg_sizes(files, places).numpy()
         out = np.empty((1, self.size, self.size, 3), np.uint8)
         done = self.fill(torch.from_numpy(out), files, places, seen, bool(size), np.array([seed], np.uint64), gap)

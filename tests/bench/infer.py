@@ -55,6 +55,21 @@ Contender = namedtuple("Contender", "name kind threads call")
 Sample = namedtuple("Sample", "rate before after")  # calls per second, peaks in multiply-adds per second
 
 
+class Stolen:
+    """The share of the CPUs' time, since this was made, that a hypervisor gave to others"""
+
+    def __init__(self):
+        self.begin = self.jiffies()
+
+    def jiffies(self):
+        with open("/proc/stat") as f:
+            return list(map(int, f.readline().split()[1:9]))  # Linux: man 5 proc_stat
+
+    def share(self):
+        passed = [now - then for now, then in zip(self.jiffies(), self.begin)]
+        return round(passed[7] / max(sum(passed), 1), 4)
+
+
 def say(text=""):
     print(text, file=sys.stderr, flush=True)
 
@@ -408,7 +423,7 @@ def main(args):
     result = hardware()
     ceilings(dict.fromkeys(KINDS.values()), threads, result)
     limit(len(CORES))
-    networks = Networks(args)
+    networks, stolen = Networks(args), Stolen()
     weights = {batch: 32 + batch for batch in args.batches}  # large batches: fewer samples in the same time
     for t in threads:
         for batch in args.batches:
@@ -421,7 +436,7 @@ def main(args):
             if contenders:
                 samples = alternate(contenders, seconds)
                 result |= report(contenders, samples, same, batch, networks.macs)
-    return result
+    return {**result, "stolen": stolen.share()}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ Then, at half of ours' rate, an open loop: requests leave at random times (Poiss
 latency counts from when its request should have left. batch 1: decode and predict of one image, alone.
 ratio.p99_to_latency is the open loop's 99th percentile over that, ratio.p99_to_latency_even the same with requests that
 leave at even intervals, as wrk2 and perf_analyzer send them unless told otherwise; ratio.fastapi_at_equal_p99 the
-highest rate found at which ours' 99th percentile is not above FastAPI's at half of its own rate, over that.
+highest rate found at which ours' 99th percentile is not above FastAPI's at half of its own rate, over that; stolen the
+share of the CPUs' time that a virtual machine's hypervisor gave to others meanwhile: latencies are of what is left.
 """
 import argparse
 import importlib.util
@@ -39,7 +40,7 @@ from PIL import Image
 
 import data
 import resnet50
-from tests.bench.infer import SHARED
+from tests.bench.infer import SHARED, Stolen
 
 FASTAPI = """
 import io, os
@@ -361,7 +362,7 @@ def main():
     p.add_argument("--side", type=int, metavar="PIXELS", help="enlarge the photographs to this shorter side")
     p.add_argument("--overload", type=float, default=0.0, metavar="S", help="seconds at five times the rate")
     args = p.parse_args()
-    contenders = Contenders(args.side)
+    contenders, stolen = Contenders(args.side), Stolen()
     try:
         rates = closed_loops(contenders, args)
         median = {name: statistics.median(values) for name, values in rates.items()}
@@ -378,7 +379,7 @@ def main():
                                        (round(1e3 * statistics.median(c), 2) for c in zip(*random_times)))),
               "ratio.offline": median_ratio(rates["ours"], rates["offline"]),
               "ratio.p99_to_latency": median_ratio([p99 for _, p99 in random_times], alone),
-              "ratio.p99_to_latency_even": median_ratio(even_times, alone)}
+              "ratio.p99_to_latency_even": median_ratio(even_times, alone), "stolen": stolen.share()}
     if equal is not None:
         for name in ("fastapi", "fastapi_float"):
             result[f"ratio.{name}"] = median_ratio(rates["ours"], rates[name])
