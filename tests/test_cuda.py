@@ -657,9 +657,10 @@ def test_calls_of_threads_follow_each_other(record, monkeypatch):
     def ask(i):
         x = torch.full((2, 3, 4, 4), i / 2).to(torch.uint8 if i % 8 < 4 else torch.float32)
         return torch.equal(networks[i % 4](x), x.float() * 2)
+    stream, done = torch.cuda.current_stream(), torch.cuda.Event()  # which a mock makes when it is asked first
+    assert not stream.wait_event.called and not done.record.called
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(pool.map(ask, range(80))) and most == [1] * 8
-    stream, done = torch.cuda.current_stream(), torch.cuda.Event()
     assert stream.wait_event.call_args_list == [call(done)] * 80 and done.record.call_args_list == [call(stream)] * 80
 
 
